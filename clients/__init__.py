@@ -1,0 +1,1 @@
+"""The client's side: one file per way of training."""

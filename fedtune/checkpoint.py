@@ -1,0 +1,131 @@
+"""Save a strategy's state in one file, and read it back exactly.
+
+State is data: dataclasses, dicts, lists, tensors, numbers and text, nested as the strategy likes. Tensors go into
+safetensors and the rest into that file's own header, so a checkpoint is one file that appears by one rename: whatever
+kills the process, the last whole one is there. No code is stored and none is run on reading.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from fedtune.errors import RunFolderError
+from fedtune.protocol import Tensors
+
+TENSOR = "$tensor"  # stands in the tree where a tensor belongs; a plain dict may not use it as a key
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    round: int  # the last round that is part of the state; 0 is the untouched model
+    config_sha256: str
+    state: Any
+
+
+def flatten(state: Any) -> tuple[Any, Tensors]:
+    """The state as a JSON-ready tree and the tensors that its leaves name.
+
+    Raises:
+        TypeError: for a value that a checkpoint can't hold exactly, naming where it is.
+    """
+    tensors: Tensors = {}
+
+    def walk(value: Any, path: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            tensors[path] = value.detach().cpu().contiguous()
+            return {TENSOR: path}
+        if is_dataclass(value) and not isinstance(value, type):
+            return {item.name: walk(getattr(value, item.name), f"{path}/{item.name}") for item in fields(value)}
+        if isinstance(value, Mapping):
+            if bad := [key for key in value if not isinstance(key, str) or key == TENSOR]:
+                raise TypeError(f"state{path}: expected text as keys, got {bad[0]!r}")
+            return {key: walk(item, f"{path}/{key}") for key, item in value.items()}
+        if isinstance(value, list):
+            return [walk(item, f"{path}/{place}") for place, item in enumerate(value)]
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise TypeError(f"state{path}: a checkpoint can't hold a {type(value).__name__}")
+
+    return walk(state, ""), tensors
+
+
+def unflatten(tree: Any, tensors: Tensors, template: Any) -> Any:
+    """The inverse of `flatten`. `template` is a state of the same strategy, which says where dataclasses stand."""
+    if is_dataclass(template) and not isinstance(template, type):
+        inner = {
+            item.name: unflatten(tree[item.name], tensors, getattr(template, item.name)) for item in fields(template)
+        }
+        return type(template)(**inner)
+    if isinstance(tree, dict):
+        if tree.keys() == {TENSOR}:
+            return tensors[tree[TENSOR]]
+        known = template if isinstance(template, Mapping) else {}
+        return {key: unflatten(item, tensors, known.get(key)) for key, item in tree.items()}
+    if isinstance(tree, list):
+        return [unflatten(item, tensors, None) for item in tree]
+    return tree
+
+
+def state_sha256(state: Any) -> str:
+    """A hash of every bit of the state: equal states, and only those, have equal hashes."""
+    tree, tensors = flatten(state)
+    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
+    for path in sorted(tensors):
+        tensor = tensors[path]
+        digest.update(f"{path} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write the checkpoint so that `path` always holds a whole one, the old or the new.
+
+    Raises:
+        OSError: if it can't be written; the old one is then untouched.
+    """
+    tree, tensors = flatten(checkpoint.state)
+    header = {
+        "round": str(checkpoint.round),
+        "config_sha256": checkpoint.config_sha256,
+        "state": json.dumps(tree),
+    }
+    write_atomically(path, save(tensors, metadata=header))
+
+
+def load_checkpoint(path: Path, template: Any) -> Checkpoint:
+    """Read what `save_checkpoint` wrote.
+
+    Raises:
+        RunFolderError: if the file is damaged or belongs to another method.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        state = unflatten(json.loads(header["state"]), tensors, template)
+        return Checkpoint(int(header["round"]), header["config_sha256"], state)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(
+            f"{path} is no checkpoint of this method: {error}. Start anew with another out="
+        ) from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by a file with that content, on disk before it gets its name."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

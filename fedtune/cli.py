@@ -1,0 +1,146 @@
+"""The command line."""
+
+import argparse
+import ast
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune import __version__
+from fedtune.errors import ConfigError, FedtuneError
+
+if TYPE_CHECKING:
+    from fedtune.schema import Experiment
+
+SUMMARY = """\
+Federated fine-tuning of language models: many clients, one base, and the true cost of each method.
+
+  fedtune run experiment=demo          fine-tune SmolLM2 across 20 clients
+  fedtune run model=tiny rounds=2      the same in seconds, on a toy model
+  fedtune run resume=runs/demo         go on with a run that was stopped
+  fedtune methods                      what method= can be
+"""
+
+RUN = """\
+usage: fedtune run [key=value ...]
+
+Run a federated experiment and write it to a folder.
+
+  fedtune run experiment=demo
+  fedtune run model=smollm2 data=chatterbot rounds=10 train.lr=1e-3 out=runs/first
+  fedtune run model.path=Qwen/Qwen2.5-0.5B-Instruct data.path=mine.jsonl population.clients=8
+  fedtune run model=smollm2 model.quantization=nf4 population.clients=300 population.cohort=30
+  fedtune run resume=runs/first rounds=20
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0 done, 1 an error that the message explains, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="fedtune", description=SUMMARY, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"fedtune {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    running = commands.add_parser(
+        "run", help="run an experiment (fedtune run --help lists every setting)", add_help=False
+    )
+    running.add_argument("overrides", nargs="*")
+    running.add_argument("-h", "--help", action="store_true")
+    commands.add_parser("methods", help="list the methods, with their papers")
+    if not words:
+        parser.print_help()
+        return 0
+    options = parser.parse_args(words)
+    try:
+        if options.command == "methods":
+            print_methods()
+        elif options.help:
+            print_run_help()
+        else:
+            run(options.overrides)
+    except FedtuneError as error:
+        if os.environ.get("FEDTUNE_DEBUG"):
+            raise
+        print(f"fedtune: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fedtune: interrupted; finished rounds are kept: fedtune run resume=DIR goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(overrides: Sequence[str]) -> None:
+    """Run or resume the experiment that the words describe.
+
+    Raises:
+        FedtuneError: if it can't be set up or can't go on.
+    """
+    from fedtune.config import compose, differences, load
+
+    resume = [word.removeprefix("resume=") for word in overrides if word.startswith("resume=")]
+    others = [word for word in overrides if not word.startswith("resume=")]
+    if not resume:
+        _start(compose(others), None)
+        return
+    folder = Path(resume[-1]).expanduser()
+    stored = folder / "config.yaml"
+    if not stored.is_file():
+        raise ConfigError(f"resume={folder} holds no run (no config.yaml): give the folder that out= named")
+    experiment = load(stored.read_text(encoding="utf-8"), str(stored))
+    if others:
+        # What the same words would give today, with the new ones: only then is a difference the new words' doing
+        before, asked = compose(experiment.overrides), compose([*experiment.overrides, *others])
+        if changed := differences(before.fixed(), asked.fixed()):
+            raise ConfigError(
+                f"resume={folder} goes on with the settings it was started with, but these differ: "
+                f"{'; '.join(changed)}. Leave them out, or start a new run with out="
+            )
+        experiment = replace(experiment, rounds=asked.rounds, overrides=asked.overrides)
+    _start(experiment, str(folder))
+
+
+def print_methods() -> None:
+    """What `method=` can be: the name, and what its file's docstring opens with."""
+    import yaml
+
+    from fedtune.config import CONF, choices
+
+    for name in choices("method"):
+        target = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())["strategy"]["_target_"]
+        source = CONF.parent.joinpath(*target.split(".")[:-1]).with_suffix(".py")
+        title, _, rest = (ast.get_docstring(ast.parse(source.read_text())) or "").partition("\n\n")
+        print(f"{name:<12} {title}")
+        for line in rest.split("\n\n")[0].splitlines()[:3]:
+            print(f"{'':<12} {line}")
+
+
+def print_run_help() -> None:
+    """Usage, the groups with their choices, and every setting with its default."""
+    from fedtune.config import choices, describe_keys, groups
+
+    print(RUN)
+    print("Groups: swap a whole section")
+    for group in groups():
+        if group != "codec":
+            print(f"  {group + '=':<14} {', '.join(choices(group))}")
+    print(f"  {'codec_up=':<14} {', '.join(choices('codec'))}   (codec_down= likewise; codec= sets both)")
+    print("\nSettings: change one value                    default      meaning")
+    for key, default, help in describe_keys():
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        print(f"  {key + '=':<28} {shown:>26}   {help}")
+    print("\nA data or model group may set another default; the composed whole is in the run's config.yaml.")
+
+
+def _start(experiment: "Experiment", resume: str | None) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from fedtune.runtime.local import run_local
+
+    run_local(experiment, resume)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What tensors look like on the wire, one file per codec."""

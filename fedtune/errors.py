@@ -1,0 +1,41 @@
+"""Every error a person can meet, by name.
+
+A message names the thing, says what was expected and what came, and shows the way out. The command line prints the
+message alone; a library user catches `FedtuneError` or one of its kinds.
+"""
+
+
+class FedtuneError(Exception):
+    """The base of all errors that fedtune raises on purpose."""
+
+
+class ConfigError(FedtuneError):
+    """A setting is unknown, misspelled, of the wrong type or out of range."""
+
+
+class DataError(FedtuneError):
+    """A data source can't be read, or a row lacks what training needs."""
+
+
+class ModelError(FedtuneError):
+    """A base model can't be loaded, or the adapter doesn't fit it."""
+
+
+class WireError(FedtuneError):
+    """A message or blob isn't what was agreed on. Input from a peer is hostile until checked."""
+
+
+class ClientError(FedtuneError):
+    """A client could not do its part of a round."""
+
+
+class QuorumError(FedtuneError):
+    """Too few clients replied for the round to count."""
+
+
+class DivergedError(FedtuneError):
+    """The loss is no longer a finite number."""
+
+
+class RunFolderError(FedtuneError):
+    """A run folder can't be created, written, read or resumed."""

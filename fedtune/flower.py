@@ -1,0 +1,52 @@
+"""The parts of Flower that are not its public interface, in one place, so that an upgrade has one file to check.
+
+Tested with flwr 1.41.
+"""
+
+from flwr.app import Message, RecordDict
+from flwr.app.error import Error
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import recorddict_to_proto
+from flwr.common.serde_utils import error_to_proto, metadata_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage  # pylint: disable=no-name-in-module
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+__all__ = [
+    "SERVER_NODE",
+    "Error",
+    "ErrorCode",
+    "Run",
+    "assume_identity",
+    "content_bytes",
+    "envelope_bytes",
+    "set_message_id",
+]
+
+SERVER_NODE = 1  # Flower's own id for the server
+
+
+def assume_identity(run_id: int) -> None:
+    """Make this process the server of run `run_id`. Flower builds no message before it knows who sends it."""
+    TaskIdentity.run_id = run_id
+    TaskIdentity.task_id = SERVER_NODE
+    TaskIdentity.node_id = SERVER_NODE
+
+
+def set_message_id(message: Message, message_id: str) -> None:
+    """Name a message, as a SuperLink does on arrival; `Metadata` has no setter for it."""
+    message.metadata.__dict__["_message_id"] = message_id
+
+
+def content_bytes(content: RecordDict) -> int:
+    """Length of the content's part of a serialised message."""
+    return int(ProtoMessage(content=recorddict_to_proto(content)).ByteSize())
+
+
+def envelope_bytes(message: Message) -> int:
+    """Length of the rest: addresses, and the error if there is one. The message's own id is left out, as Flower leaves
+    it out when it sends."""
+    metadata = metadata_to_proto(message.metadata)
+    metadata.message_id = ""
+    error = error_to_proto(message.error) if message.has_error() else None
+    return int(ProtoMessage(metadata=metadata, error=error).ByteSize())

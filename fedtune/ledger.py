@@ -1,0 +1,71 @@
+"""The ledger: bytes and seconds by round, peer, direction and part.
+
+Kept by the server from what it sent and received, so a client can't misreport.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """One message that crossed the wire, or should have."""
+
+    round: int
+    peer: int  # the client's index
+    direction: str  # "down" to the client, "up" from it
+    part: str  # "handshake", "train", or "failed": an error, a refused update, or (with 0 bytes) no reply in time
+    payload_bytes: int  # the codec's blob
+    wire_bytes: int  # the serialised message
+    seconds: float  # down: making the message; up: until its reply was there
+
+    def line(self) -> str:
+        """The line in ledger.csv; nothing in it needs quotes."""
+        round, peer, direction, part, payload, wire, seconds = self
+        return f"{round},{peer},{direction},{part},{payload},{wire},{seconds:.6f}\n"
+
+
+COLUMNS = Entry._fields
+
+
+TOTALS = {
+    "up": ("up_payload_bytes", "up_wire_bytes"),
+    "down": ("down_payload_bytes", "down_wire_bytes"),
+}
+
+
+class Ledger:
+    """Totals over all entries, and the entries that are not yet on disk."""
+
+    def __init__(self, entries: Iterable[Entry] = ()):
+        self.totals: Counter[str] = Counter()
+        self.pending: list[Entry] = []
+        for entry in entries:
+            self._add(entry)
+
+    def book(self, entry: Entry) -> None:
+        self._add(entry)
+        self.pending.append(entry)
+
+    def take_pending(self) -> list[Entry]:
+        pending, self.pending = self.pending, []
+        return pending
+
+    def _add(self, entry: Entry) -> None:
+        payload, wire = TOTALS[entry.direction]
+        self.totals[payload] += entry.payload_bytes
+        self.totals[wire] += entry.wire_bytes
+        self.totals["messages"] += entry.wire_bytes > 0
+        self.totals["failed"] += entry.part == "failed"
+
+
+def sums(entries: Iterable[Entry]) -> dict[str, int]:
+    """Bytes by direction and kind, e.g. {"up_payload_bytes": ...}."""
+    totals = Ledger(entries).totals
+    return {name: totals[name] for names in TOTALS.values() for name in names}
+
+
+def parse(row: list[str]) -> Entry:
+    """An entry from its line in ledger.csv. Raises ValueError on any other line."""
+    round_, peer, direction, part, payload, wire, seconds = row
+    return Entry(int(round_), int(peer), direction, part, int(payload), int(wire), float(seconds))

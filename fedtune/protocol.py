@@ -1,0 +1,181 @@
+"""The words that every part of fedtune speaks: read this first.
+
+A round in one line: the server's strategy makes an `Instruction` for each `Peer`, a codec turns its tensors into a
+blob, the client's `Update` comes back the same way, and the strategy folds the updates into its next state.
+
+Strategies, clients and codecs are values: frozen dataclasses whose fields are hyper-parameters and whose methods keep
+nothing between calls. What lasts is data that is passed in and handed back.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedtune.errors import WireError
+
+if TYPE_CHECKING:
+    from fedtune.adapters import LocalModel
+
+Tensors = dict[str, Tensor]
+Setting = int | float | str | bool
+
+SERVER = -1  # the index under which the server itself installs and evaluates what it broadcasts
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What a device can do, declared in the config or measured on the device."""
+
+    memory_bytes: float = float("inf")
+    backprop: bool = True
+    max_rank: int | None = None
+    flop_per_s: float = float("inf")
+    up_bytes_per_s: float = float("inf")
+    down_bytes_per_s: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One client as the server knows it."""
+
+    index: int  # the client's partition; stable between runs, unlike Flower's node id
+    samples: int  # training examples the client holds, as it said at the handshake
+    capability: Capability = field(default_factory=Capability)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What the server asks of one client."""
+
+    tensors: Tensors
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client answers."""
+
+    tensors: Tensors
+    examples: int  # training examples behind the update, the n_k of the papers
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One trainable tensor: its name and everything that must not be guessed from its shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # "float32", as torch names it
+    role: str  # "lora_A" (r, in), "lora_B" (out, r), or another of PEFT's names
+    module: str  # the layer that it adapts
+    scaling: float  # alpha / r, what B A is multiplied by
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The trainable tensors of a model, in the order that every party keeps, and the values they all start from."""
+
+    slots: tuple[Slot, ...]
+    initial: Tensors = field(compare=False, repr=False)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The manifest's hash: names, shapes, dtypes, roles, scaling and order, but no values."""
+        return hashlib.sha256(repr(self.slots).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some tokenised examples, padded on the right."""
+
+    tokens: Tensor  # (examples, length) int64
+    targets: Tensor  # (examples, length) bool: the tokens whose loss counts
+
+    def to(self, device: torch.device) -> "Batch":
+        return self if device.type == "cpu" else Batch(self.tokens.to(device), self.targets.to(device))
+
+
+class Batches(Protocol):
+    """A client's training data: endless, reshuffled by key each epoch."""
+
+    @property
+    def examples(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+State = TypeVar("State")
+
+
+class Strategy(Protocol[State]):
+    """The server's side of a method."""
+
+    def init(self, layout: Layout) -> State: ...
+
+    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+        """What `peer` is sent. Peers that are sent the same should be handed the same `tensors` object: it is then
+        encoded once."""
+        ...
+
+    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+        """Raise `WireError` if the update is not what was asked for; the round then goes on without this peer."""
+        ...
+
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+        """Fold the valid replies, in order of peer index, into the next state. A reply is decoded when it is looked
+        up, so a strategy that passes over them once holds one update at a time."""
+        ...
+
+
+class Client(Protocol):
+    """The client's side of a method."""
+
+    def receive(self, model: "LocalModel", instruction: Instruction) -> None:
+        """Install what the server sent. The model starts each turn from the layout's initial values."""
+        ...
+
+    def train(self, model: "LocalModel", batches: Batches, instruction: Instruction, key: int) -> Update: ...
+
+
+class Codec(Protocol):
+    """Tensors to bytes and back; `decode(encode(x))` is what the other side trains on."""
+
+    def encode(self, tensors: Tensors, key: int) -> bytes: ...
+
+    def decode(self, blob: bytes) -> Tensors:
+        """Raises `WireError` on anything that `encode` can't have made."""
+        ...
+
+
+def share(replies: Sequence[tuple[Peer, Update]]) -> list[float]:
+    """The weight p_k = n_k / sum(n) of each reply, summing to one."""
+    examples = [update.examples for _, update in replies]
+    total = sum(examples)
+    return [n / total for n in examples]
+
+
+def expect_like(tensors: Tensors, reference: Mapping[str, Tensor]) -> None:
+    """Check that `tensors` has exactly the names, shapes and dtypes of `reference`.
+
+    Raises:
+        WireError: naming the first tensor that is missing, extra, misshapen or of another dtype.
+    """
+    if missing := reference.keys() - tensors.keys():
+        raise WireError(f"tensor '{min(missing)}' is missing ({len(missing)} of {len(reference)} are)")
+    if extra := tensors.keys() - reference.keys():
+        raise WireError(f"tensor '{min(extra)}' was not asked for ({len(extra)} such)")
+    for name, expected in reference.items():
+        got = tensors[name]
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            raise WireError(f"tensor '{name}': expected {describe(expected)}, got {describe(got)}")
+
+
+def describe(tensor: Tensor) -> str:
+    """Dtype and shape, as in `float32 (8, 576)`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -1,0 +1,86 @@
+"""A round's updates, held in little memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, overload
+
+from fedtune.protocol import Codec, Peer, Tensors, Update
+
+MEMORY_BYTES = 64 << 20  # updates beyond this wait in a temporary file, encoded
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An update whose tensors are in the file."""
+
+    start: int
+    length: int
+    rest: Update  # without tensors
+
+
+class Replies(Sequence[tuple[Peer, Update]]):
+    """The valid updates of a round.
+
+    Past the first 64 MB they wait on disk and are decoded when looked up, so a strategy that passes over them one by
+    one needs no more memory for 500 clients than for 10.
+    """
+
+    def __init__(self, codec: Codec, folder: Path, memory_bytes: int = MEMORY_BYTES):
+        self._codec = codec
+        self._folder = folder
+        self._room = memory_bytes
+        self._items: list[tuple[Peer, Update | _Stored]] = []
+        self._file: IO[bytes] | None = None
+
+    def add(self, peer: Peer, update: Update, blob: bytes) -> None:
+        """Keep `update`, whose tensors `blob` encodes.
+
+        Raises:
+            OSError: if the file can't take it.
+        """
+        self._room -= size_of(update.tensors)
+        self._items.append((peer, update if self._room >= 0 else self._store(update, blob)))
+
+    def sort(self) -> None:
+        """Put them in order of peer index: sums are then the same, whoever came first."""
+        self._items.sort(key=lambda item: item[0].index)
+
+    def close(self) -> None:
+        self._items.clear()
+        if self._file is not None:
+            self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[Peer, Update]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[tuple[Peer, Update]]: ...
+
+    def __getitem__(self, place: int | slice) -> tuple[Peer, Update] | list[tuple[Peer, Update]]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        peer, update = self._items[place]
+        return peer, self._load(update) if isinstance(update, _Stored) else update
+
+    def _store(self, update: Update, blob: bytes) -> _Stored:
+        if self._file is None:
+            self._file = TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed in close)
+        start = self._file.seek(0, 2)
+        self._file.write(blob)
+        return _Stored(start, len(blob), Update({}, update.examples, update.metrics))
+
+    def _load(self, stored: _Stored) -> Update:
+        assert self._file is not None
+        self._file.seek(stored.start)
+        tensors = self._codec.decode(self._file.read(stored.length))
+        return Update(tensors, stored.rest.examples, stored.rest.metrics)
+
+
+def size_of(tensors: Tensors) -> int:
+    """Bytes in memory."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,261 @@
+"""The run folder: everything a run leaves behind, written as it goes and whole at any moment.
+
+config.yaml     every setting, resolved; what `fedtune run resume=` starts from
+metrics.csv     a line per round
+ledger.csv      a line per message
+failures.csv    what went wrong, with whom; a line per failed client and round
+summary.json    totals, versions, hashes; replaced after each round
+checkpoint/     the strategy's state after the last finished round
+adapter/        the global adapter, for PeftModel.from_pretrained
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedtune import ledger
+from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_atomically
+from fedtune.config import load
+from fedtune.errors import RunFolderError
+from fedtune.ledger import Entry
+from fedtune.schema import Experiment
+
+METRICS = (
+    "round",
+    "eval_loss",
+    "eval_accuracy",
+    "train_loss",
+    "seconds",
+    "eval_seconds",
+    "clients",
+    "failed",
+    "up_payload_bytes",
+    "down_payload_bytes",
+    "up_wire_bytes",
+    "down_wire_bytes",
+    "client_eval_loss",
+    "client_eval_accuracy",
+)
+FAILURES = ("round", "peer", "error")
+
+
+class RunFolder:
+    """An open run folder. Only one process at a time can hold it.
+
+    Every method that writes raises `RunFolderError` with the file and the way out if it can't.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = _lock(path)
+
+    @classmethod
+    def create(cls, out: str | None, name: str) -> "RunFolder":
+        """Make the folder `out`, or the first free one of runs/NAME, runs/NAME-2, ...
+
+        Raises:
+            RunFolderError: if it holds a run already or can't be made.
+        """
+        try:
+            if out is not None:
+                check_vacant(out)
+                path = Path(out).expanduser()
+                path.mkdir(parents=True, exist_ok=True)
+                return cls(path)
+            for number in range(1, 100_000):
+                path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+                path.parent.mkdir(exist_ok=True)
+                try:
+                    path.mkdir()
+                    return cls(path)
+                except FileExistsError:
+                    continue
+            raise RunFolderError(f"runs/{name}-... are all taken: name another with out=")
+        except OSError as error:
+            named = out or f"runs/{name}"
+            raise RunFolderError(
+                f"out={named} can't be made: {error.strerror or error}. Name another with out="
+            ) from error
+
+    @classmethod
+    def open(cls, path: str) -> "RunFolder":
+        """Open an existing run to go on with it.
+
+        Raises:
+            RunFolderError: if it holds no run, or another process is at it.
+        """
+        folder = Path(path).expanduser()
+        if not (folder / "config.yaml").is_file():
+            raise RunFolderError(f"resume={path} holds no run (no config.yaml): give the folder that out= named")
+        return cls(folder)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def experiment(self) -> Experiment:
+        """The settings it was started with."""
+        where = self.path / "config.yaml"
+        return load(where.read_text(encoding="utf-8"), str(where))
+
+    def write_config(self, experiment: Experiment) -> None:
+        with self._writing("config.yaml") as path:
+            write_atomically(path, experiment.text().encode())
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        self._append("metrics.csv", METRICS, _csv_text([[_cell(row.get(name)) for name in METRICS]]))
+
+    def append_ledger(self, entries: Iterable[Entry]) -> None:
+        self._append("ledger.csv", ledger.COLUMNS, "".join([entry.line() for entry in entries]))
+
+    def append_failures(self, failures: Iterable[tuple[int, int, str]]) -> None:
+        self._append("failures.csv", FAILURES, _csv_text([[str(cell) for cell in failure] for failure in failures]))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        with self._writing("summary.json") as path:
+            write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        with self._writing("checkpoint/state.safetensors") as path:
+            path.parent.mkdir(exist_ok=True)
+            save_checkpoint(path, checkpoint)
+
+    def load_checkpoint(self, template: Any) -> Checkpoint | None:
+        """The last finished round, or None if there is none yet."""
+        path = self.path / "checkpoint" / "state.safetensors"
+        return load_checkpoint(path, template) if path.exists() else None
+
+    def write_adapter(self, name: str, content: bytes) -> None:
+        with self._writing(f"adapter/{name}") as path:
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, content)
+
+    def forget_after(self, round: int) -> list[Entry]:
+        """Take out the lines of rounds after `round`, and a last line that was cut off, and return the ledger.
+
+        A killed run may have written lines of a round whose checkpoint it didn't reach; that round is run again.
+        """
+        kept: list[Entry] = []
+        for name, parse in (("metrics.csv", _round_of), ("failures.csv", _round_of), ("ledger.csv", ledger.parse)):
+            path = self.path / name
+            if not path.exists():
+                continue
+            header, *lines = _read_lines(path)
+            good: list[list[str]] = []
+            for cells in lines:
+                try:
+                    entry = parse(cells)
+                except (ValueError, IndexError):
+                    continue
+                if (entry.round if isinstance(entry, Entry) else entry) <= round and len(cells) == len(header):
+                    good.append(cells)
+                    if isinstance(entry, Entry):
+                        kept.append(entry)
+            with self._writing(name):
+                write_atomically(path, _csv_text([header, *good]).encode())
+        return kept
+
+    def scores(self) -> dict[str, Any]:
+        """The first and the last held-out scores so far, and the time that rounds took."""
+        path = self.path / "metrics.csv"
+        header, *lines = _read_lines(path) if path.exists() else [list(METRICS)]
+        rows = [dict(zip(header, cells, strict=True)) for cells in lines]
+        scored = [row for row in rows if row["eval_loss"]]
+        found: dict[str, Any] = {}
+        for label, row in (("first", scored[0]), ("last", scored[-1])) if scored else ():
+            found[f"{label}_eval_loss"] = float(row["eval_loss"])
+            found[f"{label}_eval_accuracy"] = float(row["eval_accuracy"])
+        found["seconds"] = round(sum(float(row["seconds"]) + float(row["eval_seconds"]) for row in rows), 3)
+        return found
+
+    def _append(self, name: str, header: Sequence[str], lines: str) -> None:
+        if not lines:
+            return
+        with self._writing(name) as path:
+            if not path.exists():
+                lines = _csv_text([header]) + lines
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                _write_all(descriptor, lines.encode())
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        path = self.path / name
+        try:
+            yield path
+        except OSError as error:
+            raise RunFolderError(
+                f"{path} can't be written: {error.strerror or error}. What was written before is kept; "
+                f"make room, then: fedtune run resume={self.path}"
+            ) from error
+
+
+def check_vacant(out: str) -> None:
+    """Raises:
+    RunFolderError: if `out` holds a run already, or is a file.
+    """
+    path = Path(out).expanduser()
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"out={out} is a file: expected a folder, or a name for a new one")
+    if any((path / name).exists() for name in ("config.yaml", "metrics.csv", "checkpoint")):
+        raise RunFolderError(
+            f"out={out} already holds a run: go on with it by resume={out}, or name another folder with out="
+        )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _round_of(cells: list[str]) -> int:
+    return int(cells[0])
+
+
+def _csv_text(rows: Iterable[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _read_lines(path: Path) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
+        return list(csv.reader(stream))
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    """One write where the system takes it whole. If it can't (a full disk), what it took is taken back, so that the
+    file still ends with a whole line."""
+    start = os.fstat(descriptor).st_size
+    view = memoryview(content)
+    try:
+        while view:
+            view = view[os.write(descriptor, view) :]
+    except OSError:
+        os.ftruncate(descriptor, start)
+        raise
+
+
+def _lock(path: Path) -> Any:
+    """Hold the folder for this process; the system lets go when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    flock: Callable[[int, int], None] = fcntl.flock
+    handle = (path / ".lock").open("a")
+    try:
+        flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        raise RunFolderError(f"{path} is being written by another fedtune: wait for it, or stop it first") from error
+    return handle

@@ -1,0 +1,236 @@
+"""The settings of an experiment: these dataclasses are the schema, conf/*.yaml supplies their values.
+
+A check here runs whenever settings are made, from words, from YAML or in code, and names the setting by its key.
+Nothing here imports torch, so a wrong setting is answered at once.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
+from typing import Any
+
+import yaml
+
+from fedtune.errors import ConfigError
+
+
+def option(default: Any, help: str) -> Any:
+    """A field with its default and the line that `fedtune run --help` prints for it."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def one_of(key: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key}={value} is not known: expected {', '.join(allowed)}{nearest(str(value), allowed)}")
+
+
+def at_least(key: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ConfigError(f"{key}={value} is too small: expected at least {low}")
+
+
+def above_zero(key: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{key}={value} must be above 0")
+
+
+def fraction(key: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigError(f"{key}={value} must be a fraction from 0 up to, but not, 1")
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    strategy: dict[str, Any] = option({}, "the server's side: a class and its hyper-parameters")
+    client: dict[str, Any] = option({}, "the client's side: a class and its hyper-parameters")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    name: str = option("custom", "label of the base model")
+    path: str | None = option(None, "a hub id, a folder, or a GGUF file")
+    revision: str | None = option(None, "branch, tag or commit of a hub id")
+    quantization: str = option("none", "how the frozen base is held: none, int8 or nf4")
+    dtype: str = option("auto", "auto (bfloat16 where the hardware is fast at it), bfloat16 or float32")
+
+    def __post_init__(self) -> None:
+        one_of("model.quantization", self.quantization, ("none", "int8", "nf4"))
+        one_of("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    rank: int = option(8, "r: inner width of B A")
+    alpha: float = option(16.0, "B A is multiplied by alpha / r")
+    dropout: float = option(0.0, "dropout on the adapter's input while training")
+    targets: list[str] | None = option(None, "names of the layers to adapt; null lets PEFT choose by architecture")
+
+    def __post_init__(self) -> None:
+        at_least("adapter.rank", self.rank, 1)
+        above_zero("adapter.alpha", self.alpha)
+        fraction("adapter.dropout", self.dropout)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    name: str = option("custom", "label of the data")
+    path: str | None = option(None, "a .jsonl, .json, .csv or .parquet file, or a hub id")
+    subset: str | None = option(None, "configuration name of a hub data set")
+    split: str = option("train", "split of a hub data set")
+    prompt_column: str | None = option(None, "column to answer, where the usual names don't apply")
+    completion_column: str | None = option(None, "column with the answer, where the usual names don't apply")
+    loss_on: str = option("completion", "completion (the answer alone) or all tokens")
+    max_length: int = option(512, "tokens; longer examples are cut")
+    partition: str = option("iid", "iid, dirichlet, natural, pathological, shard, linear, square or exponential")
+    partition_by: str | None = option(None, "column that dirichlet, natural, pathological and shard look at")
+    alpha: float = option(0.5, "dirichlet: the smaller, the more unlike the clients")
+    classes: int = option(2, "pathological: values of the column per client")
+    partition_options: Any = option(None, "more arguments for the flwr-datasets partitioner, as {name: value}")
+    heldout: float = option(0.1, "fraction of all data that no client gets: the server's own test")
+    client_heldout: float = option(0.1, "fraction of each client's data that it does not train on")
+
+    def __post_init__(self) -> None:
+        one_of("data.loss_on", self.loss_on, ("completion", "all"))
+        at_least("data.max_length", self.max_length, 2)
+        above_zero("data.alpha", self.alpha)
+        at_least("data.classes", self.classes, 1)
+        fraction("data.heldout", self.heldout)
+        fraction("data.client_heldout", self.client_heldout)
+        if self.partition_options is not None and not isinstance(self.partition_options, Mapping):
+            raise ConfigError(f"data.partition_options={self.partition_options}: expected {{name: value}}")
+
+
+@dataclass(frozen=True)
+class PopulationSpec:
+    clients: int = option(20, "how many clients there are")
+    cohort: int | None = option(None, "how many of them take part in a round; null takes all, but at most 10")
+    quorum: float = option(0.5, "a round counts when at least this fraction of its cohort replied")
+
+    def __post_init__(self) -> None:
+        at_least("population.clients", self.clients, 1)
+        if self.cohort is None:
+            object.__setattr__(self, "cohort", min(self.clients, 10))
+        at_least("population.cohort", self.per_round, 1)
+        if self.per_round > self.clients:
+            raise ConfigError(
+                f"population.cohort={self.cohort} asks for more clients a round than there are "
+                f"(population.clients={self.clients})"
+            )
+        if not 0 < self.quorum <= 1:
+            raise ConfigError(f"population.quorum={self.quorum} must be above 0 and at most 1")
+
+    @property
+    def per_round(self) -> int:
+        assert self.cohort is not None
+        return self.cohort
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    lr: float = option(1e-3, "learning rate of a client's optimizer")
+    steps: int = option(4, "optimizer steps a client takes in a round")
+    batch_size: int = option(4, "examples per step")
+    optimizer: str = option("adamw", "adamw or sgd")
+    weight_decay: float = option(0.0, "decoupled weight decay")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 leaves them alone")
+
+    def __post_init__(self) -> None:
+        above_zero("train.lr", self.lr)
+        at_least("train.steps", self.steps, 1)
+        at_least("train.batch_size", self.batch_size, 1)
+        one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
+        at_least("train.weight_decay", self.weight_decay, 0)
+        at_least("train.max_grad_norm", self.max_grad_norm, 0)
+
+
+@dataclass(frozen=True)
+class EvaluateSpec:
+    every: int = option(1, "rounds between evaluations of the global model; 0 never evaluates")
+    examples: int = option(200, "held-out examples to use, at most; 0 uses all")
+    batch_size: int = option(16, "examples per forward pass")
+    clients: bool = option(False, "each client also scores what it received on its own held-out data")
+
+    def __post_init__(self) -> None:
+        at_least("evaluate.every", self.every, 0)
+        at_least("evaluate.examples", self.examples, 0)
+        at_least("evaluate.batch_size", self.batch_size, 1)
+
+
+@dataclass(frozen=True)
+class RuntimeSpec:
+    name: str = option("local", "where clients run: local is this process")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    threads: int = option(0, "CPU threads, part of the result's bits; 0 takes all cores and records how many")
+    timeout: float = option(3600.0, "seconds to wait for a round's replies")
+
+    def __post_init__(self) -> None:
+        one_of("runtime", self.name, ("local",))
+        at_least("runtime.threads", self.threads, 0)
+        above_zero("runtime.timeout", self.timeout)
+        if self.threads == 0:
+            object.__setattr__(self, "threads", os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All that decides a run. Written to config.yaml, and read back from it on resume."""
+
+    method: MethodSpec = field(default_factory=MethodSpec)
+    model: ModelSpec = field(default_factory=ModelSpec)
+    adapter: AdapterSpec = field(default_factory=AdapterSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    population: PopulationSpec = field(default_factory=PopulationSpec)
+    train: TrainSpec = field(default_factory=TrainSpec)
+    evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
+    runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
+    codec_up: dict[str, Any] = option({}, "what an update looks like on the wire")
+    codec_down: dict[str, Any] = option({}, "what a broadcast looks like on the wire")
+    rounds: int = option(3, "rounds to run")
+    seed: int = option(0, "every random draw follows from it")
+    name: str = option("run", "label of the run")
+    out: str | None = option(None, "run folder; null makes runs/NAME, runs/NAME-2, ...")
+    overrides: list[str] = field(default_factory=list)  # what was typed
+
+    def __post_init__(self) -> None:
+        at_least("rounds", self.rounds, 1)
+        at_least("seed", self.seed, 0)
+
+    @property
+    def method_name(self) -> str:
+        """The strategy's module, which is also its name under `method=`."""
+        return str(self.method.strategy["_target_"]).split(".")[-2]
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with its beginning; they decide the result's bits."""
+        free = ("rounds", "out", "overrides")
+        return {key: value for key, value in to_dict(self).items() if key not in free}
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash of `fixed`."""
+        return hashlib.sha256(json.dumps(self.fixed(), sort_keys=True).encode()).hexdigest()
+
+    def text(self) -> str:
+        """The whole experiment as YAML; `load` reads it back."""
+        return yaml.safe_dump(to_dict(self), sort_keys=False, allow_unicode=True, width=120)
+
+
+def to_dict(value: Any) -> Any:
+    """Dataclasses as plain dicts, for YAML and JSON."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: to_dict(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_dict(item) for key, item in value.items()}
+    return [to_dict(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`; did you mean ...?`, or nothing where no known word is near."""
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -1,0 +1,77 @@
+"""What a run comes to, for summary.json: enough to repeat it and to tell two runs apart."""
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import fedtune
+from fedtune.data import describe_source
+from fedtune.party import Party
+from fedtune.schema import to_dict
+
+PACKAGES = ("torch", "transformers", "peft", "flwr", "bitsandbytes", "numpy", "safetensors", "tokenizers")
+
+
+def summarise(
+    party: Party, status: str, done: int, totals: Mapping[str, int], state: str, scores: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of summary.json.
+
+    Args:
+        done: the last finished round; -1 if not even round 0 is.
+        totals: of the ledger, over the whole run.
+        state: the state's sha256.
+        scores: what else there is to say about quality and time.
+    """
+    experiment, model, data = party.experiment, party.model, party.data
+    trainable = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "name": experiment.name,
+        "method": experiment.method_name,
+        "status": status,
+        "rounds": max(done, 0),
+        "seed": experiment.seed,
+        "state_sha256": state,
+        **scores,
+        "totals": {
+            name: totals.get(name, 0)
+            for name in (
+                "up_payload_bytes",
+                "down_payload_bytes",
+                "up_wire_bytes",
+                "down_wire_bytes",
+                "messages",
+                "failed",
+            )
+        },
+        "base": {
+            **to_dict(model.origin),
+            "dtype": str(model.module.dtype).removeprefix("torch."),
+            "quantization": experiment.model.quantization,
+        },
+        "adapter": {"trainable_parameters": trainable, "layout_sha256": model.layout.sha256},
+        "data": {
+            "source": describe_source(experiment.data),
+            "examples": len(data.corpus),
+            "dropped": data.dropped,
+            "train": sum(map(len, data.train)),
+            "client_heldout": sum(map(len, data.heldout)),
+            "server_heldout": len(data.server),
+        },
+        "machine": {
+            "device": str(model.device),
+            "threads": experiment.runtime.threads,
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+        },
+        "versions": versions(),
+        "command": " ".join(["fedtune run", *experiment.overrides]),
+    }
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of fedtune and of the packages that decide a result's bits."""
+    return {"fedtune": fedtune.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -1,0 +1,115 @@
+"""The local training loop that clients share, and the loss behind it."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedtune.adapters import LocalModel
+from fedtune.errors import ClientError, ConfigError
+from fedtune.protocol import Batch
+
+
+def learnt_logits(module: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Predictions where the loss counts, and only there.
+
+    The vocabulary's projection is a fifth of a small model's work, and most positions are prompt or padding. Whatever
+    the architecture, it passes its hidden states through its output embeddings; the others are dropped on the way in.
+    No attention mask is needed: padding is on the right and attention looks left.
+
+    Returns:
+        logits: (n, vocabulary), in the model's dtype.
+        labels: (n,) int64, the tokens that follow.
+    """
+    counts = batch.targets[:, 1:]
+
+    def keep(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][:, :-1][counts], *inputs[1:])
+
+    handle = module.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        logits = module(input_ids=batch.tokens, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits, batch.tokens[:, 1:][counts]
+
+
+def loss_of(module: Any, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood per learnt token, float32, in nats."""
+    logits, labels = learnt_logits(module, batch)
+    return functional.cross_entropy(logits.float(), labels)
+
+
+def fit(
+    model: LocalModel,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    lr: float,
+    optimizer: str,
+    weight_decay: float,
+    max_grad_norm: float,
+    key: int,
+) -> float:
+    """Train the model's trainable tensors in place, with a fresh optimizer.
+
+    Args:
+        key: seeds dropout, the only random draw here.
+
+    Returns:
+        The mean of the steps' losses.
+
+    Raises:
+        ClientError: if the loss stops being a finite number.
+    """
+    parameters = model.parameters()
+    update = make_optimizer(optimizer, parameters, lr, weight_decay)
+    total = 0.0
+    with seeded(key, model.device):
+        model.module.train()
+        try:
+            for step, batch in enumerate(islice(batches, steps), 1):
+                loss = loss_of(model.module, batch.to(model.device))
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise ClientError(
+                        f"the training loss became {value} at step {step} of {steps}: "
+                        f"lower train.lr (now {lr:g}) or set train.max_grad_norm"
+                    )
+                total += value
+                loss.backward()  # type: ignore[no-untyped-call]
+                if max_grad_norm:
+                    torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+                update.step()
+                update.zero_grad()
+        finally:
+            model.module.eval()
+            for parameter in parameters:
+                parameter.grad = None
+    return total / steps
+
+
+def make_optimizer(name: str, parameters: list[torch.nn.Parameter], lr: float, weight_decay: float) -> Any:
+    """`adamw` or plain `sgd`.
+
+    Raises:
+        ConfigError: for any other name.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay)
+    raise ConfigError(f"optimizer={name} is not known: expected adamw or sgd")
+
+
+@contextmanager
+def seeded(key: int, device: torch.device) -> Iterator[None]:
+    """Torch's own generators set by `key` within, and afterwards as if nothing had happened."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(key)
+        yield

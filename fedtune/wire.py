@@ -1,0 +1,181 @@
+"""Instructions and updates to Flower messages and back. The only place where bytes are counted.
+
+A message holds one record of arrays with one uint8 array, the codec's blob, and one record of plain values. Everything
+else about an update is checked here before anyone trusts it: an update is input from a stranger.
+
+    payload bytes   len(blob)
+    wire bytes      length of the whole message, serialised as protobuf: blob, values, names and addresses
+"""
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedtune.errors import WireError
+from fedtune.flower import content_bytes, envelope_bytes
+from fedtune.protocol import Codec, Instruction, Peer, Setting, Tensors, Update
+
+PAYLOAD, BLOB, SETTINGS, METRICS, EXAMPLES, GREETING = "payload", "blob", "settings", "metrics", "examples", "greeting"
+MAX_METRICS = 64
+
+
+def pack_instruction(instruction: Instruction, codec: Codec, key: int) -> RecordDict:
+    """The content of a message to a client."""
+    settings = ConfigRecord(dict(instruction.settings))
+    return RecordDict({PAYLOAD: _payload(codec.encode(instruction.tensors, key)), SETTINGS: settings})
+
+
+def unpack_instruction(content: RecordDict, codec: Codec) -> Instruction:
+    """What `pack_instruction` packed.
+
+    Raises:
+        WireError: if the content has another form.
+    """
+    settings: dict[str, Setting] = {}
+    for name, value in _record(content, SETTINGS, ConfigRecord).items():
+        if not isinstance(value, int | float | str | bool):
+            raise WireError(f"setting '{name}' should be a number, text or truth value, got {type(value).__name__}")
+        settings[name] = value
+    return Instruction(codec.decode(blob_of(content)), settings)
+
+
+def pack_update(update: Update, codec: Codec, key: int) -> RecordDict:
+    """The content of a client's reply."""
+    metrics = MetricRecord(
+        {EXAMPLES: update.examples, **{name: float(value) for name, value in update.metrics.items()}}
+    )
+    return RecordDict({PAYLOAD: _payload(codec.encode(update.tensors, key)), METRICS: metrics})
+
+
+def unpack_update(content: RecordDict, blob: bytes, codec: Codec) -> Update:
+    """What `pack_update` packed, checked.
+
+    Args:
+        blob: the content's `blob_of`.
+
+    Raises:
+        WireError: if the content has another form, a tensor or metric isn't finite, or the number of examples isn't a
+            positive integer.
+    """
+    if extra := content.keys() - {PAYLOAD, METRICS}:
+        raise WireError(f"record '{min(extra)}' was not asked for")
+    examples, metrics = _metrics(_record(content, METRICS, MetricRecord))
+    tensors = codec.decode(blob)
+    check_finite(tensors)
+    return Update(tensors, examples, metrics)
+
+
+def blob_of(content: RecordDict) -> bytes:
+    """The codec's blob in a message's content.
+
+    Raises:
+        WireError: if there isn't exactly one uint8 array of matching length.
+    """
+    record = _record(content, PAYLOAD, ArrayRecord)
+    if list(record) != [BLOB]:
+        raise WireError(f"record '{PAYLOAD}' should hold one array '{BLOB}', got {sorted(record)[:5]}")
+    array = record[BLOB]
+    if array.dtype != "uint8" or tuple(array.shape) != (len(array.data),):
+        raise WireError(
+            f"array '{BLOB}' should be uint8 of shape ({len(array.data)},), got {array.dtype} {tuple(array.shape)}"
+        )
+    return bytes(array.data)
+
+
+def check_finite(tensors: Tensors) -> None:
+    """Raises:
+    WireError: naming the first tensor with a NaN or an infinity.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise WireError(f"tensor '{name}' has values that are not finite")
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Bytes of the codec's blob."""
+    return len(blob_of(content))
+
+
+def update_bytes(blob: bytes, update: Update) -> int:
+    """Bytes of the content that carries `update`, as Flower serialises it.
+
+    They depend on nothing but the blob's length, the metrics' names and the number of examples, so each such shape is
+    serialised and measured once: copying a blob about to measure it takes longer than everything else here.
+    """
+    return _update_bytes(len(blob), update.examples, tuple(update.metrics))
+
+
+@lru_cache(maxsize=1 << 16)
+def _update_bytes(blob: int, examples: int, metrics: tuple[str, ...]) -> int:
+    record = MetricRecord({EXAMPLES: examples, **dict.fromkeys(metrics, 0.0)})
+    return content_bytes(RecordDict({PAYLOAD: _payload(bytes(blob)), METRICS: record}))
+
+
+def wire_bytes(message: Message, content: int | None = None) -> int:
+    """Bytes of the message as Flower serialises it.
+
+    Args:
+        content: the content's share where it is known already: a broadcast is measured once, not once a client.
+    """
+    if content is None:
+        content = content_bytes(message.content) if message.has_content() else 0
+    return envelope_bytes(message) + content
+
+
+def _payload(blob: bytes) -> ArrayRecord:
+    # One uint8 array: Flower sends arrays in chunks but config values whole, and numpy has no bfloat16
+    record = ArrayRecord()
+    record[BLOB] = Array("uint8", (len(blob),), "fedtune", blob)
+    return record
+
+
+def _record(content: RecordDict, name: str, kind: type) -> Any:
+    record = content.get(name)
+    if not isinstance(record, kind):
+        raise WireError(f"expected a record '{name}' ({kind.__name__}), got {sorted(content)[:5]}")
+    return record
+
+
+def _metrics(record: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
+    if len(record) > MAX_METRICS:
+        raise WireError(f"{len(record)} metrics are too many: expected at most {MAX_METRICS}")
+    examples = record.get(EXAMPLES)
+    if not isinstance(examples, int) or examples < 1:
+        raise WireError(f"'{EXAMPLES}' should be a positive integer, got {examples!r}")
+    metrics: dict[str, float] = {}
+    for name, value in record.items():
+        if name == EXAMPLES:
+            continue
+        if not isinstance(value, float) or not math.isfinite(value):
+            raise WireError(f"metric '{name}' should be a finite float, got {value!r}")
+        metrics[name] = value
+    return examples, metrics
+
+
+def pack_greeting(index: int, samples: int, layout_sha256: str) -> RecordDict:
+    """What a client says of itself at the handshake."""
+    return RecordDict({GREETING: ConfigRecord({"index": index, "samples": samples, "layout": layout_sha256})})
+
+
+def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str) -> Peer:
+    """The peer that a greeting describes.
+
+    Raises:
+        WireError: if the greeting has another form, names a client that doesn't exist, or comes from a client whose
+            trainable tensors differ from the server's.
+    """
+    record = _record(content, GREETING, ConfigRecord)
+    index, samples = record.get("index"), record.get("samples")
+    if not isinstance(index, int) or not 0 <= index < clients:
+        raise WireError(f"client index should be 0 ... {clients - 1}, got {index!r}")
+    if not isinstance(samples, int) or samples < 1:
+        raise WireError(f"client {index} should have at least one sample, got {samples!r}")
+    if record.get("layout") != layout_sha256:
+        raise WireError(
+            f"client {index} has other trainable tensors than the server: it runs another model, adapter or version"
+        )
+    return Peer(index, samples)

@@ -1,0 +1,1 @@
+"""Experiments at scale, and the benchmarks behind the figures in the docs."""
