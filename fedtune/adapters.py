@@ -45,7 +45,8 @@ class LocalModel:
             target_modules=targets,
             task_type="CAUSAL_LM",
         )
-        with warnings.catch_warnings():
+        # PEFT draws a start of its own from torch's generator; ours replaces it below
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             try:
                 self.module: Any = get_peft_model(base.model, config)

@@ -114,8 +114,8 @@ def describe_keys() -> Iterator[tuple[str, Any, str]]:
         factory = outer.default_factory
         if factory is not MISSING and is_dataclass(factory):
             for inner in fields(factory):
-                if "help" in inner.metadata:
-                    yield f"{outer.name}.{inner.name}", getattr(factory(), inner.name), inner.metadata["help"]
+                if "help" in inner.metadata and inner.default is not MISSING:
+                    yield f"{outer.name}.{inner.name}", inner.default, inner.metadata["help"]
         elif "help" in outer.metadata:
             yield outer.name, None if outer.default is MISSING else outer.default, outer.metadata["help"]
 

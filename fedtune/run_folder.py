@@ -14,7 +14,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +241,8 @@ def _write_all(descriptor: int, content: bytes) -> None:
         while view:
             view = view[os.write(descriptor, view) :]
     except OSError:
-        os.ftruncate(descriptor, start)
+        with suppress(OSError):
+            os.ftruncate(descriptor, start)
         raise
 
 

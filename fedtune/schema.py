@@ -114,8 +114,6 @@ class PopulationSpec:
 
     def __post_init__(self) -> None:
         at_least("population.clients", self.clients, 1)
-        if self.cohort is None:
-            object.__setattr__(self, "cohort", min(self.clients, 10))
         at_least("population.cohort", self.per_round, 1)
         if self.per_round > self.clients:
             raise ConfigError(
@@ -127,8 +125,7 @@ class PopulationSpec:
 
     @property
     def per_round(self) -> int:
-        assert self.cohort is not None
-        return self.cohort
+        return min(self.clients, 10) if self.cohort is None else self.cohort
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ def tiny_model() -> Any:
         eos_token_id=256,
         pad_token_id=256,
     )
-    model = LlamaForCausalLM(config)
+    with torch.random.fork_rng(devices=[]):  # its own random start is replaced below
+        model = LlamaForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

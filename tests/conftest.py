@@ -1,0 +1,69 @@
+"""What the tests share: an offline, quiet environment and small real runs."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    FLWR_TELEMETRY_ENABLED="0",
+    FLWR_DISABLE_UPDATE_CHECK="1",
+    FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import pytest
+
+from fedtune.config import compose
+from fedtune.runtime.local import run_local
+
+# A few small clients on the toy model: a run takes under a second once everything is imported
+SMALL = (
+    "model=tiny",
+    "data.partition=iid",
+    "population.clients=4",
+    "population.cohort=3",
+    "train.steps=2",
+    "evaluate.examples=16",
+    "runtime.threads=1",
+)
+
+
+@pytest.fixture
+def small_run(tmp_path: Path) -> Callable[..., Path]:
+    """Run a small experiment in this process; returns its folder."""
+
+    def run(*overrides: str, name: str = "run", rounds: int = 2) -> Path:
+        folder = tmp_path / name
+        run_local(compose([*SMALL, f"rounds={rounds}", f"out={folder}", *overrides]))
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def fedtune(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The real command, in a process of its own, in an empty folder."""
+
+    def call(*words: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "fedtune.cli", *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            **options,
+        )
+
+    return call
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "summary.json").read_text()))

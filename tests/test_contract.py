@@ -1,0 +1,255 @@
+"""What every method promises, on the real engine: a new file in conf/method is taken up here by itself."""
+
+import csv
+from collections.abc import Iterable
+
+import pytest
+import torch
+from conftest import SMALL, summary_of
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.serde import message_to_proto
+
+from fedtune import wire
+from fedtune.checkpoint import state_sha256
+from fedtune.config import choices, compose
+from fedtune.errors import QuorumError
+from fedtune.flower import SERVER_NODE
+from fedtune.party import Party
+from fedtune.protocol import Peer, Update
+from fedtune.runtime.app import make_client_app, make_server_app
+from fedtune.runtime.local import RUN_ID, LocalGrid, run_local
+
+METHODS = choices("method")
+pytestmark = pytest.mark.parametrize("method", METHODS)
+
+
+def rows(folder, name):
+    with (folder / name).open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def without_times(table):
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in table]
+
+
+def test_two_rounds_learn_and_leave_a_whole_folder(method, small_run):
+    folder = small_run(f"method={method}")
+    metrics = rows(folder, "metrics.csv")
+    assert [row["round"] for row in metrics] == ["0", "1", "2"]
+    assert float(metrics[2]["eval_loss"]) < float(metrics[0]["eval_loss"])
+    assert summary_of(folder)["status"] == "finished"
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.yaml", "metrics.csv", "ledger.csv", "summary.json", "checkpoint", "adapter",
+    }  # fmt: skip
+
+
+def test_one_seed_has_one_result(method, small_run):
+    one, again = small_run(f"method={method}", name="one"), small_run(f"method={method}", name="again")
+    assert summary_of(one)["state_sha256"] == summary_of(again)["state_sha256"]
+    assert without_times(rows(one, "metrics.csv")) == without_times(rows(again, "metrics.csv"))
+    assert without_times(rows(one, "ledger.csv")) == without_times(rows(again, "ledger.csv"))
+    other = small_run(f"method={method}", "seed=1", name="other")
+    assert summary_of(other)["state_sha256"] != summary_of(one)["state_sha256"]
+
+
+def test_resume_equals_uninterrupted(method, tmp_path, small_run):
+    whole = small_run(f"method={method}", name="whole", rounds=4)
+    parts = small_run(f"method={method}", name="parts", rounds=2)
+    run_local(compose([*SMALL, "rounds=4", f"method={method}", f"out={parts}"]), resume=str(parts))
+    assert summary_of(whole)["state_sha256"] == summary_of(parts)["state_sha256"]
+    assert without_times(rows(whole, "metrics.csv")) == without_times(rows(parts, "metrics.csv"))
+    assert (whole / "adapter/adapter_model.safetensors").read_bytes() == (
+        parts / "adapter/adapter_model.safetensors"
+    ).read_bytes()
+
+
+class CapturingGrid(LocalGrid):
+    """The real Grid, keeping what crosses it in serialised form."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.captured = []  # (round, client, direction, bytes of the message, bytes of its blob)
+        self.index = {node: context.node_config["partition-id"] for node, context in self._contexts.items()}
+
+    def keep(self, message, direction, node):
+        blob = wire.payload_bytes(message.content) if message.has_content() and "payload" in message.content else 0
+        size = len(message_to_proto(message).SerializeToString())
+        self.captured.append((int(message.metadata.group_id), self.index[node], direction, size, blob))
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        for message in messages:
+            self.keep(message, "down", message.metadata.dst_node_id)
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
+        for reply in replies:
+            self.keep(reply, "up", reply.metadata.src_node_id)
+        return replies
+
+
+def run_on(grid_class, app, folder, *overrides):
+    config = {"config": compose([*SMALL, f"out={folder}", *overrides]).text()}
+    grid = grid_class(app, 4, config)
+    context = Context(run_id=RUN_ID, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config=config)
+    make_server_app()(grid=grid, context=context)
+    return grid
+
+
+def test_the_ledger_is_what_crossed_the_grid(method, tmp_path):
+    grid = run_on(CapturingGrid, make_client_app(), tmp_path / "run", f"method={method}", "rounds=3")
+    booked = [
+        (int(r["round"]), int(r["peer"]), r["direction"], int(r["wire_bytes"]), int(r["payload_bytes"]))
+        for r in rows(tmp_path / "run", "ledger.csv")
+    ]
+    assert sorted(booked) == sorted(grid.captured)
+    assert len(booked) == 2 * 4 + 2 * 3 * 3  # a handshake with all four, and three rounds with three of them
+    totals = summary_of(tmp_path / "run")["totals"]
+    for direction in ("up", "down"):
+        assert totals[f"{direction}_wire_bytes"] == sum(
+            size for _, _, way, size, _ in grid.captured if way == direction
+        )
+
+
+def tampering_app(tamper):
+    """The real ClientApp, whose replies to train messages pass through `tamper(index, reply)`."""
+    app, inner = ClientApp(), make_client_app()
+    app.query()(lambda message, context: inner(message, context))
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return tamper(context.node_config["partition-id"], inner(message, context))
+
+    return app
+
+
+def test_a_round_goes_on_without_a_client_that_drops_out(method, tmp_path):
+    def drop_the_first(index, reply):
+        if index == 0:
+            raise ConnectionError("the battery is flat")
+        return reply
+
+    overrides = [f"method={method}", "rounds=2", "population.cohort=4"]
+    run_on(LocalGrid, tampering_app(drop_the_first), tmp_path / "run", *overrides)
+    failures = rows(tmp_path / "run", "failures.csv")
+    assert [(r["round"], r["peer"]) for r in failures] == [("1", "0"), ("2", "0")]
+    assert "the battery is flat" in failures[0]["error"]
+    failed = [r for r in rows(tmp_path / "run", "ledger.csv") if r["part"] == "failed"]
+    assert [(r["round"], r["peer"], r["direction"], r["payload_bytes"]) for r in failed] == [
+        ("1", "0", "up", "0"),
+        ("2", "0", "up", "0"),
+    ]
+    assert [r["failed"] for r in rows(tmp_path / "run", "metrics.csv")] == ["0", "1", "1"]
+
+
+def lies():
+    def not_finite(content):
+        update = wire.unpack_update(content, wire.blob_of(content), RAW)
+        broken = {name: torch.full_like(tensor, float("nan")) for name, tensor in update.tensors.items()}
+        return wire.pack_update(Update(broken, update.examples, update.metrics), RAW, 0)
+
+    def too_many_examples(content):
+        update = wire.unpack_update(content, wire.blob_of(content), RAW)
+        return wire.pack_update(Update(update.tensors, 10**12, update.metrics), RAW, 0)
+
+    def renamed(content):
+        update = wire.unpack_update(content, wire.blob_of(content), RAW)
+        return wire.pack_update(Update({f"x{n}": t for n, t in update.tensors.items()}, update.examples), RAW, 0)
+
+    def nothing(content):
+        return RecordDict()
+
+    return [not_finite, too_many_examples, renamed, nothing]
+
+
+RAW = Party(compose(["model=tiny"])).codec_up
+
+
+@pytest.mark.parametrize("lie", lies(), ids=lambda lie: lie.__name__)
+def test_a_lying_client_changes_nothing(method, lie, tmp_path):
+    """The result is the one without that client, to the last bit."""
+
+    def tamper(index, reply):
+        if index == 1:
+            reply.content = lie(reply.content)
+        return reply
+
+    def drop(index, reply):
+        if index == 1:
+            raise ConnectionError("gone")
+        return reply
+
+    overrides = [f"method={method}", "rounds=1", "population.cohort=4"]
+    run_on(LocalGrid, tampering_app(tamper), tmp_path / "lied", *overrides)
+    run_on(LocalGrid, tampering_app(drop), tmp_path / "dropped", *overrides)
+    lied, dropped = summary_of(tmp_path / "lied"), summary_of(tmp_path / "dropped")
+    assert lied["totals"]["failed"] == 1
+    assert lied["state_sha256"] == dropped["state_sha256"]
+
+
+def test_fewer_replies_than_the_quorum_stop_the_run_and_keep_what_was_done(method, tmp_path):
+    done = []
+
+    def fail_in_round_two(index, reply):
+        if reply.metadata.group_id == "2" and index != 3:
+            raise ConnectionError("gone")
+        done.append(index)
+        return reply
+
+    with pytest.raises(
+        QuorumError, match=r"round 2: 1 of 4 clients gave a usable update, population.quorum asks for 2"
+    ):
+        run_on(
+            LocalGrid,
+            tampering_app(fail_in_round_two),
+            tmp_path / "run",
+            f"method={method}",
+            "rounds=3",
+            "population.cohort=4",
+        )
+    summary = summary_of(tmp_path / "run")
+    assert (summary["status"], summary["rounds"]) == ("failed", 1)
+    assert [r["round"] for r in rows(tmp_path / "run", "metrics.csv")] == ["0", "1"]
+    assert len(rows(tmp_path / "run", "failures.csv")) == 3
+    run_local(
+        compose([*SMALL, f"method={method}", "rounds=3", "population.cohort=4", f"out={tmp_path / 'run'}"]),
+        str(tmp_path / "run"),
+    )
+    run_local(compose([*SMALL, f"method={method}", "rounds=3", "population.cohort=4", f"out={tmp_path / 'never'}"]))
+    assert summary_of(tmp_path / "run")["state_sha256"] == summary_of(tmp_path / "never")["state_sha256"]
+
+
+def first_updates(method):
+    party = Party(compose([*SMALL, f"method={method}"]))
+    state = party.strategy.init(party.model.layout)
+    peers = [Peer(index, party.samples(index)) for index in range(4)]
+    updates = [party.turn(peer.index, 1, party.strategy.configure(state, 1, peer)) for peer in peers]
+    return party.strategy, state, list(zip(peers, updates, strict=True))
+
+
+def test_identical_clients_are_a_fixed_point(method):
+    strategy, state, replies = first_updates(method)
+    peer, update = replies[0]
+    alone = strategy.aggregate(state, 1, [(peer, update)])
+    together = strategy.aggregate(state, 1, [(Peer(index, peer.samples), update) for index in range(7)])
+    assert state_sha256(alone) == state_sha256(together)
+
+
+def test_aggregating_changes_neither_the_old_state_nor_the_updates(method):
+    strategy, state, replies = first_updates(method)
+    before = state_sha256(state), [state_sha256(update) for _, update in replies]
+    strategy.aggregate(state, 1, replies)
+    assert before == (state_sha256(state), [state_sha256(update) for _, update in replies])
+
+
+def test_a_turn_leaves_no_trace_in_the_next(method):
+    """A client's update is the same whether it goes first or after all others."""
+    _, _, forward = first_updates(method)
+    party = Party(compose([*SMALL, f"method={method}"]))
+    state = party.strategy.init(party.model.layout)
+    backward = {
+        index: party.turn(index, 1, party.strategy.configure(state, 1, Peer(index, 1))) for index in reversed(range(4))
+    }
+    assert all(state_sha256(update) == state_sha256(backward[peer.index]) for peer, update in forward)

@@ -1,0 +1,142 @@
+"""The in-process Grid, and a round loop that waits no longer than it was told to."""
+
+import time
+from collections.abc import Iterable
+
+import pytest
+from conftest import SMALL, summary_of
+from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedtune.config import compose
+from fedtune.errors import ClientError, QuorumError, WireError
+from fedtune.flower import SERVER_NODE
+from fedtune.runtime.app import make_client_app, make_server_app
+from fedtune.runtime.local import RUN_ID, LocalGrid
+
+
+def run(grid_class, folder, *overrides, app=None):
+    config = {"config": compose([*SMALL, "population.cohort=4", "rounds=1", f"out={folder}", *overrides]).text()}
+    grid = grid_class(app or make_client_app(), 4, config)
+    context = Context(run_id=RUN_ID, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config=config)
+    make_server_app()(grid=grid, context=context)
+    return grid
+
+
+class Unreliable(LocalGrid):
+    """A Grid on the way of which train replies get lost, doubled, or joined by a stranger's."""
+
+    takes_turns = False
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
+        return [kept for reply in replies for kept in self.carry(reply)]
+
+    def carry(self, reply):
+        return [reply]
+
+
+class Losing(Unreliable):
+    def carry(self, reply):
+        lost = (
+            reply.metadata.message_type == MessageType.TRAIN and reply.metadata.src_node_id == list(self._contexts)[2]
+        )
+        return [] if lost else [reply]
+
+
+class Doubling(Unreliable):
+    def carry(self, reply):
+        return [reply, reply]
+
+
+class Crowded(Unreliable):
+    def carry(self, reply):
+        stranger = Message(reply.content, reply_to=reply)  # answers something that nobody asked
+        stranger.metadata.__dict__["_reply_to_message_id"] = "f" * 64
+        return [stranger, reply]
+
+
+def test_a_reply_that_never_comes_is_booked_when_time_is_up(tmp_path):
+    begun = time.monotonic()
+    run(Losing, tmp_path / "run", "runtime.timeout=4")
+    assert time.monotonic() - begun < 30
+    assert "no reply within runtime.timeout=4 s" in (tmp_path / "run" / "failures.csv").read_text()
+    assert "1,2,up,failed,0,0," in (tmp_path / "run" / "ledger.csv").read_text()
+    assert summary_of(tmp_path / "run")["totals"]["failed"] == 1
+
+
+@pytest.mark.parametrize("grid", [Doubling, Crowded])
+def test_a_reply_that_comes_twice_or_from_a_stranger_changes_nothing(tmp_path, grid):
+    run(LocalGrid, tmp_path / "plain")
+    run(grid, tmp_path / "odd")
+    assert summary_of(tmp_path / "odd")["state_sha256"] == summary_of(tmp_path / "plain")["state_sha256"]
+    assert summary_of(tmp_path / "odd")["totals"]["failed"] == 0
+
+
+def test_clients_that_never_come_are_waited_for_no_longer_than_told(tmp_path):
+    class Deserted(LocalGrid):
+        def get_node_ids(self):
+            return list(super().get_node_ids())[:3]
+
+    with pytest.raises(QuorumError, match="3 of 4 clients came within 1 s"):
+        run(Deserted, tmp_path / "run", "runtime.timeout=1")
+
+
+def greeting_app(change):
+    app, inner = ClientApp(), make_client_app()
+
+    @app.query()
+    def greet(message, context):
+        reply = inner(message, context)
+        change(reply.content["greeting"])
+        return reply
+
+    return app
+
+
+def test_two_nodes_with_one_index_are_refused(tmp_path):
+    with pytest.raises(WireError, match="two nodes say they are client 0"):
+        run(LocalGrid, tmp_path / "run", app=greeting_app(lambda greeting: greeting.update(index=0)))
+
+
+def test_a_client_with_another_model_is_refused_at_the_handshake(tmp_path):
+    with pytest.raises(WireError, match="client 0 has other trainable tensors than the server"):
+        run(LocalGrid, tmp_path / "run", app=greeting_app(lambda greeting: greeting.update(layout="0" * 64)))
+
+
+def test_a_client_that_fails_at_the_handshake_says_why(tmp_path):
+    def fail(greeting):
+        raise ValueError("no such camera")
+
+    with pytest.raises(ClientError, match="ValueError: no such camera"):
+        run(LocalGrid, tmp_path / "run", app=greeting_app(fail))
+
+
+def test_a_message_to_nobody_is_answered_with_an_error():
+    grid = LocalGrid(make_client_app(), 2, {"config": compose([*SMALL]).text()})
+    message = Message(RecordDict(), 12345, MessageType.QUERY, group_id="0")
+    (reply,) = grid.send_and_receive([message])
+    assert reply.has_error()
+    assert "no node 12345" in reply.error.reason
+
+
+def test_what_a_client_does_to_its_instruction_reaches_nobody_else(tmp_path):
+    """Every client is handed tensors and settings of its own, whatever it does to them."""
+    from fedtune.party import Party
+
+    run(LocalGrid, tmp_path / "plain")
+    original = Party.turn
+
+    def spoil(self, index, round, instruction):
+        update = original(self, index, round, instruction)
+        for tensor in instruction.tensors.values():
+            tensor.fill_(1e9)
+        instruction.tensors.clear()
+        return update
+
+    Party.turn = spoil
+    try:
+        run(LocalGrid, tmp_path / "spoilt")
+    finally:
+        Party.turn = original
+    assert summary_of(tmp_path / "plain")["state_sha256"] == summary_of(tmp_path / "spoilt")["state_sha256"]

@@ -1,0 +1,58 @@
+"""What a person sees."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from fedtune import rounds
+from fedtune.progress import LineView, LiveView, clock, make_view, size
+
+
+def test_a_terminal_shows_a_bar_a_table_and_what_came_of_it(small_run, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        rounds, "make_view", lambda: make_view(Console(file=screen, force_terminal=True, width=110, color_system=None))
+    )
+    small_run(rounds=2)
+    text = screen.getvalue()
+    for part in (
+        "round 2/2",
+        "3/3 clients",
+        "left",
+        "held-out loss",
+        "run: fedit, 4 clients, 3 a round, 2 rounds",
+        "adapter",
+    ):
+        assert part in text, part
+
+
+def test_a_pipe_gets_a_line_a_round(small_run, capsys):
+    small_run(rounds=2)
+    out = capsys.readouterr().out
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("round ")] == ["0", "1", "2"]
+    assert "\x1b" not in out
+
+
+def test_a_failed_client_is_shown_with_its_reason():
+    screen = io.StringIO()
+    view = LiveView(Console(file=screen, force_terminal=True, width=110, color_system=None))
+    view.failure(3, 7, "the loss became nan [at once]")
+    view.close()
+    assert "round 3: client 7 failed: the loss became nan [at once]" in screen.getvalue()
+
+
+def test_the_view_follows_the_terminal():
+    assert isinstance(make_view(Console(file=io.StringIO())), LineView)
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (18_587_440, "18.6 MB"), (2.5e12, "2.5 TB")]
+)
+def test_sizes(count, shown):
+    assert size(int(count)) == shown
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (59.6, "1:00"), (3725, "1:02:05")])
+def test_clock(seconds, shown):
+    assert clock(seconds) == shown

@@ -1,0 +1,34 @@
+"""The main job on the real model and the real text, small enough for CI."""
+
+import pytest
+import torch
+from conftest import summary_of
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedtune.config import compose
+from fedtune.runtime.local import run_local
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_its_adapter_answers_in_plain_peft(tmp_path):
+    overrides = ["population.cohort=4", "rounds=2", "evaluate.examples=48", f"out={tmp_path / 'run'}"]
+    run_local(compose(["experiment=demo", *overrides]))
+    summary = summary_of(tmp_path / "run")
+    assert summary["last_eval_loss"] < summary["first_eval_loss"] - 0.3
+    assert summary["last_eval_accuracy"] > summary["first_eval_accuracy"]
+
+    path = summary["base"]["path"]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    chat = [{"role": "user", "content": "Do you get lonely?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+    def answer(model):
+        tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        return tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    before = answer(base)
+    after = answer(PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")))
+    assert after
+    assert after != before
