@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune import __version__
-from fedtune.errors import ConfigError, FedtuneError
+from fedtune.errors import ConfigError, FedtuneError, Interrupted
 
 if TYPE_CHECKING:
     from fedtune.schema import Experiment
@@ -66,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("FEDTUNE_DEBUG"):
             raise
         print(f"fedtune: {error}", file=sys.stderr)
-        return 1
+        return 130 if isinstance(error, Interrupted) else 1
     except KeyboardInterrupt:
-        print("fedtune: interrupted; finished rounds are kept: fedtune run resume=DIR goes on", file=sys.stderr)
+        print("fedtune: interrupted before the first round", file=sys.stderr)
         return 130
     return 0
 
@@ -114,7 +114,7 @@ def print_methods() -> None:
         source = CONF.parent.joinpath(*target.split(".")[:-1]).with_suffix(".py")
         title, _, rest = (ast.get_docstring(ast.parse(source.read_text())) or "").partition("\n\n")
         print(f"{name:<12} {title}")
-        for line in rest.split("\n\n")[0].splitlines()[:3]:
+        for line in rest.split("\n\n")[0].splitlines():
             print(f"{'':<12} {line}")
 
 

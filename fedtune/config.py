@@ -116,8 +116,8 @@ def describe_keys() -> Iterator[tuple[str, Any, str]]:
             for inner in fields(factory):
                 if "help" in inner.metadata and inner.default is not MISSING:
                     yield f"{outer.name}.{inner.name}", inner.default, inner.metadata["help"]
-        elif "help" in outer.metadata:
-            yield outer.name, None if outer.default is MISSING else outer.default, outer.metadata["help"]
+        elif "help" in outer.metadata and outer.default is not MISSING:
+            yield outer.name, outer.default, outer.metadata["help"]
 
 
 def _expand(override: str) -> list[str]:

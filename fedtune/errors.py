@@ -39,3 +39,7 @@ class DivergedError(FedtuneError):
 
 class RunFolderError(FedtuneError):
     """A run folder can't be created, written, read or resumed."""
+
+
+class Interrupted(FedtuneError):
+    """Somebody pressed Ctrl-C."""

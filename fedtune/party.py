@@ -69,9 +69,11 @@ class Party:
         self.model.reset()
         self.client.receive(self.model, instruction)
 
-    def evaluate(self) -> Score:
-        """Score the model as it stands on data that no client holds."""
+    def evaluate(self) -> Score | None:
+        """Score the model as it stands on data that no client holds; None if there is none (data.heldout=0)."""
         rows = self.data.server
+        if not len(rows):
+            return None
         if (limit := self.experiment.evaluate.examples) and limit < len(rows):
             rows = rows[permutation(fold(self.experiment.seed, "evaluate"), len(rows))[:limit]]
         return self._score(rows)

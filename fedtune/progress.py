@@ -58,7 +58,7 @@ class LineView:
             self._say(f"resumed after round {done}")
 
     def round_begins(self, number: int, cohort: int) -> None:
-        self._cohort = cohort
+        pass
 
     def reply(self, train_loss: float | None, failed: int, totals: Mapping[str, int]) -> None:
         pass
@@ -101,6 +101,7 @@ class LiveView:
             self._table.add_column(heading, justify="right")
         self._status = Text("")
         self._live = Live(Group(self._status), console=console, refresh_per_second=8, transient=False)
+        self._number = 0
         self._rounds = 0
         self._done_before = 0
         self._begun = time.monotonic()
@@ -123,6 +124,7 @@ class LiveView:
         self._live.update(Group(self._table, self._bar))
 
     def round_begins(self, number: int, cohort: int) -> None:
+        self._number = number
         self._bar.reset(
             self._task,
             total=cohort,
@@ -133,12 +135,11 @@ class LiveView:
 
     def reply(self, train_loss: float | None, failed: int, totals: Mapping[str, int]) -> None:
         task = self._bar.tasks[self._task]
-        number = int(task.description.split()[-1].split("/")[0])
         loss = f"loss {train_loss:.3f}  " if train_loss is not None else ""
         lost = f"[red]{failed} failed[/red]  " if failed else ""
         moved = f"up {size(totals['up_wire_bytes'])}  down {size(totals['down_wire_bytes'])}  "
-        part = (task.completed + 1) / (task.total or 1)
-        self._bar.update(self._task, advance=1, note=loss + lost + moved + self._left(number - 1 + part))
+        done = self._number - 1 + (task.completed + 1) / (task.total or 1)
+        self._bar.update(self._task, advance=1, note=loss + lost + moved + self._left(done))
 
     def failure(self, number: int, client: int, reason: str) -> None:
         self._console.print(f"[red]round {number}: client {client} failed:[/red] {escape(reason)}")

@@ -1,11 +1,14 @@
 """A round's updates, held in little memory."""
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, overload
 
+from fedtune.errors import RunFolderError
 from fedtune.protocol import Codec, Peer, Tensors, Update
 
 MEMORY_BYTES = 64 << 20  # updates beyond this wait in a temporary file, encoded
@@ -38,7 +41,7 @@ class Replies(Sequence[tuple[Peer, Update]]):
         """Keep `update`, whose tensors `blob` encodes.
 
         Raises:
-            OSError: if the file can't take it.
+            RunFolderError: if the disk can't take it.
         """
         self._room -= size_of(update.tensors)
         self._items.append((peer, update if self._room >= 0 else self._store(update, blob)))
@@ -68,10 +71,17 @@ class Replies(Sequence[tuple[Peer, Update]]):
         return peer, self._load(update) if isinstance(update, _Stored) else update
 
     def _store(self, update: Update, blob: bytes) -> _Stored:
-        if self._file is None:
-            self._file = TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed in close)
-        start = self._file.seek(0, 2)
-        self._file.write(blob)
+        try:
+            if self._file is None:
+                self._file = TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 (closed in close)
+            start = self._file.seek(0, 2)
+            if self._file.write(blob) != len(blob):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise RunFolderError(
+                f"{self._folder} can't hold the round's updates: {error.strerror or error}. What was written before is "
+                f"kept; make room, then: fedtune run resume={self._folder}"
+            ) from error
         return _Stored(start, len(blob), Update({}, update.examples, update.metrics))
 
     def _load(self, stored: _Stored) -> Update:

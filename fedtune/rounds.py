@@ -9,8 +9,8 @@ import gc
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from fedtune import wire
 from fedtune.checkpoint import Checkpoint, state_sha256
-from fedtune.errors import ClientError, DivergedError, FedtuneError, QuorumError, RunFolderError, WireError
+from fedtune.errors import ClientError, DivergedError, FedtuneError, Interrupted, QuorumError, RunFolderError, WireError
 from fedtune.export import adapter_config, adapter_weights
 from fedtune.flower import content_bytes
 from fedtune.keys import fold
@@ -110,11 +110,12 @@ class Server:
         self.ledger = Ledger()
         self.status = "running"
         self.done = -1  # the last finished round
+        self.state_sha256 = ""  # of the state after it
 
     def run(self) -> None:
         """All rounds that are not done yet."""
         self._restore()
-        self.folder.write_config(self.experiment)
+        self.folder.write_config(replace(self.experiment, out=str(self.folder.path)))
         self.folder.write_adapter("adapter_config.json", adapter_config(self.party.model))
         self.view.started(self.experiment, self.party, self.folder.path, self.done)
         try:
@@ -129,6 +130,10 @@ class Server:
             with suppress(RunFolderError):  # the first error is the one to show
                 self.folder.append_ledger(self.ledger.take_pending())
                 self._summarise(error)
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted(
+                    f"interrupted after round {self.done}; go on with: fedtune run resume={self.folder.path}"
+                ) from error
             raise
         self.status = "finished"
         self.view.finished(self._summarise(), self.folder.path)
@@ -144,6 +149,7 @@ class Server:
                     "or start a new run with another out="
                 )
             self.state, self.done = checkpoint.state, checkpoint.round
+            self.state_sha256 = state_sha256(self.state)
         self.ledger = Ledger(self.folder.forget_after(self.done))
 
     def _greet(self) -> None:
@@ -182,21 +188,20 @@ class Server:
         cohort = sample_cohort(experiment.population.clients, experiment.population.per_round, experiment.seed, number)
         self.view.round_begins(number, len(cohort))
         messages = list(self._instructions(number, cohort))
-        replies = Replies(self.party.codec_up, self.folder.path)
-        for arrival in self._exchange(messages, {self.nodes[index]: index for index in cohort}):
-            self._receive(arrival, played, replies)
-            self.view.reply(played.mean("train_loss"), len(played.failures), self.ledger.totals)
-        enough = math.ceil(experiment.population.quorum * len(cohort))
-        if len(replies) < enough:
-            self.folder.append_failures(played.failures)
-            first = next((f"; client {peer}: {reason}" for _, peer, reason in played.failures), "")
-            raise QuorumError(
-                f"round {number}: {len(replies)} of {len(cohort)} clients gave a usable update, "
-                f"population.quorum asks for {enough}{first}"
-            )
-        replies.sort()
-        self.state = self.strategy.aggregate(self.state, number, replies)
-        replies.close()
+        with closing(Replies(self.party.codec_up, self.folder.path)) as replies:
+            for arrival in self._exchange(messages, {self.nodes[index]: index for index in cohort}):
+                self._receive(arrival, played, replies)
+                self.view.reply(played.mean("train_loss"), len(played.failures), self.ledger.totals)
+            enough = experiment.population.enough(len(cohort))
+            if len(replies) < enough:
+                self.folder.append_failures(played.failures)
+                first = next((f"; client {peer}: {reason}" for _, peer, reason in played.failures), "")
+                raise QuorumError(
+                    f"round {number}: {len(replies)} of {len(cohort)} clients gave a usable update, "
+                    f"population.quorum asks for {enough}{first}"
+                )
+            replies.sort()
+            self.state = self.strategy.aggregate(self.state, number, replies)
         played.seconds = time.monotonic() - begun
         return played
 
@@ -250,7 +255,7 @@ class Server:
     def _receive(self, arrival: Arrival, played: Round, replies: Replies) -> None:
         """Check one reply and keep it, or book its failure."""
         peer = self.peers[arrival.index]
-        part, payload, size = "train", 0, None
+        part, payload, size = "failed", 0, None
         try:
             content = self._content(arrival)
             blob = wire.blob_of(content)
@@ -259,13 +264,13 @@ class Server:
             if update.examples > peer.samples:
                 raise WireError(f"it claims {update.examples} examples; at the handshake it had {peer.samples}")
             self.strategy.validate(self.state, played.number, peer, update)
-            replies.add(peer, update, blob)
-            played.count(update)
-            size = wire.update_bytes(blob, update)
         except FedtuneError as error:
-            part = "failed"
             played.fail(arrival.index, str(error))
             self.view.failure(played.number, arrival.index, str(error))
+        else:
+            replies.add(peer, update, blob)
+            played.count(update)
+            part, size = "train", wire.update_bytes(blob, update)
         sent = wire.wire_bytes(arrival.message, size) if arrival.message is not None else 0
         self.ledger.book(Entry(played.number, arrival.index, "up", part, payload, sent, arrival.seconds))
 
@@ -277,7 +282,7 @@ class Server:
         number, every = played.number, self.experiment.evaluate.every
         self.party.install(self._broadcast(number + 1))
         found = self.party.evaluate() if every and number % every == 0 else None
-        if found is not None and found.tokens and not math.isfinite(found.loss):
+        if found is not None and not math.isfinite(found.loss):
             raise DivergedError(
                 f"round {number}: the held-out loss became {found.loss}. Start a new run with a lower train.lr "
                 f"(now {self.experiment.train.lr:g})"
@@ -301,7 +306,7 @@ class Server:
         self.folder.append_metrics(row)
         self.folder.write_adapter("adapter_model.safetensors", adapter_weights(self.party.model))
         self.folder.save_checkpoint(Checkpoint(number, self.experiment.sha256, self.state))
-        self.done = number
+        self.done, self.state_sha256 = number, state_sha256(self.state)
         self._summarise()
         self.view.round_ends(row)
 
@@ -316,7 +321,7 @@ class Server:
         scores = self.folder.scores()
         if error is not None:
             scores["error"] = f"{type(error).__name__}: {error}"
-        summary = summarise(self.party, self.status, self.done, self.ledger.totals, state_sha256(self.state), scores)
+        summary = summarise(self.party, self.status, self.done, self.ledger.totals, self.state_sha256, scores)
         self.folder.write_summary(summary)
         return summary
 

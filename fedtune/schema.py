@@ -7,6 +7,7 @@ Nothing here imports torch, so a wrong setting is answered at once.
 import difflib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -126,6 +127,10 @@ class PopulationSpec:
     @property
     def per_round(self) -> int:
         return min(self.clients, 10) if self.cohort is None else self.cohort
+
+    def enough(self, cohort: int) -> int:
+        """How many of `cohort` clients have to reply; the small number takes back what rounding adds to 0.1 * 30."""
+        return math.ceil(self.quorum * cohort - 1e-9)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """FedIT: federated averaging of LoRA adapters, A and B apart.
 
 Zhang et al. 2024, "Towards Building the Federated GPT: Federated Instruction Tuning", arXiv:2305.05644;
-https://github.com/JayZhang42/FederatedGPT-Shepherd. With p_k = n_k / sum(n) over the clients that replied,
+https://github.com/JayZhang42/FederatedGPT-Shepherd.
+
+With p_k = n_k / sum(n) over the clients that replied,
 
     A = sum_k p_k A_k        B = sum_k p_k B_k        A_k: (r, in)   B_k: (out, r)
 

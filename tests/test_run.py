@@ -25,6 +25,7 @@ from fedtune.protocol import Peer, Update
 from fedtune.replies import Replies
 from fedtune.run_folder import METRICS, RunFolder
 from fedtune.runtime.local import run_local
+from fedtune.schema import PopulationSpec
 from fedtune.tiny import tiny_tokenizer
 from strategies.fedit import State
 
@@ -247,6 +248,44 @@ def test_updates_beyond_the_memory_limit_wait_on_disk_and_come_back(tmp_path):
     assert [update.examples for _, update in replies[1:3]] == [2, 3]
     assert len(replies) == 4
     replies.close()
+
+
+def test_updates_that_the_disk_cannot_take_stop_the_run_not_the_client(tmp_path):
+    from fedtune.codecs.raw import Raw
+
+    replies = Replies(Raw(), tmp_path / "gone", memory_bytes=0)
+    update = Update({"a": torch.ones(3)}, 1)
+    with pytest.raises(RunFolderError, match="can't hold the round's updates: No such file"):
+        replies.add(Peer(0, 1), update, Raw().encode(update.tensors, 0))
+
+
+def test_without_held_out_data_there_is_a_run_and_no_score(small_run):
+    folder = small_run("data.heldout=0", rounds=1)
+    assert [row[1] for row in lines(folder / "metrics.csv")[1:]] == ["", ""]
+    assert "first_eval_loss" not in summary_of(folder)
+
+
+@pytest.mark.parametrize(("quorum", "cohort", "enough"), [(0.5, 3, 2), (0.1, 30, 3), (1, 7, 7), (0.01, 10, 1)])
+def test_a_quorum_is_rounded_up(quorum, cohort, enough):
+    assert PopulationSpec(clients=100, quorum=quorum).enough(cohort) == enough
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    folder = tmp_path / "run"
+    words = [sys.executable, "-m", "fedtune.cli", "run", *LONG, "rounds=1000", f"out={folder}"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (folder / "metrics.csv").exists() or len(lines(folder / "metrics.csv")) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.count("\n") == 1
+    assert f"go on with: fedtune run resume={folder}" in err
+    assert summary_of(folder)["status"] == "interrupted"
+    check_whole(folder)
 
 
 MEASURE = """
