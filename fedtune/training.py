@@ -83,8 +83,11 @@ def fit(
                     )
                 total += value
                 loss.backward()  # type: ignore[no-untyped-call]
-                if max_grad_norm:
-                    torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+                if torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf) == 0:
+                    raise ClientError(
+                        f"no gradient reached the trainable tensors at step {step} of {steps}: this model's layers, as "
+                        "they are held here, can't be trained through. Try another model.quantization"
+                    )
                 update.step()
                 update.zero_grad()
         finally:

@@ -17,7 +17,7 @@ from fedtune.progress import HEADINGS, cells, closing
 def draw(folder: Path, target: Path) -> None:
     """Write the run in `folder` as an SVG picture."""
     summary = json.loads((folder / "summary.json").read_text())
-    console = Console(record=True, width=112, file=sys.stderr)
+    console = Console(record=True, width=100, file=sys.stderr, highlight=False)
     console.print(f"[bold]$ {summary['command']}[/bold]")
     base = summary["base"]
     console.print(f"base {base['source']}, {base['dtype']}, on {summary['machine']['device']}\n", style="dim")

@@ -8,9 +8,9 @@ from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
 
 from fedtune.adapters import LocalModel, adaptable
-from fedtune.errors import ModelError
+from fedtune.errors import ClientError, ModelError
 from fedtune.export import adapter_config, adapter_weights
-from fedtune.models import converted, load_base, pick_device, pick_dtype
+from fedtune.models import PACKAGED, _packaged_file, converted, load_base, pick_device, pick_dtype
 from fedtune.protocol import Batch
 from fedtune.schema import AdapterSpec, ModelSpec
 from fedtune.tiny import tiny_model, tiny_tokenizer
@@ -175,6 +175,16 @@ def test_training_can_be_switched_off_entirely_by_gradient_norm():
     assert all(torch.allclose(model.layout.initial[n], t, atol=1e-9) for n, t in model.read().items())
 
 
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_training_that_no_gradient_reaches_is_an_error_not_a_silence(max_grad_norm):
+    model = local()
+    for layer in model.module.base_model.model.model.layers:
+        layer.register_forward_hook(lambda module, given, made: made.detach().requires_grad_())
+    model.module.base_model.model.model.norm.register_forward_hook(lambda m, g, made: made.detach().requires_grad_())
+    with pytest.raises(ClientError, match="no gradient reached the trainable tensors at step 1"):
+        train(model, max_grad_norm=max_grad_norm)
+
+
 def test_conv1d_layers_are_adapted_by_name_not_by_shape(tmp_path):
     config = GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64, vocab_size=260)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
@@ -281,13 +291,21 @@ class TestSmolLM2:
         words = base.tokenizer("The capital of France is Paris.", return_tensors="pt")["input_ids"]
         given = Batch(words, torch.ones_like(words, dtype=torch.bool))
         settings = {"lr": 1e-2, "optimizer": "adamw", "weight_decay": 0.0, "max_grad_norm": 1.0, "key": 0}
+        with torch.inference_mode():  # some layers change their form when they are first evaluated
+            learnt_logits(model.module, given)
         first = fit(model, [given], steps=1, **settings)
         fit(model, [given] * 3, steps=3, **settings)
         assert fit(model, [given], steps=1, **settings) < first - 0.5
 
-    def test_a_conversion_is_made_once_and_whole(self, tmp_path, monkeypatch):
-        from fedtune.models import PACKAGED, _packaged_file
+    def test_a_gguf_file_of_ones_own_is_the_same_model(self):
+        gguf = _packaged_file(*PACKAGED[SMOLLM2])
+        own = load_base(ModelSpec(path=str(gguf)), CPU)
+        packaged = load_base(ModelSpec(path=SMOLLM2), CPU)
+        assert own.origin.source == f"gguf:{gguf}"
+        assert own.origin.sha256 == packaged.origin.sha256
+        assert torch.equal(own.model.lm_head.weight, packaged.model.lm_head.weight)
 
+    def test_a_conversion_is_made_once_and_whole(self, tmp_path, monkeypatch):
         monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
         gguf = _packaged_file(*PACKAGED[SMOLLM2])
         made = converted(Path(gguf), "0" * 64)

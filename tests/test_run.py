@@ -274,7 +274,11 @@ def test_a_quorum_is_rounded_up(quorum, cohort, enough):
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     folder = tmp_path / "run"
     words = [sys.executable, "-m", "fedtune.cli", "run", *LONG, "rounds=1000", f"out={folder}"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def heed():  # what starts in a shell's background ignores Ctrl-C, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(words, preexec_fn=heed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 100
     while not (folder / "metrics.csv").exists() or len(lines(folder / "metrics.csv")) < 4:
         assert time.monotonic() < deadline
