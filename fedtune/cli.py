@@ -93,7 +93,8 @@ def run(overrides: Sequence[str]) -> None:
     experiment = load(stored.read_text(encoding="utf-8"), str(stored))
     if others:
         # What the same words would give today, with the new ones: only then is a difference the new words' doing
-        before, asked = compose(experiment.overrides), compose([*experiment.overrides, *others])
+        words = {word.partition("=")[0]: word for word in [*experiment.overrides, *others]}
+        before, asked = compose(experiment.overrides), compose(list(words.values()))
         if changed := differences(before.fixed(), asked.fixed()):
             raise ConfigError(
                 f"resume={folder} goes on with the settings it was started with, but these differ: "

@@ -265,11 +265,17 @@ def _stretches(example: Example, tokenizer: Any, loss_on: str) -> list[tuple[str
             continue
         before = _render(tokenizer, example.messages[:place], True)
         after = _render(tokenizer, example.messages[: place + 1], False)
+        if not after.startswith(done):
+            raise DataError(
+                "the tokenizer's chat template renders earlier turns differently once later ones follow, so they "
+                "can't be learnt in one pass: give each row one answer, or use another tokenizer"
+            )
         # Some templates' generation prompt is no prefix of the finished turn (an empty "thinking" part, say): learning
         # then starts where the two part.
         cut = next(
             (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
         )
+        cut = max(cut, len(done))
         pieces.append((after[len(done) : cut], everything))
         pieces.append((after[cut:], True))
         done = after

@@ -94,7 +94,7 @@ def test_a_run_its_refusals_and_its_continuation(capsys, tmp_path):
     code, printed, _ = said(capsys, "run", f"resume={out}", "rounds=2")
     assert (code, "resumed after round 1" in printed, "round 2 " in printed) == (0, True, True)
 
-    code, printed, _ = said(capsys, "run", f"resume={out}")
+    code, printed, _ = said(capsys, "run", *QUICK, f"resume={out}")  # its own words again change nothing
     assert (code, "resumed after round 2" in printed) == (0, True)
 
 

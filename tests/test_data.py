@@ -122,6 +122,16 @@ def test_a_template_whose_generation_prompt_is_no_prefix_is_cut_where_they_part(
     assert spoken(corpus, 0)[1].startswith("Artificial Intelligence")
 
 
+def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
+    forgetful = tiny_tokenizer()
+    forgetful.chat_template = "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %};{% endfor %}"
+    talk = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    row = {"messages": [{"role": role, "content": text} for role, text in talk]}
+    spec = DataSpec(path=str(write(tmp_path / "a.jsonl", [row] * 4)))
+    with pytest.raises(DataError, match="renders earlier turns differently"):
+        tokenise(load_examples(spec), forgetful, spec)
+
+
 def test_long_examples_are_cut_and_those_with_nothing_left_to_learn_dropped(tmp_path):
     rows = [{"prompt": "p" * 50, "completion": "c"}, *[{"prompt": "p", "completion": "c" * 50}] * 4]
     data = load(write(tmp_path / "a.jsonl", rows), max_length=20)
@@ -168,9 +178,10 @@ def test_random_bytes_in_a_file_are_refused_or_read_but_never_crash(tmp_path_fac
         path = folder / f"x{ending}"
         path.write_bytes(content)
         try:
-            load_examples(DataSpec(path=str(path)))
+            read = load_examples(DataSpec(path=str(path)))
         except FedtuneError:
             continue
+        assert all(isinstance(example.text, str) for example in read)
 
 
 @pytest.mark.parametrize(
