@@ -80,7 +80,11 @@ def from_run_config(run_config: Mapping[str, Any]) -> Experiment:
     """The experiment that a Flower run carries: its whole text, or the words that compose it."""
     if text := run_config.get("config"):
         return load(str(text), "the run's config")
-    return compose(_split(str(run_config.get("overrides", ""))))
+    overrides = str(run_config.get("overrides", ""))
+    try:
+        return compose(shlex.split(overrides))
+    except ValueError as error:
+        raise ConfigError(f"overrides={overrides!r} can't be split into words: {error}") from error
 
 
 def build(spec: Mapping[str, Any], what: str) -> Any:
@@ -128,10 +132,6 @@ def _expand(override: str) -> list[str]:
     if key.startswith("codec."):
         return [f"{target}.{key.removeprefix('codec.')}{equals}{value}" for target in ("codec_up", "codec_down")]
     return [override]
-
-
-def _split(text: str) -> list[str]:
-    return shlex.split(text)
 
 
 def _schema() -> DictConfig:

@@ -105,6 +105,8 @@ def test_both_ends_of_a_flower_run_read_the_same_experiment():
     experiment = from_run_config(words)
     assert experiment.data.path == "with space.jsonl"
     assert from_run_config({"config": experiment.text()}) == experiment
+    with pytest.raises(ConfigError, match="can't be split into words"):
+        from_run_config({"overrides": 'model="tiny'})
 
 
 def test_settings_that_may_change_on_resume_are_not_part_of_the_hash():
