@@ -117,6 +117,7 @@ class Server:
         self._restore()
         self.folder.write_config(replace(self.experiment, out=str(self.folder.path)))
         self.folder.write_adapter("adapter_config.json", adapter_config(self.party.model))
+        self._summarise()
         self.view.started(self.experiment, self.party, self.folder.path, self.done)
         try:
             if self.done < self.experiment.rounds:

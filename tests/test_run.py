@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from fedtune.errors import RunFolderError
 from fedtune.ledger import COLUMNS, Entry, Ledger, parse
 from fedtune.protocol import Peer, Update
 from fedtune.replies import Replies
+from fedtune.rounds import Server
 from fedtune.run_folder import METRICS, RunFolder
 from fedtune.runtime.local import run_local
 from fedtune.schema import PopulationSpec
@@ -134,6 +136,22 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(small_run
     run_local(load((folder / "config.yaml").read_text()), resume=str(folder))
     assert summary_of(folder)["state_sha256"] == sha256
     assert len(lines(folder / "metrics.csv")) == 3
+
+
+def test_a_resumed_run_is_no_longer_called_finished(small_run, monkeypatch):
+    folder = small_run(rounds=1)
+    assert summary_of(folder)["status"] == "finished"
+    seen = []
+    greet = Server._greet
+
+    def look(self):
+        seen.append(summary_of(folder)["status"])
+        greet(self)
+
+    monkeypatch.setattr(Server, "_greet", look)
+    run_local(replace(load((folder / "config.yaml").read_text()), rounds=2), resume=str(folder))
+    assert seen == ["running"]
+    assert summary_of(folder)["status"] == "finished"
 
 
 def test_a_damaged_checkpoint_is_named(small_run):
