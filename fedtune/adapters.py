@@ -93,6 +93,11 @@ class LocalModel:
         """The trainable tensors themselves, for an optimizer."""
         return list(self._live.values())
 
+    @property
+    def trainable(self) -> int:
+        """How many trainable numbers there are."""
+        return sum(live.numel() for live in self._live.values())
+
     def _slot(self, name: str, parameter: Tensor) -> Slot:
         module, role = name.removesuffix(".weight").rsplit(".", 1)
         scaling = self.module.get_submodule(module).scaling["default"]

@@ -96,9 +96,7 @@ class LiveView:
             console=console,
         )
         self._task = self._bar.add_task("loading", total=None, note="", visible=False)
-        self._table = Table(box=None, pad_edge=False, header_style="dim")
-        for heading in HEADINGS:
-            self._table.add_column(heading, justify="right")
+        self._table = rounds_table()
         self._status = Text("")
         self._live = Live(Group(self._status), console=console, refresh_per_second=8, transient=False)
         self._number = 0
@@ -172,6 +170,14 @@ class LiveView:
 HEADINGS = ("round", "held-out loss", "accuracy", "train loss", "clients", "up", "down", "seconds")
 
 
+def rounds_table() -> Table:
+    """An empty table for rows of `cells`."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right")
+    return table
+
+
 def cells(row: Mapping[str, Any]) -> list[str]:
     """A metrics row for people."""
 
@@ -195,12 +201,11 @@ def headline(experiment: Experiment, party: Party, folder: Path) -> list[str]:
     """What is about to run, on what."""
     model, data, population = party.model, party.data, experiment.population
     held = experiment.model.quantization if experiment.model.quantization != "none" else str(model.module.dtype)
-    trainable = sum(parameter.numel() for parameter in model.parameters())
     return [
         f"{experiment.name}: {experiment.method_name}, {population.clients} clients, {population.per_round} a round, "
         f"{experiment.rounds} rounds",
         f"base     {experiment.model.name} from {model.origin.source}, {held.removeprefix('torch.')} "
-        f"on {model.device}, {trainable:,} trainable parameters",
+        f"on {model.device}, {model.trainable:,} trainable parameters",
         f"data     {experiment.data.name}, {len(data.corpus):,} examples, {experiment.data.partition} partition",
         f"writing  {folder}",
     ]

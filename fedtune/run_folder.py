@@ -20,7 +20,6 @@ from typing import Any
 
 from fedtune import ledger
 from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_atomically
-from fedtune.config import load
 from fedtune.errors import RunFolderError
 from fedtune.ledger import Entry
 from fedtune.schema import Experiment
@@ -98,11 +97,6 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-    def experiment(self) -> Experiment:
-        """The settings it was started with."""
-        where = self.path / "config.yaml"
-        return load(where.read_text(encoding="utf-8"), str(where))
 
     def write_config(self, experiment: Experiment) -> None:
         with self._writing("config.yaml") as path:

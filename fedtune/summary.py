@@ -26,7 +26,6 @@ def summarise(
         scores: what else there is to say about quality and time.
     """
     experiment, model, data = party.experiment, party.model, party.data
-    trainable = sum(parameter.numel() for parameter in model.parameters())
     return {
         "name": experiment.name,
         "method": experiment.method_name,
@@ -51,7 +50,7 @@ def summarise(
             "dtype": str(model.module.dtype).removeprefix("torch."),
             "quantization": experiment.model.quantization,
         },
-        "adapter": {"trainable_parameters": trainable, "layout_sha256": model.layout.sha256},
+        "adapter": {"trainable_parameters": model.trainable, "layout_sha256": model.layout.sha256},
         "data": {
             "source": describe_source(experiment.data),
             "examples": len(data.corpus),

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from fedtune.progress import HEADINGS, cells, closing
+from fedtune.progress import cells, closing, rounds_table
 
 
 def draw(folder: Path, target: Path) -> None:
@@ -21,9 +20,7 @@ def draw(folder: Path, target: Path) -> None:
     console.print(f"[bold]$ {summary['command']}[/bold]")
     base = summary["base"]
     console.print(f"base {base['source']}, {base['dtype']}, on {summary['machine']['device']}\n", style="dim")
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right")
+    table = rounds_table()
     with (folder / "metrics.csv").open(newline="") as stream:
         for row in csv.DictReader(stream):
             table.add_row(*cells({name: float(value) if value else None for name, value in row.items()} | _counts(row)))

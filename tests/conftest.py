@@ -19,9 +19,11 @@ os.environ.update(
 )
 
 import pytest
+from flwr.clientapp import ClientApp
 
 from fedtune.config import compose
-from fedtune.runtime.local import run_local
+from fedtune.runtime.app import make_server_app
+from fedtune.runtime.local import LocalGrid, run_local, server_context
 
 # A few small clients on the toy model: a run takes under a second once everything is imported
 SMALL = (
@@ -63,6 +65,14 @@ def fedtune(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return call
+
+
+def run_on(grid_class: type[LocalGrid], app: ClientApp, folder: Path, *overrides: str) -> LocalGrid:
+    """Run a small experiment on a Grid and a ClientApp of the test's own; returns the Grid."""
+    config = {"config": compose([*SMALL, f"out={folder}", *overrides]).text()}
+    grid = grid_class(app, 4, config)
+    make_server_app()(grid=grid, context=server_context(config))
+    return grid
 
 
 def summary_of(folder: Path) -> dict[str, Any]:

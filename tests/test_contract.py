@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from conftest import SMALL, summary_of
+from conftest import SMALL, run_on, summary_of
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
@@ -14,11 +14,10 @@ from fedtune import wire
 from fedtune.checkpoint import state_sha256
 from fedtune.config import choices, compose
 from fedtune.errors import QuorumError
-from fedtune.flower import SERVER_NODE
 from fedtune.party import Party
 from fedtune.protocol import Peer, Update
-from fedtune.runtime.app import make_client_app, make_server_app
-from fedtune.runtime.local import RUN_ID, LocalGrid, run_local
+from fedtune.runtime.app import make_client_app
+from fedtune.runtime.local import LocalGrid, run_local
 
 METHODS = choices("method")
 pytestmark = pytest.mark.parametrize("method", METHODS)
@@ -88,14 +87,6 @@ class CapturingGrid(LocalGrid):
         for reply in replies:
             self.keep(reply, "up", reply.metadata.src_node_id)
         return replies
-
-
-def run_on(grid_class, app, folder, *overrides):
-    config = {"config": compose([*SMALL, f"out={folder}", *overrides]).text()}
-    grid = grid_class(app, 4, config)
-    context = Context(run_id=RUN_ID, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config=config)
-    make_server_app()(grid=grid, context=context)
-    return grid
 
 
 def test_the_ledger_is_what_crossed_the_grid(method, tmp_path):

@@ -4,23 +4,18 @@ import time
 from collections.abc import Iterable
 
 import pytest
-from conftest import SMALL, summary_of
-from flwr.app import Context, Message, MessageType, RecordDict
+from conftest import SMALL, run_on, summary_of
+from flwr.app import Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.config import compose
 from fedtune.errors import ClientError, QuorumError, WireError
-from fedtune.flower import SERVER_NODE
-from fedtune.runtime.app import make_client_app, make_server_app
-from fedtune.runtime.local import RUN_ID, LocalGrid
+from fedtune.runtime.app import make_client_app
+from fedtune.runtime.local import LocalGrid
 
 
 def run(grid_class, folder, *overrides, app=None):
-    config = {"config": compose([*SMALL, "population.cohort=4", "rounds=1", f"out={folder}", *overrides]).text()}
-    grid = grid_class(app or make_client_app(), 4, config)
-    context = Context(run_id=RUN_ID, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config=config)
-    make_server_app()(grid=grid, context=context)
-    return grid
+    return run_on(grid_class, app or make_client_app(), folder, "population.cohort=4", "rounds=1", *overrides)
 
 
 class Unreliable(LocalGrid):

@@ -39,6 +39,15 @@ def lines(path):
         return list(csv.reader(stream))
 
 
+def wait_for_round(number: int, folder: Path, process: subprocess.Popen) -> None:
+    """Until the round's line is there: it and all before it, round 0 and the header among them."""
+    deadline = time.monotonic() + 100
+    while not (folder / "metrics.csv").exists() or len(lines(folder / "metrics.csv")) < number + 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def check_whole(folder: Path) -> int:
     """Everything in a run folder can be read, whatever stopped the run. Returns the checkpoint's round."""
     load((folder / "config.yaml").read_text())
@@ -64,11 +73,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(tmp_pat
     words = [*LONG, f"out={folder}"]
     for after in (2, 15):
         process = subprocess.Popen([sys.executable, "-m", "fedtune.cli", "run", *words], stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 100
-        while not (folder / "metrics.csv").exists() or len(lines(folder / "metrics.csv")) < after + 2:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_for_round(after, folder, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert check_whole(folder) >= after - 1
@@ -297,10 +302,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     process = subprocess.Popen(words, preexec_fn=heed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 100
-    while not (folder / "metrics.csv").exists() or len(lines(folder / "metrics.csv")) < 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_round(2, folder, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -98,11 +98,15 @@ class LocalGrid(Grid):
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
+def server_context(run_config: UserConfig) -> Context:
+    """What a ServerApp on a `LocalGrid` is started with."""
+    return Context(run_id=RUN_ID, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config=run_config)
+
+
 def run_local(experiment: Experiment, resume: str | None = None) -> None:
     """Run the whole experiment in this process."""
     from fedtune.runtime.app import make_client_app, make_server_app
 
     run_config: UserConfig = {"config": experiment.text()}
     grid = LocalGrid(make_client_app(), experiment.population.clients, run_config)
-    context = Context(run_id=RUN_ID, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config=run_config)
-    make_server_app(resume=resume)(grid=grid, context=context)
+    make_server_app(resume=resume)(grid=grid, context=server_context(run_config))

@@ -27,18 +27,17 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import torch
-from flwr.app import Context, Message, RecordDict, UserConfig
+from flwr.app import Context, Message, UserConfig
 from flwr.clientapp import ClientApp
 from rich.console import Console
 from rich.table import Table
 
 from fedtune.config import compose
-from fedtune.flower import SERVER_NODE
 from fedtune.keys import fold
 from fedtune.party import Party, party_of
 from fedtune.protocol import Instruction, Update
 from fedtune.runtime.app import make_client_app, make_server_app
-from fedtune.runtime.local import RUN_ID, LocalGrid
+from fedtune.runtime.local import LocalGrid, server_context
 from fedtune.schema import Experiment, MethodSpec
 from fedtune.training import fit
 
@@ -125,10 +124,6 @@ def local_rounds(experiment: Experiment) -> list[float]:
         grid = TimedGrid(make_client_app(), experiment.population.clients, config)
         make_server_app()(grid=grid, context=server_context(config))
     return [after - before for before, after in itertools.pairwise(pushes[1:])]  # the first push is the handshake
-
-
-def server_context(config: UserConfig) -> Context:
-    return Context(run_id=RUN_ID, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config=config)
 
 
 def ray_round(experiment: Experiment) -> float:
