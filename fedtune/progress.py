@@ -128,7 +128,7 @@ class LiveView:
             total=cohort,
             visible=True,
             description=f"round {number}/{self._rounds}",
-            note=self._left(number),
+            note=self._left(number - 1),
         )
 
     def reply(self, train_loss: float | None, failed: int, totals: Mapping[str, int]) -> None:

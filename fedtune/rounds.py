@@ -132,9 +132,8 @@ class Server:
                 self.folder.append_ledger(self.ledger.take_pending())
                 self._summarise(error)
             if isinstance(error, KeyboardInterrupt):
-                raise Interrupted(
-                    f"interrupted after round {self.done}; go on with: fedtune run resume={self.folder.path}"
-                ) from error
+                done = f"after round {self.done}" if self.done >= 0 else "before round 0 was done"
+                raise Interrupted(f"interrupted {done}; go on with: fedtune run resume={self.folder.path}") from error
             raise
         self.status = "finished"
         self.view.finished(self._summarise(), self.folder.path)

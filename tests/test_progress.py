@@ -48,6 +48,15 @@ def test_a_failed_client_is_shown_with_its_reason():
     assert "round 3: client 7 failed: the loss became nan [at once]" in screen.getvalue()
 
 
+def test_no_time_left_is_shown_before_anything_was_timed():
+    view = LiveView(Console(file=io.StringIO(), force_terminal=True))
+    view.round_begins(1, 8)
+    assert view._bar.tasks[0].fields["note"] == ""
+    view.reply(2.5, 0, {"up_wire_bytes": 0, "down_wire_bytes": 0})
+    assert "left" in view._bar.tasks[0].fields["note"]
+    view.close()
+
+
 def test_the_view_follows_the_terminal():
     assert isinstance(make_view(Console(file=io.StringIO())), LineView)
 

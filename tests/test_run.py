@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from fedtune.checkpoint import Checkpoint, flatten, load_checkpoint, save_checkpoint, state_sha256, unflatten
 from fedtune.config import compose, load
 from fedtune.corpus import load_data
-from fedtune.errors import RunFolderError
+from fedtune.errors import Interrupted, RunFolderError
 from fedtune.ledger import COLUMNS, Entry, Ledger, parse
 from fedtune.protocol import Peer, Update
 from fedtune.replies import Replies
@@ -291,6 +291,15 @@ def test_without_held_out_data_there_is_a_run_and_no_score(small_run):
 @pytest.mark.parametrize(("quorum", "cohort", "enough"), [(0.5, 3, 2), (0.1, 30, 3), (1, 7, 7), (0.01, 10, 1)])
 def test_a_quorum_is_rounded_up(quorum, cohort, enough):
     assert PopulationSpec(clients=100, quorum=quorum).enough(cohort) == enough
+
+
+def test_a_run_that_is_interrupted_in_round_0_names_no_round_that_was_not(small_run, monkeypatch):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "_greet", interrupt)
+    with pytest.raises(Interrupted, match="interrupted before round 0 was done; go on with: fedtune run resume="):
+        small_run()
 
 
 @pytest.mark.slow
