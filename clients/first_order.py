@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fedtune.adapters import LocalModel
-from fedtune.protocol import Batches, Instruction, Update
+from fedtune.protocol import Batches, Instruction, Tensors, Update
 from fedtune.training import fit
 
 
@@ -15,10 +15,10 @@ class FirstOrder:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
 
-    def receive(self, model: LocalModel, instruction: Instruction) -> None:
+    def receive(self, model: LocalModel, instruction: Instruction, memory: Tensors) -> None:
         model.install(instruction.tensors)
 
-    def train(self, model: LocalModel, batches: Batches, instruction: Instruction, key: int) -> Update:
+    def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
         loss = fit(
             model,
             batches,

@@ -28,6 +28,7 @@ class Checkpoint:
     round: int  # the last round that is part of the state; 0 is the untouched model
     config_sha256: str
     state: Any
+    run: str  # the run's id, by which clients find what they kept
 
 
 def flatten(state: Any) -> tuple[Any, Tensors]:
@@ -95,6 +96,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     header = {
         "round": str(checkpoint.round),
         "config_sha256": checkpoint.config_sha256,
+        "run": checkpoint.run,
         "state": json.dumps(tree),
     }
     write_atomically(path, save(tensors, metadata=header))
@@ -111,7 +113,7 @@ def load_checkpoint(path: Path, template: Any) -> Checkpoint:
             header = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         state = unflatten(json.loads(header["state"]), tensors, template)
-        return Checkpoint(int(header["round"]), header["config_sha256"], state)
+        return Checkpoint(int(header["round"]), header["config_sha256"], state, header["run"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunFolderError(
             f"{path} is no checkpoint of this method: {error}. Start anew with another out="

@@ -33,6 +33,8 @@ Run a federated experiment and write it to a folder.
   fedtune run model=smollm2 data=chatterbot rounds=10 train.lr=1e-3 out=runs/first
   fedtune run model.path=Qwen/Qwen2.5-0.5B-Instruct data.path=mine.jsonl population.clients=8
   fedtune run model=smollm2 model.quantization=nf4 population.clients=300 population.cohort=30
+  fedtune run runtime=ray runtime.cpus=1 experiment=hundreds
+  fedtune run runtime=flower runtime.superlink=site population.clients=3 model=smollm2
   fedtune run resume=runs/first rounds=20
 """
 
@@ -138,9 +140,14 @@ def print_run_help() -> None:
 
 def _start(experiment: "Experiment", resume: str | None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from fedtune.runtime.local import run_local
+    if experiment.runtime.name == "ray":
+        from fedtune.runtime.ray import run_ray as start
+    elif experiment.runtime.name == "flower":
+        from fedtune.runtime.deploy import run_deployed as start
+    else:
+        from fedtune.runtime.local import run_local as start
 
-    run_local(experiment, resume)
+    start(experiment, resume)
 
 
 if __name__ == "__main__":

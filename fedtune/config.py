@@ -82,9 +82,11 @@ def from_run_config(run_config: Mapping[str, Any]) -> Experiment:
         return load(str(text), "the run's config")
     overrides = str(run_config.get("overrides", ""))
     try:
-        return compose(shlex.split(overrides))
+        words = shlex.split(overrides)
     except ValueError as error:
         raise ConfigError(f"overrides={overrides!r} can't be split into words: {error}") from error
+    # Who comes this way was started by Flower, on whatever it runs
+    return compose(words if any(word.startswith("runtime=") for word in words) else ["runtime=flower", *words])
 
 
 def build(spec: Mapping[str, Any], what: str) -> Any:

@@ -41,5 +41,9 @@ class RunFolderError(FedtuneError):
     """A run folder can't be created, written, read or resumed."""
 
 
+class DeploymentError(FedtuneError):
+    """A SuperLink, a SuperNode or a run on them did not do what it was told."""
+
+
 class Interrupted(FedtuneError):
     """Somebody pressed Ctrl-C."""

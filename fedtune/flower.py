@@ -3,16 +3,27 @@
 Tested with flwr 1.41.
 """
 
+import logging
+import os
+import re
+from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any
 
+import httpx
 from flwr.app import Message, Metadata, RecordDict
 from flwr.app.error import Error
+from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from flwr.common.serde import recorddict_to_proto
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.common.serde_utils import error_to_proto, metadata_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage  # pylint: disable=no-name-in-module
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict  # pylint: disable=no-name-in-module
+from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from fedtune.errors import ConfigError, FedtuneError, WireError
 
 __all__ = [
     "SERVER_NODE",
@@ -21,11 +32,61 @@ __all__ = [
     "Run",
     "assume_identity",
     "content_bytes",
+    "content_from_bytes",
+    "content_to_bytes",
     "envelope_bytes",
+    "explain_error",
+    "pull_one",
+    "raised_by_client",
     "set_message_id",
+    "simulate",
 ]
 
 SERVER_NODE = 1  # Flower's own id for the server
+
+_EXPLAINED = {
+    ErrorCode.UNKNOWN: "its process died",
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "its ClientApp can't be loaded",
+    ErrorCode.MESSAGE_UNAVAILABLE: "the message to it was lost",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its reply was lost",
+    ErrorCode.NODE_UNAVAILABLE: "its node went away",
+    ErrorCode.CLIENT_APP_CRASHED: "its client process died",
+}
+
+MAX_REASON = 500  # characters of a client's complaint that are kept
+
+# The forms in which Flower passes on what a client raised, in a deployment and from Ray
+_RAISED = re.compile(r"^<class '(?:[\w.]+\.)?((?!ClientAppException)\w+)'>:<'(.*)'>$", re.DOTALL)
+_RAISED_ON_RAY = re.compile(r"Exception ClientAppException occurred\. Message: (.*)'>$", re.DOTALL)
+
+
+def explain_error(error: Error) -> str:
+    """What an error reply means: for what a client raised its own words, else what happened to it, in ours first."""
+    said = error.reason or f"Flower error {error.code}"
+    if (found := _RAISED.search(said)) or (found := _RAISED_ON_RAY.search(said)):
+        said = ": ".join(text.strip() for text in found.groups())
+    said = said if len(said) <= MAX_REASON else f"{said[:MAX_REASON]} ..."
+    happened = _EXPLAINED.get(error.code)
+    return f"{happened} ({said})" if happened else said
+
+
+def raised_by_client(error: Error) -> bool:
+    """Whether the client's own code is at fault, rather than its machine or the way to it."""
+    return error.code in (ErrorCode.LOAD_CLIENT_APP_EXCEPTION, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
+
+
+def pull_one(grid: Grid, message_id: str) -> Iterable[Message]:
+    """What has come in answer to this message, if anything.
+
+    Raises:
+        WireError: if what came can't be unpacked. A SuperLink that can't be reached is not that: it ends the run.
+    """
+    try:
+        return list(grid.pull_messages([message_id]))
+    except (httpx.HTTPError, OSError):
+        raise
+    except Exception as error:  # Flower raises what it likes on objects that don't fit together
+        raise WireError(f"its reply can't be unpacked ({type(error).__name__}: {error})") from error
 
 
 def assume_identity(run_id: int) -> None:
@@ -38,6 +99,58 @@ def assume_identity(run_id: int) -> None:
 def set_message_id(message: Message, message_id: str) -> None:
     """Name a message, as a SuperLink does on arrival; `Metadata` has no setter for it."""
     message.metadata.__dict__["_message_id"] = message_id
+
+
+def simulate(server_app: ServerApp, client_app: ClientApp, clients: int, backend: dict[str, Any]) -> None:
+    """Run the apps on Flower's simulation engine, as `flwr.simulation.run_simulation` does, which is deprecated.
+
+    Args:
+        backend: `init_args` for ray.init, and `client_resources`, the options of Ray's actors.
+
+    Raises:
+        ConfigError: if Ray has no room for a single client, or the cluster can't be reached.
+        FedtuneError: what the ServerApp raised.
+    """
+    from flwr.simulation.run_simulation import _run_simulation  # imports Ray: seconds
+    from flwr.supercore.telemetry import EventType
+
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    if not os.environ.get("FEDTUNE_DEBUG"):
+        logger.setLevel(logging.CRITICAL)  # every failed client is reported by the round loop, without a traceback
+    try:
+        _run_simulation(
+            num_supernodes=clients,
+            exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
+            client_app=client_app,
+            server_app=server_app,
+            backend_config=backend,
+        )
+    except FedtuneError:
+        raise
+    except (RuntimeError, ConnectionError, ValueError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, FedtuneError):
+            raise cause from None
+        said = str(cause).strip().splitlines()
+        raise ConfigError(
+            f"Ray can't run these clients: {said[0] if said else type(cause).__name__} "
+            "Look at runtime.cpus, runtime.gpus and runtime.address; FEDTUNE_DEBUG=1 shows everything"
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def content_to_bytes(content: RecordDict) -> bytes:
+    """The content as Flower's protobuf."""
+    return bytes(recorddict_to_proto(content).SerializeToString())
+
+
+def content_from_bytes(data: bytes) -> RecordDict:
+    """What `content_to_bytes` made."""
+    return recorddict_from_proto(ProtoRecordDict.FromString(data))
 
 
 def content_bytes(content: RecordDict) -> int:

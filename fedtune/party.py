@@ -1,11 +1,15 @@
 """A party: what one process of the server or of a client holds to take its part."""
 
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from platformdirs import user_state_path
 
 from fedtune.adapters import LocalModel
 from fedtune.config import build, from_run_config
@@ -13,21 +17,28 @@ from fedtune.corpus import FederatedData, load_data
 from fedtune.errors import DataError
 from fedtune.evaluate import Score, score
 from fedtune.keys import fold, permutation
+from fedtune.memory import Memory
 from fedtune.models import load_base, pick_device
-from fedtune.protocol import Client, Codec, Instruction, Strategy, Update
+from fedtune.protocol import Client, Codec, Instruction, Strategy, Tensors, Update
 from fedtune.schema import Experiment
 
 
 class Party:
-    """The method, the codecs, the model and the data of an experiment. Model and data are loaded on first use."""
+    """The method, the codecs, the model and the data of an experiment. Model and data are loaded on first use.
+
+    Attributes:
+        training_seconds: what the last turn's training took.
+    """
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
+        self.training_seconds = 0.0
         self.strategy: Strategy[Any] = build(experiment.method.strategy, "method.strategy")
         self.client: Client = build(experiment.method.client, "method.client")
         self.codec_up: Codec = build(experiment.codec_up, "codec_up")
         self.codec_down: Codec = build(experiment.codec_down, "codec_down")
-        torch.set_num_threads(experiment.runtime.threads)
+        # A device with fewer cores than the server is not made to run more threads than it has
+        torch.set_num_threads(min(experiment.runtime.threads, os.cpu_count() or 1))
 
     @cached_property
     def model(self) -> LocalModel:
@@ -40,6 +51,14 @@ class Party:
         experiment = self.experiment
         return load_data(experiment.data, experiment.population.clients, self.model.tokenizer, experiment.seed)
 
+    @cached_property
+    def memory(self) -> Memory:
+        """What this process's clients keep: in the run folder, or on a device of its own in that device's home."""
+        out = self.experiment.out
+        if self.experiment.runtime.name == "flower" or out is None:
+            return Memory(home() / "clients")
+        return Memory(Path(out).expanduser() / "clients")
+
     def samples(self, index: int) -> int:
         """Training examples of client `index`.
 
@@ -50,24 +69,33 @@ class Party:
             raise DataError(f"there is no client {index}: the data is divided among {len(self.data.train)}")
         return len(self.data.train[index])
 
-    def turn(self, index: int, round: int, instruction: Instruction) -> Update:
-        """Client `index` does its part of a round, on a model that holds nothing of the turn before."""
+    def turn(self, run: str, index: int, round: int, instruction: Instruction) -> Update:
+        """Client `index` does its part of a round, on a model that holds nothing of the turn before.
+
+        Args:
+            run: the run's id, under which the client's memory is kept.
+        """
         experiment = self.experiment
         key = fold(experiment.seed, "train", round, index)
-        self.install(instruction)
+        memory = self.memory.recall(run, index, round)
+        self.install(instruction, memory)
         batches = self.data.batches(index, experiment.train.batch_size, key)
         own = self.data.heldout[index]
-        if not (experiment.evaluate.clients and len(own)):
-            return self.client.train(self.model, batches, instruction, key)
-        found = self._score(own)
-        update = self.client.train(self.model, batches, instruction, key)
+        found = self._score(own) if experiment.evaluate.clients and len(own) else None
+        begun = time.perf_counter()
+        update = self.client.train(self.model, batches, instruction, memory, key)
+        self.training_seconds = time.perf_counter() - begun
+        if memory:
+            self.memory.keep(run, index, round, memory)
+        if found is None:
+            return update
         scores = {"client_eval_loss": found.loss, "client_eval_accuracy": found.accuracy}
         return replace(update, metrics={**update.metrics, **scores})
 
-    def install(self, instruction: Instruction) -> None:
-        """Make the model what a client would hold after receiving `instruction`."""
+    def install(self, instruction: Instruction, memory: Tensors) -> None:
+        """Make the model what a client with this memory would hold after receiving `instruction`."""
         self.model.reset()
-        self.client.receive(self.model, instruction)
+        self.client.receive(self.model, instruction, memory)
 
     def evaluate(self) -> Score | None:
         """Score the model as it stands on data that no client holds; None if there is none (data.heldout=0)."""
@@ -80,6 +108,15 @@ class Party:
 
     def _score(self, rows: Any) -> Score:
         return score(self.model, self.data.corpus, rows, self.experiment.evaluate.batch_size, self.data.pad)
+
+
+def home() -> Path:
+    """Where a device keeps what lasts: $FEDTUNE_HOME, or beside what Flower keeps in $FLWR_HOME, or the user's own
+    place for such things."""
+    if named := os.environ.get("FEDTUNE_HOME"):
+        return Path(named).expanduser()
+    flower = os.environ.get("FLWR_HOME")
+    return Path(flower).expanduser() / "fedtune" if flower else user_state_path("fedtune")
 
 
 def party_of(run_config: Mapping[str, Any]) -> Party:

@@ -30,6 +30,8 @@ class View(Protocol):
 
     def failure(self, number: int, client: int, reason: str) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
     def evaluating(self) -> None: ...
 
     def round_ends(self, row: Mapping[str, Any]) -> None: ...
@@ -65,6 +67,9 @@ class LineView:
 
     def failure(self, number: int, client: int, reason: str) -> None:
         self._say(f"round {number}: client {client} failed: {reason}")
+
+    def note(self, text: str) -> None:
+        self._say(text)
 
     def evaluating(self) -> None:
         pass
@@ -141,6 +146,9 @@ class LiveView:
 
     def failure(self, number: int, client: int, reason: str) -> None:
         self._console.print(f"[red]round {number}: client {client} failed:[/red] {escape(reason)}")
+
+    def note(self, text: str) -> None:
+        self._console.print(escape(text), style="dim")
 
     def evaluating(self) -> None:
         self._bar.update(self._task, note="evaluating ...")

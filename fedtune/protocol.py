@@ -9,7 +9,7 @@ nothing between calls. What lasts is data that is passed in and handed back.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -29,14 +29,27 @@ SERVER = -1  # the index under which the server itself installs and evaluates wh
 
 @dataclass(frozen=True)
 class Capability:
-    """What a device can do, declared in the config or measured on the device."""
+    """What a device can do, as its owner declares it to its SuperNode (`--node-config 'memory-bytes=8e9 ...'`).
+
+    Raises:
+        ValueError: naming the limit that isn't a number above zero.
+    """
 
     memory_bytes: float = float("inf")
     backprop: bool = True
-    max_rank: int | None = None
+    max_rank: float = float("inf")
     flop_per_s: float = float("inf")
     up_bytes_per_s: float = float("inf")
     down_bytes_per_s: float = float("inf")
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if limit.name == "backprop":
+                if not isinstance(value, bool):
+                    raise ValueError(f"backprop should be true or false, got {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{limit.name} should be a number above 0, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -134,13 +147,20 @@ class Strategy(Protocol[State]):
 
 
 class Client(Protocol):
-    """The client's side of a method."""
+    """The client's side of a method.
 
-    def receive(self, model: "LocalModel", instruction: Instruction) -> None:
-        """Install what the server sent. The model starts each turn from the layout's initial values."""
+    `memory` is what this client kept for itself at its last turn, empty at first. Whatever a client puts there stays on
+    its device, is there again at its next turn, also after a resume, and reaches no other client.
+    """
+
+    def receive(self, model: "LocalModel", instruction: Instruction, memory: Tensors) -> None:
+        """Install what the server sent. The model starts each turn from the layout's initial values; the server, which
+        evaluates what it broadcasts, has no memory."""
         ...
 
-    def train(self, model: "LocalModel", batches: Batches, instruction: Instruction, key: int) -> Update: ...
+    def train(
+        self, model: "LocalModel", batches: Batches, instruction: Instruction, memory: Tensors, key: int
+    ) -> Update: ...
 
 
 class Codec(Protocol):

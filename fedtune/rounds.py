@@ -7,10 +7,12 @@ A failed client is a line in the ledger and in failures.csv. The round counts wh
 
 import gc
 import math
+import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from threading import Event
 from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
@@ -18,7 +20,9 @@ from flwr.serverapp import Grid
 
 from fedtune import wire
 from fedtune.checkpoint import Checkpoint, state_sha256
-from fedtune.errors import ClientError, DivergedError, FedtuneError, Interrupted, QuorumError, RunFolderError, WireError
+from fedtune.config import differences
+from fedtune.errors import DivergedError, FedtuneError, Interrupted, QuorumError, RunFolderError, WireError
+from fedtune.exchange import Arrival, Exchange
 from fedtune.export import adapter_config, adapter_weights
 from fedtune.flower import content_bytes
 from fedtune.keys import fold
@@ -28,19 +32,9 @@ from fedtune.population import sample_cohort
 from fedtune.progress import View, make_view
 from fedtune.protocol import SERVER, Instruction, Peer, Update
 from fedtune.replies import Replies
+from fedtune.roster import Roster
 from fedtune.run_folder import RunFolder, check_vacant
 from fedtune.summary import summarise
-
-POLL_SECONDS = 0.1  # between two looks for replies, where clients are elsewhere
-
-
-@dataclass
-class Arrival:
-    """A reply, or that none came."""
-
-    index: int
-    message: Message | None
-    seconds: float
 
 
 @dataclass
@@ -68,8 +62,11 @@ class Round:
         return total / examples if examples else None
 
 
-def run(grid: Grid, party: Party, resume: str | None = None) -> None:
+def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None = None) -> None:
     """Run an experiment to its last round, or go on with the one in `resume`, and leave a run folder behind.
+
+    Args:
+        stop: set it to interrupt the run at its next wait, as Ctrl-C does.
 
     Raises:
         FedtuneError: of whichever kind; everything up to the last finished round is then in the run folder.
@@ -87,7 +84,7 @@ def run(grid: Grid, party: Party, resume: str | None = None) -> None:
         gc.freeze()
         folder = RunFolder.open(resume) if resume else RunFolder.create(experiment.out, experiment.name)
         try:
-            Server(grid, party, folder, view).run()
+            Server(Exchange(grid, stop), party, folder, view).run()
         finally:
             folder.close()
     finally:
@@ -97,17 +94,17 @@ def run(grid: Grid, party: Party, resume: str | None = None) -> None:
 class Server:
     """One run of one experiment: the state that lasts between rounds, and the steps of a round."""
 
-    def __init__(self, grid: Grid, party: Party, folder: RunFolder, view: View):
-        self.grid = grid
+    def __init__(self, exchange: Exchange, party: Party, folder: RunFolder, view: View):
+        self.exchange = exchange
         self.party = party
         self.experiment = party.experiment
         self.folder = folder
         self.view = view
         self.strategy = party.strategy
         self.state: Any = None
-        self.peers: dict[int, Peer] = {}
-        self.nodes: dict[int, int] = {}  # Flower's node id of each client index
+        self.run_id = secrets.token_hex(8)  # a resumed run has the one it began with
         self.ledger = Ledger()
+        self.roster = Roster(exchange, self.experiment, party.model.layout.sha256, self._book, view.note)
         self.status = "running"
         self.done = -1  # the last finished round
         self.state_sha256 = ""  # of the state after it
@@ -121,7 +118,7 @@ class Server:
         self.view.started(self.experiment, self.party, self.folder.path, self.done)
         try:
             if self.done < self.experiment.rounds:
-                self._greet()
+                self.roster.gather(max(self.done, 0))
             if self.done < 0:
                 self._finish_round(Round(0))
             for number in range(self.done + 1, self.experiment.rounds + 1):
@@ -144,41 +141,22 @@ class Server:
         checkpoint = self.folder.load_checkpoint(self.state)
         if checkpoint is not None:
             if checkpoint.config_sha256 != self.experiment.sha256:
+                asked = differences(self.folder.read_config().fixed(), self.experiment.fixed())
                 raise RunFolderError(
-                    f"{self.folder.path}/config.yaml is not what this run was started with: put it back, "
-                    "or start a new run with another out="
+                    f"{self.folder.path} was started with other settings"
+                    + (
+                        f": {'; '.join(asked)}. Leave these out"
+                        if asked
+                        else "; its config.yaml was changed. Put it back"
+                    )
+                    + ", or start a new run with another out="
                 )
-            self.state, self.done = checkpoint.state, checkpoint.round
+            self.state, self.done, self.run_id = checkpoint.state, checkpoint.round, checkpoint.run
             self.state_sha256 = state_sha256(self.state)
         self.ledger = Ledger(self.folder.forget_after(self.done))
 
-    def _greet(self) -> None:
-        """Wait for every client's node and learn who it is. A resumed run greets again, and books it."""
-        number = max(self.done, 0)
-        wanted = self.experiment.population.clients
-        deadline = time.monotonic() + self.experiment.runtime.timeout
-        while len(nodes := list(self.grid.get_node_ids())) < wanted:
-            if time.monotonic() > deadline:
-                raise QuorumError(f"{len(nodes)} of {wanted} clients came within {self.experiment.runtime.timeout:g} s")
-            time.sleep(POLL_SECONDS)
-        layout = self.party.model.layout.sha256
-        messages = [Message(RecordDict(), node, MessageType.QUERY, group_id=str(number)) for node in nodes]
-        sizes = {message.metadata.dst_node_id: wire.wire_bytes(message) for message in messages}
-        for arrival in self._exchange(messages, dict(zip(nodes, nodes, strict=True))):
-            node = arrival.index
-            peer = wire.unpack_greeting(self._content(arrival), wanted, layout)
-            if peer.index in self.peers:
-                raise WireError(f"two nodes say they are client {peer.index}: give each its own partition-id")
-            self.peers[peer.index] = peer
-            self.nodes[peer.index] = node
-            assert arrival.message is not None
-            for direction, size, seconds in (
-                ("down", sizes[node], 0.0),
-                ("up", wire.wire_bytes(arrival.message), arrival.seconds),
-            ):
-                self.ledger.book(Entry(number, peer.index, direction, "handshake", 0, size, seconds))
-        if len(self.peers) < wanted:
-            raise QuorumError(f"only {len(self.peers)} of {wanted} clients are there")
+    def _book(self, entry: Entry) -> None:
+        self.ledger.book(entry)
 
     def _play(self, number: int) -> Round:
         """One round, up to the aggregated state."""
@@ -187,10 +165,15 @@ class Server:
         begun = time.monotonic()
         cohort = sample_cohort(experiment.population.clients, experiment.population.per_round, experiment.seed, number)
         self.view.round_begins(number, len(cohort))
-        messages = list(self._instructions(number, cohort))
+        present = self.roster.refresh(number)
+        messages = list(self._instructions(number, [index for index in cohort if index in present]))
+        index_of = {self.roster.nodes[index]: index for index in cohort if index in present}
         with closing(Replies(self.party.codec_up, self.folder.path)) as replies:
-            for arrival in self._exchange(messages, {self.nodes[index]: index for index in cohort}):
-                self._receive(arrival, played, replies)
+            for index in cohort:
+                if index not in present:
+                    self._miss(index, played)
+            for arrival in self.exchange.send(messages, experiment.runtime.timeout):
+                self._receive(index_of[arrival.node], arrival, played, replies)
                 self.view.reply(played.mean("train_loss"), len(played.failures), self.ledger.totals)
             enough = experiment.population.enough(len(cohort))
             if len(replies) < enough:
@@ -211,53 +194,25 @@ class Server:
         key = fold(self.experiment.seed, "down", number)
         for index in cohort:
             begun = time.perf_counter()
-            instruction = self.strategy.configure(self.state, number, self.peers[index])
+            instruction = self.strategy.configure(self.state, number, self.roster.peers[index])
             known = next((made for made in packed if _same(made[0], instruction)), None)
             if known is None:
-                content = wire.pack_instruction(instruction, self.party.codec_down, key)
+                content = wire.pack_instruction(instruction, self.party.codec_down, key, self.run_id)
                 known = (instruction, content, wire.payload_bytes(content), content_bytes(content))
                 packed.append(known)
             _, content, payload, size = known
-            message = Message(content, self.nodes[index], MessageType.TRAIN, group_id=str(number))
+            node = self.roster.nodes[index]
+            message = Message(content, node, MessageType.TRAIN, group_id=str(number))
             sent = wire.wire_bytes(message, size)
-            self.ledger.book(Entry(number, index, "down", "train", payload, sent, time.perf_counter() - begun))
+            self._book(Entry(number, index, "down", "train", payload, sent, time.perf_counter() - begun))
             yield message
 
-    def _exchange(self, messages: list[Message], index_of: Mapping[int, int]) -> Iterator[Arrival]:
-        """Send the messages and yield what comes of each, as it comes; at the time limit, the ones that never came."""
-        sent = last = time.monotonic()
-        deadline = sent + self.experiment.runtime.timeout
-        targets = [message.metadata.dst_node_id for message in messages]
-        pending = dict(zip(self.grid.push_messages(messages), targets, strict=True))
-        in_turn = getattr(self.grid, "takes_turns", False)
-        while pending and time.monotonic() < deadline:
-            arrived = False
-            for reply in self.grid.pull_messages(pending):
-                # A reply is known by the message that it answers: an error may come under another node's id
-                target = pending.pop(reply.metadata.reply_to_message_id, None)
-                if target is None:
-                    continue
-                arrived, now = True, time.monotonic()
-                yield Arrival(index_of[target], reply, now - (last if in_turn else sent))
-                last = time.monotonic()
-            if not arrived:
-                time.sleep(POLL_SECONDS)
-        for target in pending.values():
-            yield Arrival(index_of[target], None, time.monotonic() - sent)
-
-    def _content(self, arrival: Arrival) -> RecordDict:
-        if arrival.message is None:
-            raise ClientError(f"no reply within runtime.timeout={self.experiment.runtime.timeout:g} s")
-        if arrival.message.has_error():
-            raise ClientError(arrival.message.error.reason or f"Flower error {arrival.message.error.code}")
-        return arrival.message.content
-
-    def _receive(self, arrival: Arrival, played: Round, replies: Replies) -> None:
+    def _receive(self, index: int, arrival: Arrival, played: Round, replies: Replies) -> None:
         """Check one reply and keep it, or book its failure."""
-        peer = self.peers[arrival.index]
+        peer = self.roster.peers[index]
         part, payload, size = "failed", 0, None
         try:
-            content = self._content(arrival)
+            content = arrival.content()
             blob = wire.blob_of(content)
             payload = len(blob)
             update = wire.unpack_update(content, blob, self.party.codec_up)
@@ -265,14 +220,23 @@ class Server:
                 raise WireError(f"it claims {update.examples} examples; at the handshake it had {peer.samples}")
             self.strategy.validate(self.state, played.number, peer, update)
         except FedtuneError as error:
-            played.fail(arrival.index, str(error))
-            self.view.failure(played.number, arrival.index, str(error))
+            self._fail(index, played, str(error))
         else:
             replies.add(peer, update, blob)
             played.count(update)
             part, size = "train", wire.update_bytes(blob, update)
         sent = wire.wire_bytes(arrival.message, size) if arrival.message is not None else 0
-        self.ledger.book(Entry(played.number, arrival.index, "up", part, payload, sent, arrival.seconds))
+        self._book(Entry(played.number, index, "up", part, payload, sent, arrival.seconds))
+
+    def _miss(self, index: int, played: Round) -> None:
+        """A client of the cohort whose node isn't there to be asked."""
+        self._fail(index, played, "its node is not connected")
+        self._book(Entry(played.number, index, "up", "failed", 0, 0, 0.0))
+        self.view.reply(played.mean("train_loss"), len(played.failures), self.ledger.totals)
+
+    def _fail(self, index: int, played: Round, reason: str) -> None:
+        played.fail(index, reason)
+        self.view.failure(played.number, index, reason)
 
     def _finish_round(self, played: Round) -> None:
         """Evaluate, then write everything down: lines first and the checkpoint last, so that a round counts as done
@@ -280,7 +244,7 @@ class Server:
         self.view.evaluating()
         begun = time.monotonic()
         number, every = played.number, self.experiment.evaluate.every
-        self.party.install(self._broadcast(number + 1))
+        self.party.install(self._broadcast(number + 1), memory={})
         found = self.party.evaluate() if every and number % every == 0 else None
         if found is not None and not math.isfinite(found.loss):
             raise DivergedError(
@@ -305,7 +269,7 @@ class Server:
         self.folder.append_failures(played.failures)
         self.folder.append_metrics(row)
         self.folder.write_adapter("adapter_model.safetensors", adapter_weights(self.party.model))
-        self.folder.save_checkpoint(Checkpoint(number, self.experiment.sha256, self.state))
+        self.folder.save_checkpoint(Checkpoint(number, self.experiment.sha256, self.state, self.run_id))
         self.done, self.state_sha256 = number, state_sha256(self.state)
         self._summarise()
         self.view.round_ends(row)
@@ -315,7 +279,7 @@ class Server:
         exported adapter are of what clients decode."""
         instruction = self.strategy.configure(self.state, number, Peer(SERVER, 1))
         codec, key = self.party.codec_down, fold(self.experiment.seed, "down", number)
-        return wire.unpack_instruction(wire.pack_instruction(instruction, codec, key), codec)
+        return wire.unpack_instruction(wire.pack_instruction(instruction, codec, key, self.run_id), codec)[0]
 
     def _summarise(self, error: BaseException | None = None) -> dict[str, Any]:
         scores = self.folder.scores()

@@ -11,15 +11,18 @@ adapter/        the global adapter, for PeftModel.from_pretrained
 
 import csv
 import io
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedtune import ledger
 from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_atomically
+from fedtune.config import load
 from fedtune.errors import RunFolderError
 from fedtune.ledger import Entry
 from fedtune.schema import Experiment
@@ -66,15 +69,7 @@ class RunFolder:
                 path = Path(out).expanduser()
                 path.mkdir(parents=True, exist_ok=True)
                 return cls(path)
-            for number in range(1, 100_000):
-                path = Path("runs") / (name if number == 1 else f"{name}-{number}")
-                path.parent.mkdir(exist_ok=True)
-                try:
-                    path.mkdir()
-                    return cls(path)
-                except FileExistsError:
-                    continue
-            raise RunFolderError(f"runs/{name}-... are all taken: name another with out=")
+            return cls(free_folder(name))
         except OSError as error:
             named = out or f"runs/{name}"
             raise RunFolderError(
@@ -101,6 +96,15 @@ class RunFolder:
     def write_config(self, experiment: Experiment) -> None:
         with self._writing("config.yaml") as path:
             write_atomically(path, experiment.text().encode())
+
+    def read_config(self) -> Experiment:
+        """What `write_config` wrote.
+
+        Raises:
+            ConfigError: if it can't be read.
+        """
+        path = self.path / "config.yaml"
+        return load(path.read_text(encoding="utf-8"), str(path))
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         self._append("metrics.csv", METRICS, _csv_text([[_cell(row.get(name)) for name in METRICS]]))
@@ -190,6 +194,46 @@ class RunFolder:
                 f"{path} can't be written: {error.strerror or error}. What was written before is kept; "
                 f"make room, then: fedtune run resume={self.path}"
             ) from error
+
+
+@contextmanager
+def settled(experiment: Experiment, resume: str | None) -> Iterator[Experiment]:
+    """The experiment with its run folder named, so that server and clients agree on where things are kept.
+
+    A folder that was made for it here and stayed empty is taken away again.
+
+    Raises:
+        RunFolderError: if no folder can be made.
+    """
+    if resume is not None or experiment.out is not None:
+        yield replace(experiment, out=resume or experiment.out)
+        return
+    try:
+        folder = free_folder(experiment.name)
+    except OSError as error:
+        raise RunFolderError(
+            f"runs/{experiment.name} can't be made: {error.strerror or error}. Name another with out="
+        ) from error
+    try:
+        yield replace(experiment, out=str(folder))
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def free_folder(name: str) -> Path:
+    """Make the first of runs/NAME, runs/NAME-2, ... that isn't there yet.
+
+    Raises:
+        OSError: if it can't be made.
+    """
+    for number in itertools.count(1):
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        path.parent.mkdir(exist_ok=True)
+        with suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise AssertionError("there is always another number")
 
 
 def check_vacant(out: str) -> None:

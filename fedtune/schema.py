@@ -170,11 +170,21 @@ class RuntimeSpec:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(0, "CPU threads, part of the result's bits; 0 takes all cores and records how many")
     timeout: float = option(3600.0, "seconds to wait for a round's replies")
+    wait: float = option(600.0, "seconds to wait for clients to come, and for each to say who it is")
+    cpus: float = option(1.0, "ray: CPU cores that a client takes")
+    gpus: float = option(0.0, "ray: share of a GPU that a client takes, as in 0.25")
+    address: str | None = option(None, "ray: a running cluster, as in 10.0.0.5:6379 or auto; null starts one here")
+    superlink: str | None = option(
+        None, "flower: the connection's name in Flower's config.toml; null takes its default"
+    )
 
     def __post_init__(self) -> None:
-        one_of("runtime", self.name, ("local",))
+        one_of("runtime", self.name, ("local", "ray", "flower"))
         at_least("runtime.threads", self.threads, 0)
         above_zero("runtime.timeout", self.timeout)
+        above_zero("runtime.wait", self.wait)
+        above_zero("runtime.cpus", self.cpus)
+        at_least("runtime.gpus", self.gpus, 0)
         if self.threads == 0:
             object.__setattr__(self, "threads", os.cpu_count() or 1)
 
@@ -209,9 +219,12 @@ class Experiment:
         return str(self.method.strategy["_target_"]).split(".")[-2]
 
     def fixed(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with its beginning; they decide the result's bits."""
+        """The settings that a resumed run must share with its beginning: they decide the result's bits, or where
+        clients find what they kept."""
         free = ("rounds", "out", "overrides")
-        return {key: value for key, value in to_dict(self).items() if key not in free}
+        kept = {key: value for key, value in to_dict(self).items() if key not in free}
+        runtime = {key: kept["runtime"][key] for key in ("name", "device", "threads")}
+        return {**kept, "runtime": runtime}
 
     @cached_property
     def sha256(self) -> str:

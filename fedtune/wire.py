@@ -17,20 +17,25 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from fedtune.errors import WireError
 from fedtune.flower import content_bytes, envelope_bytes
-from fedtune.protocol import Codec, Instruction, Peer, Setting, Tensors, Update
+from fedtune.protocol import Capability, Codec, Instruction, Peer, Setting, Tensors, Update
 
 PAYLOAD, BLOB, SETTINGS, METRICS, EXAMPLES, GREETING = "payload", "blob", "settings", "metrics", "examples", "greeting"
+RUN = "run"  # the setting under which an instruction carries the run's id; no strategy may use it
 MAX_METRICS = 64
 
 
-def pack_instruction(instruction: Instruction, codec: Codec, key: int) -> RecordDict:
-    """The content of a message to a client."""
-    settings = ConfigRecord(dict(instruction.settings))
+def pack_instruction(instruction: Instruction, codec: Codec, key: int, run: str) -> RecordDict:
+    """The content of a message to a client.
+
+    Args:
+        run: the run's id, which stays the same over resumes: a client finds what it kept by it.
+    """
+    settings = ConfigRecord({**instruction.settings, RUN: run})
     return RecordDict({PAYLOAD: _payload(codec.encode(instruction.tensors, key)), SETTINGS: settings})
 
 
-def unpack_instruction(content: RecordDict, codec: Codec) -> Instruction:
-    """What `pack_instruction` packed.
+def unpack_instruction(content: RecordDict, codec: Codec) -> tuple[Instruction, str]:
+    """What `pack_instruction` packed: the instruction, and the run's id.
 
     Raises:
         WireError: if the content has another form.
@@ -40,7 +45,10 @@ def unpack_instruction(content: RecordDict, codec: Codec) -> Instruction:
         if not isinstance(value, int | float | str | bool):
             raise WireError(f"setting '{name}' should be a number, text or truth value, got {type(value).__name__}")
         settings[name] = value
-    return Instruction(codec.decode(blob_of(content)), settings)
+    run = settings.pop(RUN, None)
+    if not isinstance(run, str):
+        raise WireError(f"setting '{RUN}' should be the run's id, got {run!r}")
+    return Instruction(codec.decode(blob_of(content)), settings), run
 
 
 def pack_update(update: Update, codec: Codec, key: int) -> RecordDict:
@@ -156,9 +164,11 @@ def _metrics(record: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
     return examples, metrics
 
 
-def pack_greeting(index: int, samples: int, layout_sha256: str) -> RecordDict:
-    """What a client says of itself at the handshake."""
-    return RecordDict({GREETING: ConfigRecord({"index": index, "samples": samples, "layout": layout_sha256})})
+def pack_greeting(peer: Peer, layout_sha256: str) -> RecordDict:
+    """What a client says of itself at the handshake. Of its capability, only what is limited."""
+    limits = {name: value for name, value in vars(peer.capability).items() if value != getattr(_UNLIMITED, name)}
+    greeting = {"index": peer.index, "samples": peer.samples, "layout": layout_sha256, **limits}
+    return RecordDict({GREETING: ConfigRecord(greeting)})
 
 
 def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str) -> Peer:
@@ -168,14 +178,20 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str) -> Pe
         WireError: if the greeting has another form, names a client that doesn't exist, or comes from a client whose
             trainable tensors differ from the server's.
     """
-    record = _record(content, GREETING, ConfigRecord)
-    index, samples = record.get("index"), record.get("samples")
+    record = dict(_record(content, GREETING, ConfigRecord))
+    index, samples, layout = (record.pop(name, None) for name in ("index", "samples", "layout"))
     if not isinstance(index, int) or not 0 <= index < clients:
         raise WireError(f"client index should be 0 ... {clients - 1}, got {index!r}")
     if not isinstance(samples, int) or samples < 1:
         raise WireError(f"client {index} should have at least one sample, got {samples!r}")
-    if record.get("layout") != layout_sha256:
+    if layout != layout_sha256:
         raise WireError(
             f"client {index} has other trainable tensors than the server: it runs another model, adapter or version"
         )
-    return Peer(index, samples)
+    try:
+        return Peer(index, samples, Capability(**record))
+    except (TypeError, ValueError) as error:
+        raise WireError(f"client {index} describes what it can do in a way that is not understood: {error}") from error
+
+
+_UNLIMITED = Capability()

@@ -81,7 +81,7 @@ def test_what_depends_on_the_machine_is_recorded():
         ("model.quantization=nf5", ["expected none, int8, nf4", "did you mean nf4?"]),
         ("data.heldout=1", ["data.heldout=1.0 must be a fraction"]),
         ("population.cohort=50", ["more clients a round than there are (population.clients=20)"]),
-        ("runtime.name=ray", ["runtime=ray is not known"]),
+        ("runtime.name=rya", ["runtime=rya is not known", "did you mean ray"]),
         ("train", ["train: expected key=value"]),
         ("+train.x=1", ["expected key=value"]),
         ("model.path=a=b", ["wants quotes"]),

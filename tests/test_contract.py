@@ -155,6 +155,7 @@ def lies():
     return [not_finite, too_many_examples, renamed, nothing]
 
 
+RUN = "0" * 16
 RAW = Party(compose(["model=tiny"])).codec_up
 
 
@@ -216,7 +217,7 @@ def first_updates(method):
     party = Party(compose([*SMALL, f"method={method}"]))
     state = party.strategy.init(party.model.layout)
     peers = [Peer(index, party.samples(index)) for index in range(4)]
-    updates = [party.turn(peer.index, 1, party.strategy.configure(state, 1, peer)) for peer in peers]
+    updates = [party.turn(RUN, peer.index, 1, party.strategy.configure(state, 1, peer)) for peer in peers]
     return party.strategy, state, list(zip(peers, updates, strict=True))
 
 
@@ -241,6 +242,7 @@ def test_a_turn_leaves_no_trace_in_the_next(method):
     party = Party(compose([*SMALL, f"method={method}"]))
     state = party.strategy.init(party.model.layout)
     backward = {
-        index: party.turn(index, 1, party.strategy.configure(state, 1, Peer(index, 1))) for index in reversed(range(4))
+        index: party.turn(RUN, index, 1, party.strategy.configure(state, 1, Peer(index, 1)))
+        for index in reversed(range(4))
     }
     assert all(state_sha256(update) == state_sha256(backward[peer.index]) for peer, update in forward)

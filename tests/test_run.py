@@ -24,7 +24,7 @@ from fedtune.errors import Interrupted, RunFolderError
 from fedtune.ledger import COLUMNS, Entry, Ledger, parse
 from fedtune.protocol import Peer, Update
 from fedtune.replies import Replies
-from fedtune.rounds import Server
+from fedtune.roster import Roster
 from fedtune.run_folder import METRICS, RunFolder
 from fedtune.runtime.local import run_local
 from fedtune.schema import PopulationSpec
@@ -147,13 +147,13 @@ def test_a_resumed_run_is_no_longer_called_finished(small_run, monkeypatch):
     folder = small_run(rounds=1)
     assert summary_of(folder)["status"] == "finished"
     seen = []
-    greet = Server._greet
+    gather = Roster.gather
 
-    def look(self):
+    def look(self, round):
         seen.append(summary_of(folder)["status"])
-        greet(self)
+        gather(self, round)
 
-    monkeypatch.setattr(Server, "_greet", look)
+    monkeypatch.setattr(Roster, "gather", look)
     run_local(replace(load((folder / "config.yaml").read_text()), rounds=2), resume=str(folder))
     assert seen == ["running"]
     assert summary_of(folder)["status"] == "finished"
@@ -171,7 +171,7 @@ def test_an_edited_config_is_noticed(small_run):
     folder = small_run(rounds=1)
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("seed: 0", "seed: 7"))
-    with pytest.raises(RunFolderError, match="is not what this run was started with"):
+    with pytest.raises(RunFolderError, match=r"was started with other settings; its config\.yaml was changed"):
         run_local(load(config.read_text()), resume=str(folder))
 
 
@@ -245,14 +245,14 @@ def test_a_state_that_cannot_be_kept_exactly_is_refused_by_place():
 
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "state.safetensors"
-    save_checkpoint(path, Checkpoint(1, "x", State({"a": torch.ones(3)})))
+    save_checkpoint(path, Checkpoint(1, "x", State({"a": torch.ones(3)}), "0" * 16))
 
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space"):
-        save_checkpoint(path, Checkpoint(2, "x", State({"a": torch.zeros(3)})))
+        save_checkpoint(path, Checkpoint(2, "x", State({"a": torch.zeros(3)}), "0" * 16))
     assert list(tmp_path.iterdir()) == [path]
     kept = load_checkpoint(path, State({}))
     assert (kept.round, kept.state.adapter["a"].tolist()) == (1, [1, 1, 1])
@@ -294,10 +294,10 @@ def test_a_quorum_is_rounded_up(quorum, cohort, enough):
 
 
 def test_a_run_that_is_interrupted_in_round_0_names_no_round_that_was_not(small_run, monkeypatch):
-    def interrupt(self):
+    def interrupt(self, round):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Server, "_greet", interrupt)
+    monkeypatch.setattr(Roster, "gather", interrupt)
     with pytest.raises(Interrupted, match="interrupted before round 0 was done; go on with: fedtune run resume="):
         small_run()
 

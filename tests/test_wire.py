@@ -14,7 +14,9 @@ from fedtune import wire
 from fedtune.codecs.raw import Raw
 from fedtune.errors import WireError
 from fedtune.flower import assume_identity, set_message_id
-from fedtune.protocol import Instruction, Update
+from fedtune.protocol import Capability, Instruction, Peer, Update
+
+RUN = "0123456789abcdef"
 
 DTYPES = [
     torch.float32,
@@ -94,7 +96,8 @@ def test_a_blob_that_declares_terabytes_is_refused():
 
 def test_an_instruction_comes_back():
     sent = Instruction({"a": torch.ones(2, 3)}, {"lr": 0.5, "steps": 3, "name": "x", "flag": True})
-    got = wire.unpack_instruction(wire.pack_instruction(sent, Raw(), 0), Raw())
+    got, run = wire.unpack_instruction(wire.pack_instruction(sent, Raw(), 0, RUN), Raw())
+    assert run == RUN
     assert same_bits(got.tensors, sent.tensors)
     assert got.settings == sent.settings
 
@@ -150,11 +153,28 @@ def test_an_update_of_another_form_is_refused(content, said):
         ({"index": "0", "samples": 1, "layout": "x"}, "client index should be"),
         ({"index": 0, "samples": 0, "layout": "x"}, "at least one sample"),
         ({"index": 0, "samples": 1, "layout": "y"}, "other trainable tensors"),
+        ({"index": 0, "samples": 1, "layout": "x", "memory_bytes": -5.0}, "memory_bytes should be a number above 0"),
+        ({"index": 0, "samples": 1, "layout": "x", "backprop": 1}, "backprop should be true or false"),
+        ({"index": 0, "samples": 1, "layout": "x", "colour": "red"}, "not understood"),
     ],
 )
 def test_a_greeting_is_checked(record, said):
     with pytest.raises(WireError, match=said):
         wire.unpack_greeting(RecordDict({"greeting": ConfigRecord(record)}), 4, "x")
+
+
+def test_a_greeting_tells_what_a_device_can_do():
+    able = Capability(memory_bytes=8e9, backprop=False, max_rank=4, up_bytes_per_s=1.5e6)
+    peer = Peer(2, 10, able)
+    assert wire.unpack_greeting(wire.pack_greeting(peer, "x"), 4, "x") == peer
+    assert wire.unpack_greeting(wire.pack_greeting(Peer(1, 3), "x"), 4, "x") == Peer(1, 3)
+
+
+def test_an_instruction_without_the_runs_id_is_refused():
+    content = wire.pack_instruction(Instruction({}), Raw(), 0, RUN)
+    del content["settings"]["run"]
+    with pytest.raises(WireError, match="setting 'run' should be the run's id, got None"):
+        wire.unpack_instruction(content, Raw())
 
 
 @given(st.integers(0, 5000), st.integers(1, 10**9), st.lists(st.text(min_size=1, max_size=30), max_size=5, unique=True))

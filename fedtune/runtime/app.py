@@ -1,69 +1,81 @@
 """The Flower app: one ServerApp and one ClientApp, whatever they run on.
 
 Both ends read the same experiment from the run config (`config`: the whole text, or `overrides`: the words that compose
-it), so nothing else has to agree.
+it), so nothing else has to agree. Nothing heavy is imported before a message asks for it: on a device the ClientApp
+lives for one message, and a worker that stays does the rest.
 """
 
-from flwr.app import Context, Message
+from collections.abc import Callable
+from threading import Event
+
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedtune.errors import ConfigError
-from fedtune.keys import fold
-from fedtune.party import Party, party_of
-from fedtune.rounds import run
-from fedtune.wire import pack_greeting, pack_update, unpack_instruction
-
 
 def make_client_app(config: str | None = None) -> ClientApp:
-    """The client's side.
+    """The client's side, for runtimes whose processes stay: all work is done in this one.
 
     Args:
         config: the experiment's text, for runtimes that hand clients no run config.
     """
+
+    def answer(message: Message, context: Context) -> RecordDict:
+        from fedtune.turns import take_turn
+
+        run_config = {"config": config} if config else dict(context.run_config)
+        at = message.metadata
+        return take_turn(at.message_type, at.group_id, message.content, run_config, dict(context.node_config))
+
+    return _client_app(answer)
+
+
+def make_device_app() -> ClientApp:
+    """The client's side, for devices: the work is done by a worker that stays on the node."""
+
+    def answer(message: Message, context: Context) -> RecordDict:
+        from fedtune.runtime.worker import ask
+
+        return ask(message, context)
+
+    return _client_app(answer)
+
+
+def _client_app(answer: Callable[[Message, Context], RecordDict]) -> ClientApp:
     app = ClientApp()
 
     @app.query()
     def greet(message: Message, context: Context) -> Message:
-        party, index = _who(context, config)
-        return Message(pack_greeting(index, party.samples(index), party.model.layout.sha256), reply_to=message)
+        return Message(answer(message, context), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        party, index = _who(context, config)
-        round = int(message.metadata.group_id)
-        update = party.turn(index, round, unpack_instruction(message.content, party.codec_down))
-        key = fold(party.experiment.seed, "up", round, index)
-        return Message(pack_update(update, party.codec_up, key), reply_to=message)
+        return Message(answer(message, context), reply_to=message)
 
     return app
 
 
-def make_server_app(config: str | None = None, resume: str | None = None) -> ServerApp:
+def make_server_app(config: str | None = None, resume: str | None = None, stop: Event | None = None) -> ServerApp:
     """The server's side.
 
     Args:
         config: as for `make_client_app`.
-        resume: the run folder to go on with.
+        resume: the run folder to go on with; the run config may name it as well.
+        stop: set it to interrupt the run, where Ctrl-C can't reach the thread that it runs in.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        run(grid, party_of({"config": config} if config else context.run_config), resume)
+        from fedtune.party import party_of
+        from fedtune.rounds import run
+
+        run_config = {"config": config} if config else context.run_config
+        folder = resume or str(context.run_config.get("resume", "")) or None
+        run(grid, party_of(run_config), folder, stop)
 
     return app
 
 
-def _who(context: Context, config: str | None) -> tuple[Party, int]:
-    party = party_of({"config": config} if config else context.run_config)
-    try:
-        return party, int(context.node_config["partition-id"])
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            "this node has no partition-id: start it with --node-config 'partition-id=0 num-partitions=...'"
-        ) from error
-
-
-client_app = make_client_app()
+client_app = make_device_app()
 server_app = make_server_app()

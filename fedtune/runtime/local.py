@@ -14,6 +14,8 @@ from flwr.serverapp import Grid
 
 from fedtune.flower import SERVER_NODE, Error, ErrorCode, Run, assume_identity, set_message_id
 from fedtune.keys import fold
+from fedtune.run_folder import settled
+from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.schema import Experiment
 
 RUN_ID = fold(0, "local run")  # as long as Flower's own, so that a message here is as long as one there
@@ -105,8 +107,7 @@ def server_context(run_config: UserConfig) -> Context:
 
 def run_local(experiment: Experiment, resume: str | None = None) -> None:
     """Run the whole experiment in this process."""
-    from fedtune.runtime.app import make_client_app, make_server_app
-
-    run_config: UserConfig = {"config": experiment.text()}
-    grid = LocalGrid(make_client_app(), experiment.population.clients, run_config)
-    make_server_app(resume=resume)(grid=grid, context=server_context(run_config))
+    with settled(experiment, resume) as experiment:
+        run_config: UserConfig = {"config": experiment.text()}
+        grid = LocalGrid(make_client_app(), experiment.population.clients, run_config)
+        make_server_app(resume=resume)(grid=grid, context=server_context(run_config))

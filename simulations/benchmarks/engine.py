@@ -35,7 +35,7 @@ from rich.table import Table
 from fedtune.config import compose
 from fedtune.keys import fold
 from fedtune.party import Party, party_of
-from fedtune.protocol import Instruction, Update
+from fedtune.protocol import Instruction, Tensors, Update
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
 from fedtune.schema import Experiment, MethodSpec
@@ -66,10 +66,10 @@ class Idle:
 
 @dataclass(frozen=True)
 class IdleClient:
-    def receive(self, model: Any, instruction: Instruction) -> None:
+    def receive(self, model: Any, instruction: Instruction, memory: Tensors) -> None:
         pass
 
-    def train(self, model: Any, batches: Any, instruction: Instruction, key: int) -> Update:
+    def train(self, model: Any, batches: Any, instruction: Instruction, memory: Tensors, key: int) -> Update:
         return Update({}, batches.examples)
 
 

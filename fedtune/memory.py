@@ -1,0 +1,70 @@
+"""What a client keeps for itself between its turns, on the disk of the machine that runs it.
+
+A file per run, client and round. A turn starts from the newest file of an earlier round, so a round that is played
+again after a resume, or because a reply got lost, starts from exactly what it started from the first time.
+
+    FOLDER/RUN/INDEX/ROUND.safetensors
+"""
+
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from fedtune.checkpoint import write_atomically
+from fedtune.errors import ClientError
+from fedtune.protocol import Tensors
+
+VERSIONS = 2  # the round that the server may have to play again, and the one before it
+RUN = re.compile(r"[0-9a-f]{16}")
+
+
+class Memory:
+    """The memories of all clients that share `folder`: in a simulation the run's own, on a device the node's."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def recall(self, run: str, index: int, round: int) -> Tensors:
+        """What client `index` kept before `round`; nothing if that is its first turn.
+
+        Raises:
+            ClientError: if the file is damaged, or `run` is no run's id.
+        """
+        known = [number for number in self._rounds(run, index) if number < round]
+        if not known:
+            return {}
+        path = self._path(run, index, max(known))
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ClientError(f"client {index} can't read what it kept in {path}: {error}") from error
+
+    def keep(self, run: str, index: int, round: int, tensors: Tensors) -> None:
+        """Keep `tensors` as what client `index` holds after `round`.
+
+        Raises:
+            ClientError: if the disk can't take it.
+        """
+        path = self._path(run, index, round)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, save({name: tensor.detach().cpu() for name, tensor in tensors.items()}))
+            # Later rounds are of a future that a resume undid
+            known = self._rounds(run, index)
+            earlier = [number for number in known if number <= round]
+            for number in set(known) - set(earlier[-VERSIONS:]):
+                self._path(run, index, number).unlink(missing_ok=True)
+        except OSError as error:
+            raise ClientError(f"client {index} can't keep its state in {path}: {error.strerror or error}") from error
+
+    def _path(self, run: str, index: int, round: int) -> Path:
+        # The run's id comes from the network: nothing but an id may become a part of a path
+        if not RUN.fullmatch(run):
+            raise ClientError(f"expected 16 hexadecimal digits as the run's id, got {run!r}")
+        return self._folder / run / str(index) / f"{round}.safetensors"
+
+    def _rounds(self, run: str, index: int) -> list[int]:
+        folder = self._path(run, index, 0).parent
+        return sorted(int(path.stem) for path in folder.glob("*.safetensors") if path.stem.isdecimal())

@@ -1,0 +1,130 @@
+"""Who takes part: which node runs which client.
+
+Flower's node ids are random and change when a node comes back without its key; a client's index, which is its share of
+the data, does not. So every node is asked who it is before it is given work.
+"""
+
+import time
+from collections.abc import Callable, Collection
+
+from flwr.app import Message, MessageType, RecordDict
+
+from fedtune import wire
+from fedtune.errors import FedtuneError, QuorumError, WireError
+from fedtune.exchange import POLL_SECONDS, Arrival, Exchange
+from fedtune.flower import raised_by_client
+from fedtune.ledger import Entry
+from fedtune.protocol import Peer
+from fedtune.schema import Experiment
+
+
+class Roster:
+    """The clients that said who they are.
+
+    Attributes:
+        peers: by index.
+        nodes: Flower's node id of each index, as last known.
+
+    Args:
+        layout_sha256: the server's manifest, which every client's has to equal.
+        book: takes the ledger's entry of each greeting.
+        say: takes what a person should know.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        experiment: Experiment,
+        layout_sha256: str,
+        book: Callable[[Entry], None],
+        say: Callable[[str], None],
+    ):
+        self.peers: dict[int, Peer] = {}
+        self.nodes: dict[int, int] = {}
+        self._exchange = exchange
+        self._wanted = experiment.population.clients
+        self._needed = experiment.population.enough(self._wanted)
+        self._seconds = experiment.runtime.wait
+        self._layout = layout_sha256
+        self._book = book
+        self._say = say
+        self._refused: set[int] = set()
+
+    def gather(self, round: int) -> None:
+        """Wait until every client is there, or the time for that is up and a quorum is.
+
+        Raises:
+            QuorumError: if too few came.
+            FedtuneError: if one came that can't take part: a wrong index, other trainable tensors, no data.
+        """
+        deadline = time.monotonic() + self._seconds
+        told = False
+        while len(self.peers) < self._wanted:
+            late = time.monotonic() > deadline
+            present = self._exchange.nodes()
+            newcomers = self._strangers(present)
+            if newcomers and (late or len(self.peers) + len(newcomers) >= self._wanted):
+                self._greet(newcomers, present, round, at_start=True)
+            elif late:
+                break
+            else:
+                if not told:
+                    self._say(f"waiting for {self._wanted} clients ({len(self.peers) + len(newcomers)} are there) ...")
+                    told = True
+                self._exchange.pause(POLL_SECONDS)
+        if len(self.peers) == self._wanted:
+            return
+        missing = [index for index in range(self._wanted) if index not in self.peers]
+        named = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
+        came = f"{len(self.peers)} of {self._wanted} clients came within runtime.wait={self._seconds:g} s"
+        if len(self.peers) < self._needed:
+            raise QuorumError(f"{came}, population.quorum asks for {self._needed}; not there: {named}")
+        self._say(f"{came}; going on without client {named}")
+
+    def refresh(self, round: int) -> set[int]:
+        """Ask nodes that appeared since, and return the indices whose nodes are connected now."""
+        present = set(self._exchange.nodes())
+        if newcomers := self._strangers(present):
+            self._greet(newcomers, present, round, at_start=False)
+        return {index for index, node in self.nodes.items() if node in present}
+
+    def _strangers(self, present: Collection[int]) -> list[int]:
+        known = self._refused.union(self.nodes.values())
+        return [node for node in present if node not in known]
+
+    def _greet(self, nodes: list[int], present: Collection[int], round: int, at_start: bool) -> None:
+        messages = [Message(RecordDict(), node, MessageType.QUERY, group_id=str(round)) for node in nodes]
+        sizes = {message.metadata.dst_node_id: wire.wire_bytes(message) for message in messages}
+        for arrival in self._exchange.send(messages, self._seconds):
+            try:
+                peer = wire.unpack_greeting(arrival.content(), self._wanted, self._layout)
+                self._admit(peer, arrival.node, present)
+            except FedtuneError as error:
+                if at_start and _needs_a_person(arrival, error):
+                    raise
+                if not at_start:
+                    self._refused.add(arrival.node)
+                self._say(f"a node that came can't take part: {error}")
+                continue
+            assert arrival.message is not None
+            for direction, size, seconds in (
+                ("down", sizes[arrival.node], 0.0),
+                ("up", wire.wire_bytes(arrival.message), arrival.seconds),
+            ):
+                self._book(Entry(round, peer.index, direction, "handshake", 0, size, seconds))
+
+    def _admit(self, peer: Peer, node: int, present: Collection[int]) -> None:
+        holder = self.nodes.get(peer.index)
+        if holder in present:
+            raise WireError(f"two nodes say they are client {peer.index}: give each its own partition-id")
+        if holder is not None:
+            self._say(f"client {peer.index} is back, on another node")
+        self.peers[peer.index] = peer
+        self.nodes[peer.index] = node
+
+
+def _needs_a_person(arrival: Arrival, error: FedtuneError) -> bool:
+    """Whether it is no use to wait: the node is there, and it is set up wrongly."""
+    if arrival.message is None:
+        return False
+    return isinstance(error, WireError) or (arrival.message.has_error() and raised_by_client(arrival.message.error))

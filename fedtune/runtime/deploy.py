@@ -1,0 +1,83 @@
+"""Clients on real nodes: hand the experiment to a SuperLink, through Flower's own command line.
+
+`flwr run` bundles this project, so the nodes run the code that is here. The round loop runs on the SuperLink's machine,
+and so does the run folder.
+"""
+
+import json
+import os
+import subprocess
+import sysconfig
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from fedtune.config import CONF
+from fedtune.errors import ConfigError, DeploymentError, Interrupted
+from fedtune.schema import Experiment
+
+ROOT = CONF.parent
+
+
+def run_deployed(experiment: Experiment, resume: str | None = None) -> None:
+    """Run the experiment on the SuperLink that `runtime.superlink` names, and show its log until it ends.
+
+    Raises:
+        ConfigError: if this is no checkout that can be bundled.
+        DeploymentError: if Flower can't start the run, or it did not complete.
+    """
+    if not (ROOT / "pyproject.toml").is_file():
+        raise ConfigError(
+            f"runtime=flower bundles the project's folder for the nodes, but {ROOT} has no pyproject.toml: run it from "
+            "a clone that is installed with pip install -e"
+        )
+    out = resume or experiment.out
+    # The SuperLink has another working folder
+    experiment = replace(experiment, out=str(Path(out).expanduser().resolve()) if out else None)
+    settings = {"config": experiment.text(), "resume": str(experiment.out) if resume else ""}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.toml"
+        # JSON's strings are TOML's
+        file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()), encoding="utf-8")
+        link = [experiment.runtime.superlink] if experiment.runtime.superlink else []
+        run = _stream(["run", str(ROOT), *link, "--stream", "--run-config", str(file)])
+    if run is None:
+        raise DeploymentError("flwr run started no run; what it said stands above")
+    status, details = _status(run, link)
+    if status != "finished:completed":
+        raise DeploymentError(f"run {run} is {status}{f': {details}' if details else ''}")
+
+
+def _stream(words: list[str]) -> str | None:
+    """Call Flower's command line, pass on what it prints, and return the id of the run that it started."""
+    run = None
+    with subprocess.Popen([_flwr(), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                if "Successfully started run " in line:
+                    run = line.rpartition("run ")[2].strip()
+        except KeyboardInterrupt:
+            process.wait()
+            raise Interrupted(
+                f"no longer watching; run {run} goes on. Look again with: flwr log {run}; end it with: flwr stop {run}"
+            ) from None
+    return run
+
+
+def _status(run: str, link: list[str]) -> tuple[str, str]:
+    # The exit code of `flwr run --stream` is 0 for a run that failed
+    words = [_flwr(), "ls", *link, "--run-id", run, "--format", "json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ, timeout=120)
+    try:
+        found = json.loads(done.stdout)["runs"][0]
+        return found["status"], found["status-details"]
+    except (ValueError, KeyError, IndexError) as error:
+        raise DeploymentError(
+            f"flwr ls can't tell how run {run} ended: {(done.stderr or done.stdout).strip()}"
+        ) from error
+
+
+def _flwr() -> str:
+    """The command that was installed beside this Python."""
+    return str(Path(sysconfig.get_path("scripts"), "flwr"))

@@ -1,0 +1,104 @@
+"""The worker's half of fedtune/runtime/worker.py: take requests one at a time and answer them."""
+
+import json
+import os
+import sys
+import threading
+import time
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener
+from typing import NoReturn
+
+from fedtune.flower import content_from_bytes, content_to_bytes
+from fedtune.runtime.worker import CODE, Place
+
+WATCH_SECONDS = 1.0
+MAX_REQUEST = 1 << 20  # bytes of a request without its content
+
+
+def serve(place: Place, parent: int, idle: float) -> NoReturn:
+    """Answer until the process `parent` ends or nothing has come for `idle` seconds."""
+    Watch(parent, idle).start()
+    # Before the first request: importing torch takes seconds, and ClientApps must not find a silent socket
+    import fedtune.turns  # noqa: F401
+
+    with Listener(place.socket, family="AF_UNIX", authkey=place.secret.read_bytes()) as listener:
+        say(f"listening on {place.socket} for the app in {CODE}")
+        while True:
+            try:
+                with listener.accept() as connection:
+                    connection.send_bytes(json.dumps({"code": str(CODE), "pid": os.getpid()}).encode())
+                    answer_one(connection)
+            except (AuthenticationError, EOFError, ConnectionError) as error:
+                say(f"a caller went away: {type(error).__name__} {error}")
+
+
+def answer_one(connection: Connection) -> None:
+    """Read a request, do the work, and send its answer or the error's text."""
+    from fedtune.party import party_of
+    from fedtune.turns import take_turn
+
+    request = json.loads(connection.recv_bytes(MAX_REQUEST))
+    content = content_from_bytes(connection.recv_bytes())
+    Watch.busy()
+    try:
+        party = party_of(request["run_config"])
+        limit = party.experiment.runtime.timeout
+        connection.send_bytes(json.dumps({"limit": limit, "pid": os.getpid()}).encode())
+        done = take_turn(request["kind"], request["round"], content, request["run_config"], request["node_config"])
+    except Exception as error:  # whatever it is, the server is told, and the worker stays
+        said = f"{type(error).__name__}: {error}"
+        say(f"round {request['round']}, {request['kind']}: {said}")
+        connection.send_bytes(json.dumps({"error": said}).encode())
+        return
+    finally:
+        Watch.idle()
+    training = party.training_seconds if request["kind"] == "train" else 0.0
+    connection.send_bytes(json.dumps({"training": training}).encode())
+    connection.send_bytes(content_to_bytes(done))
+    say(f"round {request['round']}, {request['kind']}: answered")
+
+
+class Watch(threading.Thread):
+    """Ends this process when there is nobody left to work for."""
+
+    since: float | None = time.monotonic()  # when the last request was answered; None while one is worked on
+
+    def __init__(self, parent: int, idle: float):
+        super().__init__(daemon=True)
+        self._parent = parent
+        self._idle = idle
+
+    @classmethod
+    def busy(cls) -> None:
+        cls.since = None
+
+    @classmethod
+    def idle(cls) -> None:
+        cls.since = time.monotonic()
+
+    def run(self) -> None:
+        while True:
+            time.sleep(WATCH_SECONDS)
+            if not is_alive(self._parent):
+                say(f"the process that wanted this worker ({self._parent}) has ended")
+                os._exit(0)
+            since = self.since
+            if since is not None and time.monotonic() - since > self._idle:
+                say(f"nothing came for {self._idle:g} s")
+                os._exit(0)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,253 @@
+"""A worker that stays on the node, between the short lives of its ClientApps.
+
+A SuperNode starts a process for every message. That process hands the message to the worker over a local socket and
+waits; the worker keeps torch, the base and the tokenised data from one message to the next.
+
+    ClientApp  connect -> hello -> request -> accepted (the time limit) -> answer
+    worker     accept  -> hello -> take_turn -> answer; ends with its SuperNode, or after an idle time
+
+The socket lies in a folder that only this user can enter, and both ends prove that they can read a secret in it. What
+crosses it is JSON and Flower's protobuf; nothing is unpickled. This half is free of torch: it is what a ClientApp
+imports.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flwr.app import Context, Message, RecordDict
+
+import fedtune
+from fedtune.errors import ClientError
+from fedtune.flower import content_from_bytes, content_to_bytes
+
+CODE = Path(fedtune.__file__).resolve().parent.parent  # a worker serves the app that it was started from
+START_SECONDS = 120.0  # for a worker to import torch, answer hello, and read its instructions
+IDLE_SECONDS = 3600.0
+LOG_TAIL = 2000  # characters of the worker's log that an error quotes
+
+logger = logging.getLogger("flwr")  # so that a SuperNode prints it with its own lines
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a node's worker listens, and what lies beside its socket."""
+
+    folder: Path
+    name: str
+
+    @property
+    def socket(self) -> str:
+        return str(self.folder / f"{self.name}.sock")
+
+    @property
+    def secret(self) -> Path:
+        return self.folder / f"{self.name}.secret"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.log"
+
+
+def ask(message: Message, context: Context) -> RecordDict:
+    """Have the node's worker answer a message, starting it if it isn't there.
+
+    A node whose owner wants no process to stay (`--node-config 'worker=false'`) does the work here.
+
+    Raises:
+        ClientError: what the worker raised, or that it died twice or took too long.
+    """
+    age, begun = _process_age(), time.monotonic()
+    at = message.metadata
+    run_config, node_config = dict(context.run_config), dict(context.node_config)
+    # Ray's processes stay by themselves
+    if node_config.get("worker", True) is False or _is_ray():
+        from fedtune.party import party_of
+        from fedtune.turns import take_turn
+
+        content = take_turn(at.message_type, at.group_id, message.content, run_config, node_config)
+        training = party_of(run_config).training_seconds
+    else:
+        request = {"kind": at.message_type, "round": at.group_id, "run_config": run_config, "node_config": node_config}
+        answer, reply = _ask_worker(place_of(context.node_id), request, content_to_bytes(message.content))
+        content, training = content_from_bytes(reply), answer["training"]
+    around = time.monotonic() - begun - training
+    logger.info(
+        "fedtune: round %s, %s: training %.2f s, around it %.2f s; before, Flower took %.1f s to start this process",
+        at.group_id,
+        at.message_type,
+        training,
+        around,
+        age,
+    )
+    return content
+
+
+def _ask_worker(place: Place, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+    for attempt in ("first", "second"):
+        try:
+            with _connected(place, request["node_config"]) as worker:
+                answer, content = _converse(worker, request, body)
+            break
+        except (EOFError, ConnectionError) as error:
+            if attempt == "second":
+                raise ClientError(f"the worker died twice; the end of its log: {_tail(place.log)}") from error
+            logger.warning(
+                "fedtune: the worker died; starting it again, once. The end of its log: %s", _tail(place.log)
+            )
+    if "error" in answer:
+        raise ClientError(answer["error"])
+    return answer, content
+
+
+def place_of(node: int) -> Place:
+    """Where the worker of this node listens.
+
+    Raises:
+        ClientError: if the folder isn't this user's alone.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    parent = Path(base) if base and Path(base).is_dir() else Path(tempfile.gettempdir())
+    folder = parent / f"fedtune-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ClientError(
+            f"{folder} must be a folder that only this user can enter (it belongs to user {found.st_uid}, mode "
+            f"{stat.S_IMODE(found.st_mode):o}): remove it, or name another place with XDG_RUNTIME_DIR"
+        )
+    # A socket's path may have about a hundred characters, so names in it are short
+    return Place(folder, hashlib.blake2b(str(node).encode(), digest_size=8).hexdigest())
+
+
+def _converse(worker: Connection, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+    """Send a request and take its answer.
+
+    Raises:
+        ClientError: if the answer takes longer than the experiment's `runtime.timeout`; the worker is then stopped, so
+            that it isn't still busy when the next message comes.
+    """
+    worker.send_bytes(json.dumps(request).encode())
+    worker.send_bytes(body)
+    answer = json.loads(_receive(worker, START_SECONDS, "read its instructions"))
+    if "limit" in answer:
+        answer = json.loads(_receive(worker, answer["limit"], "answer", pid=answer["pid"]))
+    return answer, worker.recv_bytes() if "error" not in answer else b""
+
+
+def _receive(worker: Connection, seconds: float, what: str, pid: int | None = None) -> bytes:
+    if not worker.poll(seconds):
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        raise ClientError(f"the worker did not {what} within {seconds:g} s; it was stopped")
+    return worker.recv_bytes()
+
+
+@contextmanager
+def _connected(place: Place, node_config: dict[str, Any]) -> Iterator[Connection]:
+    """A connection to a worker of this code, which is started if there is none."""
+    worker = _connect(place)
+    if worker is not None and not _same_code(worker):
+        worker = None
+    if worker is None:
+        worker = _start(place, float(node_config.get("worker-idle", IDLE_SECONDS)))
+    with worker:
+        yield worker
+
+
+def _connect(place: Place) -> Connection | None:
+    try:
+        return Client(place.socket, family="AF_UNIX", authkey=place.secret.read_bytes())
+    except (FileNotFoundError, ConnectionError):
+        return None
+
+
+def _same_code(worker: Connection) -> bool:
+    """Whether the worker runs this version of the app; one of another version is told to end."""
+    hello = json.loads(_receive(worker, START_SECONDS, "say hello"))
+    if hello["code"] == str(CODE):
+        return True
+    logger.info("fedtune: replacing the worker of another version of the app (%s)", hello["code"])
+    worker.close()
+    with suppress(ProcessLookupError):
+        os.kill(hello["pid"], signal.SIGTERM)
+    return False
+
+
+def _start(place: Place, idle: float) -> Connection:
+    """Start a worker and connect to it."""
+    for path in (Path(place.socket), place.secret):
+        path.unlink(missing_ok=True)
+    descriptor = os.open(place.secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(secrets.token_bytes(32))
+    # The code that this ClientApp came with, which is not on the path of a new process
+    paths = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))
+    words = [sys.executable, "-P", "-m", "fedtune.runtime.worker"]
+    with place.log.open("wb") as log:
+        process = subprocess.Popen(
+            [*words, str(place.folder), place.name, str(os.getppid()), str(idle)],
+            env={**os.environ, "PYTHONPATH": paths},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    logger.info("fedtune: started a worker (pid %d, log %s)", process.pid, place.log)
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ClientError(f"the worker can't start (exit {process.returncode}):\n{_tail(place.log)}")
+        worker = _connect(place)
+        if worker is not None:
+            _receive(worker, START_SECONDS, "say hello")
+            return worker
+        time.sleep(0.05)
+    process.kill()
+    raise ClientError(f"the worker did not listen within {START_SECONDS:g} s:\n{_tail(place.log)}")
+
+
+def _tail(log: Path) -> str:
+    with suppress(OSError):
+        return log.read_text(errors="replace")[-LOG_TAIL:].strip() or "(empty)"
+    return "(none)"
+
+
+def _process_age() -> float:
+    """Seconds since this process began; 0 where the system doesn't say."""
+    with suppress(OSError, AttributeError, ValueError):
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def _is_ray() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def main() -> NoReturn:
+    """The worker's own process."""
+    from fedtune.runtime.work import serve
+
+    folder, name, parent, idle = sys.argv[1:]
+    serve(Place(Path(folder), name), int(parent), float(idle))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What a client does with a message, wherever it runs: content in, content out."""
+
+from typing import Any
+
+from flwr.app import MessageType, RecordDict
+
+from fedtune.errors import ConfigError, WireError
+from fedtune.keys import fold
+from fedtune.party import Party, party_of
+from fedtune.protocol import Capability, Peer
+from fedtune.wire import pack_greeting, pack_update, unpack_instruction
+
+# What a node's owner may declare of it, in Flower's spelling of keys
+LIMITS = {name.replace("_", "-"): name for name in Capability.__dataclass_fields__}
+
+
+def take_turn(
+    kind: str, round: str, content: RecordDict, run_config: dict[str, Any], node_config: dict[str, Any]
+) -> RecordDict:
+    """Answer a message.
+
+    Args:
+        kind: `query` asks who this is, `train` for an update.
+        round: the message's group id.
+        run_config: the run's, which holds the experiment.
+        node_config: the node's own: `partition-id`, and what limits it.
+
+    Raises:
+        FedtuneError: if this client can't do its part.
+    """
+    party = party_of(run_config)
+    index = index_of(node_config)
+    if kind == MessageType.QUERY:
+        peer = Peer(index, party.samples(index), capability_of(node_config))
+        return pack_greeting(peer, party.model.layout.sha256)
+    if kind != MessageType.TRAIN:
+        raise WireError(f"message type '{kind}' is not known: expected query or train")
+    if not round.isdecimal():
+        raise WireError(f"expected the round's number as the message's group, got {round!r}")
+    return _train(party, index, int(round), content)
+
+
+def _train(party: Party, index: int, round: int, content: RecordDict) -> RecordDict:
+    instruction, run = unpack_instruction(content, party.codec_down)
+    update = party.turn(run, index, round, instruction)
+    return pack_update(update, party.codec_up, fold(party.experiment.seed, "up", round, index))
+
+
+def index_of(node_config: dict[str, Any]) -> int:
+    """The client's index.
+
+    Raises:
+        ConfigError: if the node has none.
+    """
+    try:
+        return int(node_config["partition-id"])
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            "this node has no partition-id: start it with --node-config 'partition-id=0 num-partitions=...'"
+        ) from error
+
+
+def capability_of(node_config: dict[str, Any]) -> Capability:
+    """What the node's owner says that it can do.
+
+    Raises:
+        ConfigError: for a limit that isn't a number above zero.
+    """
+    try:
+        return Capability(**{LIMITS[key]: value for key, value in node_config.items() if key in LIMITS})
+    except ValueError as error:
+        raise ConfigError(f"--node-config: {error}") from error
