@@ -1,7 +1,7 @@
 """Clients side by side: Flower's simulation engine, on this machine or a Ray cluster.
 
-Each Ray process keeps a base of its own and plays one client after another. A process that dies is replaced by Ray; its
-client's turn is lost and booked as a failure.
+Each Ray process keeps a base of its own and plays one client after another. A process that dies is started again and its
+client's turn with it, once; if that dies too, it is booked as a failure.
 """
 
 import os
@@ -51,12 +51,23 @@ def backend_config(runtime: RuntimeSpec) -> dict[str, Any]:
     """
     if runtime.address is None and runtime.cpus > (cores := os.cpu_count() or 1):
         raise ConfigError(f"runtime.cpus={runtime.cpus:g} asks for more cores a client than there are ({cores})")
-    # Loopback unless a cluster is named: Ray would listen on every interface
-    start = {"address": runtime.address} if runtime.address else {"_node_ip_address": "127.0.0.1"}
+    if runtime.address:
+        start = {"address": runtime.address}
+    else:
+        # Ray would listen on every interface. It stays on loopback by itself on Windows and macOS only, and takes this
+        # machine's outer address for 127.0.0.1 unless told that this is such a system
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        start = {"_node_ip_address": "127.0.0.1"}
     return {
         "init_args": {**start, "include_dashboard": False, "log_to_driver": bool(os.environ.get("FEDTUNE_DEBUG"))},
-        # Ray starts a process again that died. Else Flower keeps handing work to the dead one
-        "client_resources": {"num_cpus": runtime.cpus, "num_gpus": runtime.gpus, "max_restarts": -1},
+        # Flower hands these to the actors as they are. A process that died is started again, else Flower keeps giving
+        # work to the dead one; and a turn is tried once more, else those fail that come while it starts
+        "client_resources": {
+            "num_cpus": runtime.cpus,
+            "num_gpus": runtime.gpus,
+            "max_restarts": -1,
+            "max_task_retries": 1,
+        },
     }
 
 

@@ -5,6 +5,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from typing import NoReturn
@@ -40,23 +42,45 @@ def answer_one(connection: Connection) -> None:
 
     request = json.loads(connection.recv_bytes(MAX_REQUEST))
     content = content_from_bytes(connection.recv_bytes())
-    Watch.busy()
-    try:
-        party = party_of(request["run_config"])
-        limit = party.experiment.runtime.timeout
-        connection.send_bytes(json.dumps({"limit": limit, "pid": os.getpid()}).encode())
-        done = take_turn(request["kind"], request["round"], content, request["run_config"], request["node_config"])
-    except Exception as error:  # whatever it is, the server is told, and the worker stays
-        said = f"{type(error).__name__}: {error}"
-        say(f"round {request['round']}, {request['kind']}: {said}")
-        connection.send_bytes(json.dumps({"error": said}).encode())
-        return
-    finally:
-        Watch.idle()
+    what = f"round {request['round']}, {request['kind']}"
+    with end_with_caller(connection, what):
+        try:
+            party = party_of(request["run_config"])
+            limit = party.experiment.runtime.timeout
+            connection.send_bytes(json.dumps({"limit": limit, "pid": os.getpid()}).encode())
+            done = take_turn(request["kind"], request["round"], content, request["run_config"], request["node_config"])
+        except Exception as error:  # whatever it is, the server is told, and the worker stays
+            said = f"{type(error).__name__}: {error}"
+            say(f"{what}: {said}")
+            connection.send_bytes(json.dumps({"error": said}).encode())
+            return
     training = party.training_seconds if request["kind"] == "train" else 0.0
     connection.send_bytes(json.dumps({"training": training}).encode())
     connection.send_bytes(content_to_bytes(done))
-    say(f"round {request['round']}, {request['kind']}: answered")
+    say(f"{what}: answered")
+
+
+@contextmanager
+def end_with_caller(connection: Connection, what: str) -> Iterator[None]:
+    """End this process if the ClientApp does while it waits: nobody will take the answer, and the next message must not
+    find the worker busy with it."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(WATCH_SECONDS):
+            if connection.poll() and not done.is_set():  # a caller that waits says nothing: this is its end
+                say(f"{what}: the ClientApp that asked has ended")
+                os._exit(1)
+
+    Watch.since = None
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        Watch.since = time.monotonic()
 
 
 class Watch(threading.Thread):
@@ -69,21 +93,13 @@ class Watch(threading.Thread):
         self._parent = parent
         self._idle = idle
 
-    @classmethod
-    def busy(cls) -> None:
-        cls.since = None
-
-    @classmethod
-    def idle(cls) -> None:
-        cls.since = time.monotonic()
-
     def run(self) -> None:
         while True:
             time.sleep(WATCH_SECONDS)
             if not is_alive(self._parent):
                 say(f"the process that wanted this worker ({self._parent}) has ended")
                 os._exit(0)
-            since = self.since
+            since = Watch.since
             if since is not None and time.monotonic() - since > self._idle:
                 say(f"nothing came for {self._idle:g} s")
                 os._exit(0)

@@ -1,0 +1,121 @@
+"""Clients in Ray's processes: the same bits as in one process, and a run that outlives what dies."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import mischief
+import psutil
+import pytest
+import remembering
+from conftest import SMALL, summary_of
+
+from fedtune.config import compose
+from fedtune.errors import ConfigError, QuorumError
+from fedtune.runtime.ray import backend_config, run_ray
+
+ON_RAY = ("runtime=ray", "runtime.wait=60")
+
+
+@pytest.fixture(autouse=True)
+def folder_for_ray(monkeypatch, tmp_path):
+    # Ray's sockets have long names, and pytest's folders too
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+
+
+def words(folder, *more):
+    return [*SMALL, *ON_RAY, f"out={folder}", *more]
+
+
+def failures(folder):
+    with (folder / "failures.csv").open(newline="") as stream:
+        return [(row["round"], row["peer"], row["error"]) for row in csv.DictReader(stream)]
+
+
+@pytest.mark.slow
+def test_ray_gives_the_bits_of_one_process_and_resumes_exactly(small_run, tmp_path):
+    whole = small_run(*remembering.WORDS, name="whole", rounds=3)
+    parts = tmp_path / "parts"
+    run_ray(compose(words(parts, *remembering.WORDS, "rounds=2")))
+    run_ray(compose(words(parts, *remembering.WORDS, "rounds=3")), resume=str(parts))
+    assert summary_of(parts)["state_sha256"] == summary_of(whole)["state_sha256"]
+    assert summary_of(parts)["totals"]["failed"] == 0
+    assert (parts / "adapter/adapter_model.safetensors").read_bytes() == (
+        whole / "adapter/adapter_model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_ray_process_that_dies_costs_one_turn(tmp_path, monkeypatch, small_run):
+    """Client 1 kills its process in round 1, and again when it is tried again, and raises in round 2; everything else
+    goes on, in the replaced process too, and the result is that of a run in which client 1 just raised."""
+    monkeypatch.setenv("MISCHIEF", "die:1:1 raise:2:1")
+    more = (*mischief.WORDS, "population.cohort=4", "rounds=3")
+    run_ray(compose(words(tmp_path / "ray", *more)))
+    lost = failures(tmp_path / "ray")
+    assert [(round, peer) for round, peer, _ in lost] == [("1", "1"), ("2", "1")]
+    assert "its process died (Actor" in lost[0][2]
+    assert "the battery is flat" in lost[1][2]
+    assert "Traceback" not in lost[1][2]
+    monkeypatch.setenv("MISCHIEF", "raise:1:1 raise:2:1")
+    local = small_run(*more, name="local", rounds=3)
+    assert summary_of(local)["state_sha256"] == summary_of(tmp_path / "ray")["state_sha256"]
+
+
+@pytest.mark.slow
+def test_when_every_client_fails_the_run_says_so_and_stops(tmp_path, monkeypatch):
+    monkeypatch.setenv("MISCHIEF", " ".join(f"raise:1:{index}" for index in range(4)))
+    begun = time.monotonic()
+    with pytest.raises(QuorumError, match=r"round 1: 0 of 3 clients .* the battery is flat"):
+        run_ray(compose(words(tmp_path / "run", *mischief.WORDS)))
+    assert time.monotonic() - begun < 120
+    assert summary_of(tmp_path / "run")["status"] == "failed"
+    assert len(failures(tmp_path / "run")) == 3
+
+
+@pytest.mark.slow
+def test_ray_stays_on_loopback_and_ctrl_c_says_how_to_go_on(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "fedtune.cli", "run", *words(folder, "rounds=1000")]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        while not (folder / "metrics.csv").exists() or len((folder / "metrics.csv").read_text().splitlines()) < 3:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        mine = psutil.Process(process.pid).children(recursive=True)
+        listening = [c.laddr.ip for p in mine for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert listening
+        assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1"}
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, err = process.communicate(timeout=60)
+        psutil.wait_procs(mine, timeout=20)
+        assert not [p for p in mine if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert f"go on with: fedtune run resume={folder}" in err
+    assert summary_of(folder)["status"] == "interrupted"
+
+
+def test_more_cores_than_there_are_is_said_at_once():
+    with pytest.raises(ConfigError, match=r"runtime\.cpus=1000 asks for more cores"):
+        run_ray(compose([*SMALL, "runtime=ray", "runtime.cpus=1000"]))
+
+
+def test_ray_stays_on_this_machine_unless_a_cluster_is_named():
+    assert backend_config(compose(["runtime=ray"]).runtime)["init_args"]["_node_ip_address"] == "127.0.0.1"
+    named = backend_config(compose(["runtime=ray", "runtime.address=10.0.0.5:6379", "runtime.gpus=0.25"]).runtime)
+    assert named["init_args"]["address"] == "10.0.0.5:6379"
+    assert "_node_ip_address" not in named["init_args"]
+    assert named["client_resources"] == {"num_cpus": 1.0, "num_gpus": 0.25, "max_restarts": -1, "max_task_retries": 1}
