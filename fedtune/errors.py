@@ -41,5 +41,9 @@ class RunFolderError(FedtuneError):
     """A run folder can't be created, written, read or resumed."""
 
 
+class DeploymentError(FedtuneError):
+    """A part of a deployment didn't come up, was refused, or went away."""
+
+
 class Interrupted(FedtuneError):
     """Somebody pressed Ctrl-C."""
