@@ -59,8 +59,8 @@ def make_node_key(path: Path) -> Path:
     path.unlink(missing_ok=True)
     write_secret(path, key.private_bytes(*form))
     public = path.with_suffix(".pub")
-    form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    public.write_bytes(key.public_key().public_bytes(*form) + b"\n")
+    text = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    public.write_bytes(text + b"\n")
     return public
 
 

@@ -1,7 +1,7 @@
 """Processes found by a mark in their environment, so that none escapes: no grandchild, none in a session of its own.
 
-Flower starts a SuperExec beside every SuperLink and SuperNode, some of them detached, and these start an app process for
-every message. A process group misses some of them; what they all inherit is the environment.
+Flower starts a SuperExec beside every SuperLink and SuperNode, some of them detached, and these start an app process
+for every message. A process group misses some of them; what they all inherit is the environment.
 
 Run as a script with a mark, this is a watchdog: it waits until whoever holds its standard input is gone, however that
 ended, and then ends whatever carries the mark. It needs nothing but the standard library.
