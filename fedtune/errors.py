@@ -42,7 +42,7 @@ class RunFolderError(FedtuneError):
 
 
 class DeploymentError(FedtuneError):
-    """A SuperLink, a SuperNode or a run on them did not do what it was told."""
+    """A part of a deployment didn't come up, was refused, or went away."""
 
 
 class Interrupted(FedtuneError):

@@ -1,7 +1,7 @@
 """Clients side by side: Flower's simulation engine, on this machine or a Ray cluster.
 
-Each Ray process keeps a base of its own and plays one client after another. A process that dies is started again and its
-client's turn with it, once; if that dies too, it is booked as a failure.
+Each Ray process keeps a base of its own and plays one client after another. A process that dies is started again and
+its client's turn with it, once; if that dies too, it is booked as a failure.
 """
 
 import os

@@ -1,0 +1,69 @@
+"""Run the app on a fleet of this machine's own, step by step: what a deployment does, without the other machines."""
+
+import argparse
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedtune.errors import FedtuneError
+from simulations.fleet import Fleet, Site
+
+EXAMPLES = """\
+  python -m simulations.fleet experiment=demo population.clients=3 --nodes 3
+  python -m simulations.fleet 'model=tiny rounds=2 population.clients=2' --insecure
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 the run completed, 1 it failed or could not be started, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations.fleet",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", help="what `fedtune run` takes, as words or as one quoted text")
+    parser.add_argument("--nodes", type=int, default=2, help="how many devices (%(default)s)")
+    parser.add_argument("--folder", type=Path, help="a new folder for all its files (runs/fleet, runs/fleet-2, ...)")
+    parser.add_argument("--app", type=Path, default=Path(), help="the folder of the Flower app (this one)")
+    parser.add_argument("--insecure", action="store_true", help="neither TLS nor node authentication")
+    parser.add_argument("--limit", type=float, default=86_400, help="seconds that the run may take (a day)")
+    options = parser.parse_args(arguments)
+    words = options.overrides
+    overrides = words[0] if len(words) == 1 else shlex.join(words)
+    sites = [Site(f"site-{index}") for index in range(options.nodes)]
+    folder = options.folder or _unused(Path("runs/fleet"))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leave by the door, as for Ctrl-C
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - began:5.1f} s] {line}", flush=True)
+
+    try:
+        with Fleet(folder, sites, app=options.app, secure=not options.insecure, say=say) as fleet:
+            say(f'flwr run {options.app} --stream --run-config overrides="{overrides}"')
+            result = fleet.run({"overrides": overrides}, sys.stdout, options.limit)
+            say(f"run {result.run_id} {result.status}" + ("" if result.completed else f": {result.details}"))
+            say(f"stopping everything; logs, keys and certificates stay in {folder}")
+        say("nothing is left running")
+    except FedtuneError as error:
+        print(f"fleet: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fleet: interrupted; everything was stopped", file=sys.stderr)
+        return 130
+    return 0 if result.completed else 1
+
+
+def _unused(folder: Path) -> Path:
+    number = 1
+    while (candidate := folder if number == 1 else folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return candidate
+
+
+if __name__ == "__main__":
+    sys.exit(main())
