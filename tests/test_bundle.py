@@ -5,6 +5,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import pytest
 from flwr.cli.build import build_fab_from_disk
 
 import fedtune
@@ -17,6 +18,7 @@ def test_the_version_that_flower_reads_is_the_packages():
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == fedtune.__version__
 
 
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
 def test_the_bundle_holds_the_code_the_settings_and_the_licence():
     bundle = build_fab_from_disk(ROOT)  # what `flwr run` calls; `flwr build` also minds the name of the folder
     with zipfile.ZipFile(io.BytesIO(bundle)) as archive:

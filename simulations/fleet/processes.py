@@ -19,11 +19,11 @@ MARK = "FEDTUNE_FLEET"  # the environment variable; its value is FLEET/PART
 
 
 def marked(mark: str) -> dict[int, str]:
-    """The living processes whose mark is `mark` or below it: process id -> command line."""
+    """The living processes whose mark is `mark` or below it, but for this one: process id -> command line."""
     found = {}
     for pid, environment, command in _processes():
         value = environment.get(MARK, "")
-        if value == mark or value.startswith(f"{mark}/"):
+        if pid != os.getpid() and (value == mark or value.startswith(f"{mark}/")):
             found[pid] = command
     return found
 
