@@ -65,6 +65,7 @@ def explain_error(error: Error) -> str:
     said = error.reason or f"Flower error {error.code}"
     if (found := _RAISED.search(said)) or (found := _RAISED_ON_RAY.search(said)):
         said = ": ".join(text.strip() for text in found.groups())
+        said = re.sub(r"^ClientError: (?=\w+: )", "", said)  # a device's worker has named the kind already
     said = said if len(said) <= MAX_REASON else f"{said[:MAX_REASON]} ..."
     happened = _EXPLAINED.get(error.code)
     return f"{happened} ({said})" if happened else said

@@ -1,7 +1,8 @@
 """A client that misbehaves when told to, for tests against real processes.
 
-MISCHIEF="how:round:index ..." in the environment of the process that trains; how is one of `raise`, `die` (SIGKILL),
-`die-once` (a file in MISCHIEF_DONE remembers), `hang`, `slow` (5 s) and `nan`.
+MISCHIEF="how:seed:round:index ..." in the environment of the process that trains; how is one of `raise`, `die`
+(SIGKILL), `die-once` (a file in MISCHIEF_DONE remembers), `hang`, `slow` (4 s) and `nan`. But for `slow` nothing is
+remembered of such a turn, so a run in which the same turns just raise has the same result.
 """
 
 import os
@@ -23,9 +24,12 @@ WORDS = ("method.client._target_=mischief.Mischief",)
 class Mischief(Remembering):
     def train(self, model, batches, instruction, memory, key):
         told = [word.split(":") for word in os.environ.get("MISCHIEF", "").split()]
-        how = next((how for how, round, index in told if key == fold(0, "train", int(round), int(index))), None)
+        how = next((how for how, *at in told if key == fold(int(at[0]), "train", int(at[1]), int(at[2]))), None)
         if how == "raise":
             raise ConnectionError("the battery is flat")
+        if how == "nan":
+            broken = {name: tensor * torch.nan for name, tensor in instruction.tensors.items()}
+            return Update(broken, batches.examples)
         if how == "die-once":
             done = Path(os.environ["MISCHIEF_DONE"])
             how = None if done.exists() else "die"
@@ -33,8 +37,5 @@ class Mischief(Remembering):
         if how == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if how in ("hang", "slow"):
-            time.sleep(10_000 if how == "hang" else 5)
-        update = super().train(model, batches, instruction, memory, key)
-        if how == "nan":
-            return Update({name: t * torch.nan for name, t in update.tensors.items()}, update.examples)
-        return update
+            time.sleep(10_000 if how == "hang" else 4)
+        return super().train(model, batches, instruction, memory, key)

@@ -52,7 +52,7 @@ def test_ray_gives_the_bits_of_one_process_and_resumes_exactly(small_run, tmp_pa
 def test_a_ray_process_that_dies_costs_one_turn(tmp_path, monkeypatch, small_run):
     """Client 1 kills its process in round 1, and again when it is tried again, and raises in round 2; everything else
     goes on, in the replaced process too, and the result is that of a run in which client 1 just raised."""
-    monkeypatch.setenv("MISCHIEF", "die:1:1 raise:2:1")
+    monkeypatch.setenv("MISCHIEF", "die:0:1:1 raise:0:2:1")
     more = (*mischief.WORDS, "population.cohort=4", "rounds=3")
     run_ray(compose(words(tmp_path / "ray", *more)))
     lost = failures(tmp_path / "ray")
@@ -60,14 +60,14 @@ def test_a_ray_process_that_dies_costs_one_turn(tmp_path, monkeypatch, small_run
     assert "its process died (Actor" in lost[0][2]
     assert "the battery is flat" in lost[1][2]
     assert "Traceback" not in lost[1][2]
-    monkeypatch.setenv("MISCHIEF", "raise:1:1 raise:2:1")
+    monkeypatch.setenv("MISCHIEF", "raise:0:1:1 raise:0:2:1")
     local = small_run(*more, name="local", rounds=3)
     assert summary_of(local)["state_sha256"] == summary_of(tmp_path / "ray")["state_sha256"]
 
 
 @pytest.mark.slow
 def test_when_every_client_fails_the_run_says_so_and_stops(tmp_path, monkeypatch):
-    monkeypatch.setenv("MISCHIEF", " ".join(f"raise:1:{index}" for index in range(4)))
+    monkeypatch.setenv("MISCHIEF", " ".join(f"raise:0:1:{index}" for index in range(4)))
     begun = time.monotonic()
     with pytest.raises(QuorumError, match=r"round 1: 0 of 3 clients .* the battery is flat"):
         run_ray(compose(words(tmp_path / "run", *mischief.WORDS)))
