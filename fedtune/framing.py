@@ -118,14 +118,14 @@ class Objects:
 def objects_of(message: Message) -> Objects:
     """The objects of a message's content; none of an error.
 
-    Every object is hashed, as Flower does too: about 2 s for 1 GB. A broadcast needs it once.
+    Every object is hashed, as Flower does too: about 1 s for 1 GB. A broadcast needs it once.
     """
     if not message.has_content():
         return Objects()
     with no_object_id_recompute():
         objects = get_all_nested_objects(message.content)
-        tree = get_object_tree(message.content)
-    return Objects(tuple(len(each.deflate()) for each in objects.values()), _blank(tree).SerializeToString())
+        lengths = tuple(len(each.deflate()) for each in objects.values())
+        return Objects(lengths, _blank(get_object_tree(message.content)).SerializeToString())
 
 
 def link_of(grid: Grid) -> "Link | None":
@@ -233,11 +233,13 @@ class Line:
 
     def idle(self, now: float) -> Crossing:
         """Polls and heartbeats since the last time this was asked."""
-        beats, self._next_beat = _ticks(self._next_beat, now, HEARTBEAT_SECONDS)
+        due = self._next_beat
+        beats, self._next_beat = _ticks(due, now, HEARTBEAT_SECONDS)
         moved = self.link.heartbeat(self.node) * beats
         if self._works_since is not None:
-            # No poll keeps a connection open for them
-            return moved + self.link.handshake * (beats if self._quiet(now) else 0)
+            # No poll keeps a connection open for them: all but the early ones open their own
+            early, _ = _ticks(due, min(now, self._works_since + KEEP_ALIVE_SECONDS), HEARTBEAT_SECONDS)
+            return moved + self.link.handshake * (beats - early)
         polls, self._next_poll = _ticks(self._next_poll, now, POLL_SECONDS)
         return moved + self.link.poll(self.node) * polls
 
@@ -250,13 +252,9 @@ class Line:
 
     def up(self, reply: Message, objects: Objects, wire_bytes: int, now: float) -> Crossing:
         """`Link.up` for a reply received now. Ask `idle` first."""
-        lapsed = self._quiet(now)
+        lapsed = self._works_since is not None and now - self._works_since > KEEP_ALIVE_SECONDS
         self._works_since, self._next_poll, self._last_objects = None, now, now
         return self.link.up(reply, objects, wire_bytes, PARALLEL if lapsed else 0)
-
-    def _quiet(self, now: float) -> bool:
-        """Whether the node has worked for so long that its connections are gone."""
-        return self._works_since is not None and now - self._works_since > KEEP_ALIVE_SECONDS
 
 
 def _ticks(due: float, now: float, every: float) -> tuple[int, float]:

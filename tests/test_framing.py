@@ -205,7 +205,8 @@ def test_tls_adds_22_bytes_to_each_record():
 
 
 def test_equal_chunks_travel_once():
-    """12 MB of zeros are two equal chunks of 5 MB and a rest, each with a head of 20: Flower names objects by their hash."""
+    """12 MB of zeros are two equal chunks of 5 MB and a rest, each with a head of 20: Flower names an object by its
+    hash."""
     record = ArrayRecord()
     record["blob"] = Array("uint8", (12_000_000,), "fedtune", bytes(12_000_000))
     message = make_message(instruction(0).metadata, RecordDict({"payload": record}))
@@ -252,8 +253,8 @@ def test_a_node_polls_between_messages_and_beats_always():
     objects = objects_of(message), objects_of(reply)
     # Found by the poll at 9.15; that is over 5 s after any objects, so the second connection is new
     assert line.down(message, objects[0], 0, 7.0) == link.down(message, objects[0], 0, 1)
-    # Works until 40: no polls, beats at 10 and 30 on connections of their own, and two new ones for the reply
-    assert line.idle(40.0) == (beat + link.handshake) * 2
+    # Works from then until 40: no polls, beats at 10 and, on a connection of its own, at 30; two new ones for the reply
+    assert line.idle(40.0) == beat * 2 + link.handshake
     assert line.up(reply, objects[1], 0, 40.0) == link.up(reply, objects[1], 0, 2)
     # Polls at 40 and finds the next message at 43.05, when both connections are still there
     assert line.idle(41.0) == poll
