@@ -263,6 +263,16 @@ def test_a_node_polls_between_messages_and_beats_always():
     assert line.up(reply, objects[1], 0, 44.0) == link.up(reply, objects[1], 0)
 
 
+def test_a_reply_right_after_a_heartbeat_finds_its_connection():
+    """Beats at 10 and 30; a reply at 33."""
+    link, reply = Link(tls=True), update(1_000)
+    line, objects = Line(link, NODE, 0.0), objects_of(reply)
+    line.idle(1.0)
+    line.down(instruction(1_000), objects, 0, 1.0)
+    line.idle(33.0)
+    assert line.up(reply, objects, 0, 33.0) == link.up(reply, objects, 0, 1)
+
+
 def test_only_a_deployed_app_has_a_link():
     assert link_of(LocalGrid(ClientApp(), 1, {})) is None
     assert link_of(HttpGrid("fl.example.org:8000", insecure=True, token="t")) == Link(False, "fl.example.org:8000")
