@@ -125,12 +125,12 @@ def test_a_worker_that_dies_is_started_again_once(place, tmp_path, monkeypatch, 
 @pytest.mark.slow
 def test_a_worker_that_takes_too_long_is_stopped(place, tmp_path, monkeypatch):
     monkeypatch.setenv("MISCHIEF", "hang:0:1:1")
-    query, train, context = messages(tmp_path, "runtime.timeout=2")
+    query, train, context = messages(tmp_path, "runtime.timeout=20")
     ask(query, context)
     begun = time.monotonic()
-    with pytest.raises(ClientError, match="did not answer within 2 s; it was stopped"):
+    with pytest.raises(ClientError, match="did not answer within 20 s; it was stopped"):
         ask(train, context)
-    assert time.monotonic() - begun < 10
+    assert 20 <= time.monotonic() - begun < 40
     assert not psutil.wait_procs(workers(place), timeout=10)[1]
 
 
@@ -170,7 +170,9 @@ def test_a_worker_ends_with_its_node_and_when_it_is_idle(place, tmp_path):
     (process,) = workers(place)
     assert not psutil.wait_procs([process], timeout=10)[1]
     assert "nothing came for 2 s" in place.log.read_text()
+    assert {path.name for path in place.folder.iterdir()} == {place.log.name}
 
+    place.secret.write_bytes(b"x" * 32)
     node = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     command = [sys.executable, "-m", "fedtune.runtime.worker", str(place.folder), place.name, str(node.pid), "1000"]
     lasting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

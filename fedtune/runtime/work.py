@@ -2,37 +2,41 @@
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import AuthenticationError
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Listener
+from pathlib import Path
 from typing import NoReturn
 
 from fedtune.flower import content_from_bytes, content_to_bytes
 from fedtune.runtime.worker import CODE, Place
 
 WATCH_SECONDS = 1.0
-MAX_REQUEST = 1 << 20  # bytes of a request without its content
+MAX_REQUEST = 1 << 24  # bytes of a request without its content
+_SECRET: dict[Path, bytes] = {}  # this process's own
 
 
 def serve(place: Place, parent: int, idle: float) -> NoReturn:
     """Answer until the process `parent` ends or nothing has come for `idle` seconds."""
-    Watch(parent, idle).start()
+    Watch(place, parent, idle).start()
+    signal.signal(signal.SIGTERM, lambda *_: leave(place, "told to end"))
     # Before the first request: importing torch takes seconds, and ClientApps must not find a silent socket
     import fedtune.turns  # noqa: F401
 
-    with Listener(place.socket, family="AF_UNIX", authkey=place.secret.read_bytes()) as listener:
+    _SECRET[place.secret] = place.secret.read_bytes()
+    with Listener(place.socket, family="AF_UNIX", authkey=_SECRET[place.secret]) as listener:
         say(f"listening on {place.socket} for the app in {CODE}")
         while True:
             try:
                 with listener.accept() as connection:
                     connection.send_bytes(json.dumps({"code": str(CODE), "pid": os.getpid()}).encode())
                     answer_one(connection)
-            except (AuthenticationError, EOFError, ConnectionError) as error:
-                say(f"a caller went away: {type(error).__name__} {error}")
+            except Exception as error:  # a caller that goes away or makes no sense is not the end of this worker
+                say(f"a caller was left: {type(error).__name__}: {error}")
 
 
 def answer_one(connection: Connection) -> None:
@@ -88,8 +92,9 @@ class Watch(threading.Thread):
 
     since: float | None = time.monotonic()  # when the last request was answered; None while one is worked on
 
-    def __init__(self, parent: int, idle: float):
+    def __init__(self, place: Place, parent: int, idle: float):
         super().__init__(daemon=True)
+        self._place = place
         self._parent = parent
         self._idle = idle
 
@@ -97,12 +102,20 @@ class Watch(threading.Thread):
         while True:
             time.sleep(WATCH_SECONDS)
             if not is_alive(self._parent):
-                say(f"the process that wanted this worker ({self._parent}) has ended")
-                os._exit(0)
+                leave(self._place, f"the process that wanted this worker ({self._parent}) has ended")
             since = Watch.since
             if since is not None and time.monotonic() - since > self._idle:
-                say(f"nothing came for {self._idle:g} s")
-                os._exit(0)
+                leave(self._place, f"nothing came for {self._idle:g} s")
+
+
+def leave(place: Place, why: str) -> NoReturn:
+    """End this process at once, whatever it is doing, and leave nothing but the log behind."""
+    say(why)
+    with suppress(OSError):
+        if place.secret.read_bytes() == _SECRET.get(place.secret):  # not those of a worker that has taken this place
+            Path(place.socket).unlink(missing_ok=True)
+            place.secret.unlink(missing_ok=True)
+    os._exit(0)
 
 
 def is_alive(pid: int) -> bool:
