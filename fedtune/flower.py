@@ -3,6 +3,9 @@
 Tested with flwr 1.41.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 from flwr.app import Message, Metadata, RecordDict
@@ -19,9 +22,11 @@ __all__ = [
     "Error",
     "ErrorCode",
     "Run",
+    "as_message",
     "assume_identity",
     "content_bytes",
     "envelope_bytes",
+    "quietly",
     "set_message_id",
 ]
 
@@ -38,6 +43,24 @@ def assume_identity(run_id: int) -> None:
 def set_message_id(message: Message, message_id: str) -> None:
     """Name a message, as a SuperLink does on arrival; `Metadata` has no setter for it."""
     message.metadata.__dict__["_message_id"] = message_id
+
+
+def as_message(content: RecordDict) -> Message:
+    """A message that was never sent, from nobody to nobody, for code of Flower's that reads nothing but the content."""
+    metadata = Metadata(0, "", 0, 0, "", "", 1.0, 1.0, "train")
+    return Message(content=content, metadata=metadata)  # type: ignore[call-overload,no-any-return]
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Flower logs no progress within, only what is wrong."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def content_bytes(content: RecordDict) -> int:
