@@ -11,13 +11,13 @@ All replies are held at once, unlike in a sum: 24 bytes a value and reply, for B
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 
 from fedtune.errors import ConfigError, QuorumError
 from fedtune.flower import as_message, quietly
 from fedtune.protocol import Peer, Tensors, Update
+from fedtune.wire import pack_arrays, unpack_arrays
 
 Replies = Sequence[tuple[Peer, Update]]
 
@@ -85,10 +85,11 @@ def _through(rule: flower.FedAvg, adapter: Tensors, replies: Replies) -> Tensors
     messages = []
     for _, update in replies:
         # In the adapter's order, whatever the client's: Flower lays the numbers end to end to measure distances
-        arrays = ArrayRecord({name: Array(update.tensors[name].double().numpy()) for name in adapter})
+        arrays = pack_arrays({name: update.tensors[name].double() for name in adapter})
         metrics = MetricRecord({rule.weighted_by_key: update.examples})
         messages.append(as_message(RecordDict({"arrays": arrays, "metrics": metrics})))
     with quietly():
         merged, _ = rule.aggregate_train(0, messages)
     assert merged is not None, "Flower skips a round without replies"
-    return {name: torch.from_numpy(merged[name].numpy()).to(tensor.dtype) for name, tensor in adapter.items()}
+    found = unpack_arrays(merged)
+    return {name: found[name].to(tensor.dtype) for name, tensor in adapter.items()}

@@ -10,12 +10,14 @@ else about an update is checked here before anyone trusts it: an update is input
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from io import BytesIO
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedtune.errors import WireError
+from fedtune.errors import ConfigError, WireError
 from fedtune.flower import content_bytes, envelope_bytes
 from fedtune.protocol import Codec, Instruction, Peer, Setting, Tensors, Update
 
@@ -93,6 +95,45 @@ def check_finite(tensors: Tensors) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WireError(f"tensor '{name}' has values that are not finite")
+
+
+def pack_arrays(tensors: Tensors) -> ArrayRecord:
+    """Tensors as Flower's own strategies carry them.
+
+    Raises:
+        ConfigError: for a dtype that numpy lacks, as bfloat16.
+    """
+    record = ArrayRecord()
+    for name, tensor in tensors.items():
+        try:
+            record[name] = Array(tensor.detach().cpu().numpy())
+        except TypeError as error:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(f"tensor '{name}' is {dtype}, which Flower's Array can't hold: use float32") from error
+    return record
+
+
+def unpack_arrays(record: Mapping[str, Array]) -> Tensors:
+    """What a stranger's arrays hold.
+
+    Raises:
+        WireError: naming the array that is not a plain block of numbers.
+    """
+    return {name: _tensor(name, array) for name, array in record.items()}
+
+
+def _tensor(name: str, array: Array) -> torch.Tensor:
+    try:
+        stream = BytesIO(array.data)
+        if (version := np.lib.format.read_magic(stream)) != (1, 0):
+            raise ValueError(f"version {version} of numpy's format")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        # Checked first: numpy makes room for what the header says before it reads
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(array.data) - stream.tell():
+            raise ValueError(f"{len(array.data)} bytes that are no {dtype} {shape}")
+        return torch.from_numpy(array.numpy())
+    except Exception as error:  # the header is a Python literal: a bad one raises whatever Python's parser does
+        raise WireError(f"array '{name}' ({array.dtype}) can't be read: {error}") from error
 
 
 def payload_bytes(content: RecordDict) -> int:
