@@ -254,7 +254,8 @@ class FlowerStrategy(flower.Strategy):
         """What a fully capable client would hold after decoding the broadcast of round `number`."""
         tensors = self.strategy.configure(self.state, number, Peer(SERVER, 1)).tensors
         if self.codec is not None:
-            tensors = self.codec.decode(self.codec.encode(tensors, fold(self.seed, "down", number)))
+            decoded = self.codec.decode(self.codec.encode(tensors, fold(self.seed, "down", number)))
+            tensors = {name: decoded[name] for name in tensors}  # safetensors keeps no order, and Flower's users do
         return wire.pack_arrays(tensors)
 
     def _answers(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[int, Message]]:

@@ -31,7 +31,7 @@ from fedtune.errors import ConfigError, QuorumError, WireError
 from fedtune.flower_strategy import as_flower_strategy
 from fedtune.keys import fold
 from fedtune.party import Party
-from fedtune.protocol import Instruction, Layout, Slot
+from fedtune.protocol import Instruction, Layout, Slot, Update
 from fedtune.runtime.local import LocalGrid, run_local, server_context
 from strategies.fedit import FedIT, State
 from strategies.krum import Krum
@@ -141,6 +141,37 @@ def test_with_a_codec_it_is_our_own_engine_to_the_last_bit(tmp_path):
     result = start(strategy, app, clients=4, arrays=ArrayRecord(layout.initial))
     got = result.arrays.to_torch_state_dict()
     assert {name: tensor.tolist() for name, tensor in got.items()} == {n: t.tolist() for n, t in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: content.update(payload=ArrayRecord(START)), "should hold one array 'blob'"),
+        (
+            lambda content: content["payload"].update(blob=Array("uint8", (4,), "fedtune", b"\1\2\3\4")),
+            "not a raw blob",
+        ),
+        (lambda content: content["metrics"].update(examples=10**9), "it claims 1000000000 examples"),
+        (lambda content: content["metrics"].update({"partition-id": 0.5}), "whole number from 0 up, got 0.5"),
+    ],
+)
+def test_with_a_codec_a_lying_client_is_left_out_too(change, said):
+    """As above: without client 1, each round adds 2.5."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        index = context.node_config["partition-id"]
+        adapter = wire.unpack_instruction(message.content, Raw()).tensors
+        trained = {name: tensor + (index + 1) for name, tensor in adapter.items()}
+        content = wire.pack_update(Update(trained, index + 1, {"partition-id": index}), Raw(), 0)
+        if index == 1:
+            change(content)
+        return Message(content, reply_to=message)
+
+    strategy = as_flower_strategy(FedIT(), Raw(), max_examples=100, fraction_evaluate=0.0)
+    assert level(start(strategy, app)) == 5
+    assert [(number, said in reason) for number, _, reason in strategy.failures] == [(1, True), (2, True)]
 
 
 class LastFirst(LocalGrid):
