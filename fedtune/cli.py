@@ -112,13 +112,15 @@ def print_methods() -> None:
 
     from fedtune.config import CONF, choices
 
-    for name in choices("method"):
+    names = choices("method")
+    width = max(map(len, names))
+    for name in names:
         target = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())["strategy"]["_target_"]
         source = CONF.parent.joinpath(*target.split(".")[:-1]).with_suffix(".py")
         title, _, rest = (ast.get_docstring(ast.parse(source.read_text())) or "").partition("\n\n")
-        print(f"{name:<12} {title}")
+        print(f"{name:<{width}} {title}")
         for line in rest.split("\n\n")[0].splitlines():
-            print(f"{'':<12} {line}")
+            print(f"{'':<{width}} {line}")
 
 
 def print_run_help() -> None:

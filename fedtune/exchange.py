@@ -9,7 +9,8 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.errors import ClientError, FedtuneError
-from fedtune.flower import explain_error, pull_one
+from fedtune.flower import SERVER_NODE, explain_error, pull_one
+from fedtune.framing import Lines
 
 POLL_SECONDS = 0.1  # between two looks for replies, where clients are elsewhere; longer where many are awaited
 
@@ -22,6 +23,11 @@ class Arrival:
     message: Message | None
     seconds: float
     problem: str = ""
+
+    @property
+    def crossed(self) -> bool:
+        """Whether something came from the node; a SuperLink answers for nodes that are gone."""
+        return self.message is not None and self.message.metadata.src_node_id != SERVER_NODE
 
     def content(self) -> RecordDict:
         """The reply's content.
@@ -39,6 +45,9 @@ class Arrival:
 class Exchange:
     """The server's end of the wire.
 
+    Attributes:
+        lines: what a deployment moves around the messages.
+
     Args:
         stop: set it to end every wait here, as Ctrl-C does.
     """
@@ -47,6 +56,7 @@ class Exchange:
         self._grid = grid
         self._stop = stop or Event()
         self._in_turn = getattr(grid, "takes_turns", False)
+        self.lines = Lines(grid)
 
     def nodes(self) -> list[int]:
         """The nodes that are connected now."""

@@ -7,7 +7,8 @@ Tested with flwr 1.41.
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "Error",
     "ErrorCode",
     "Run",
+    "as_message",
     "assume_identity",
     "content_bytes",
     "content_from_bytes",
@@ -38,6 +40,7 @@ __all__ = [
     "envelope_bytes",
     "explain_error",
     "pull_one",
+    "quietly",
     "raised_by_client",
     "set_message_id",
     "simulate",
@@ -116,18 +119,17 @@ def simulate(server_app: ServerApp, client_app: ClientApp, clients: int, backend
     from flwr.simulation.run_simulation import _run_simulation  # imports Ray: seconds
     from flwr.supercore.telemetry import EventType
 
-    logger = logging.getLogger("flwr")
-    level = logger.level
-    if not os.environ.get("FEDTUNE_DEBUG"):
-        logger.setLevel(logging.CRITICAL)  # every failed client is reported by the round loop, without a traceback
+    # Every failed client is reported by the round loop, without a traceback
+    level = logging.NOTSET if os.environ.get("FEDTUNE_DEBUG") else logging.CRITICAL
     try:
-        _run_simulation(
-            num_supernodes=clients,
-            exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
-            client_app=client_app,
-            server_app=server_app,
-            backend_config=backend,
-        )
+        with quietly(level):
+            _run_simulation(
+                num_supernodes=clients,
+                exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
+                client_app=client_app,
+                server_app=server_app,
+                backend_config=backend,
+            )
     except FedtuneError:
         raise
     except (RuntimeError, ConnectionError, ValueError) as error:
@@ -141,8 +143,6 @@ def simulate(server_app: ServerApp, client_app: ClientApp, clients: int, backend
             f"Ray can't run these clients: {said[0] if said else type(cause).__name__} "
             "Look at runtime.cpus, runtime.gpus and runtime.address; FEDTUNE_DEBUG=1 shows everything"
         ) from error
-    finally:
-        logger.setLevel(level)
 
 
 def content_to_bytes(content: RecordDict) -> bytes:
@@ -153,6 +153,24 @@ def content_to_bytes(content: RecordDict) -> bytes:
 def content_from_bytes(data: bytes) -> RecordDict:
     """What `content_to_bytes` made."""
     return recorddict_from_proto(ProtoRecordDict.FromString(data))
+
+
+def as_message(content: RecordDict) -> Message:
+    """A message that was never sent, from nobody to nobody, for code of Flower's that reads nothing but the content."""
+    metadata = Metadata(0, "", 0, 0, "", "", 1.0, 1.0, "train")
+    return Message(content=content, metadata=metadata)  # type: ignore[call-overload,no-any-return]
+
+
+@contextmanager
+def quietly(level: int = logging.WARNING) -> Iterator[None]:
+    """Flower logs no progress within, only what is wrong."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def content_bytes(content: RecordDict) -> int:

@@ -12,6 +12,9 @@ client and server write. TLS adds to each record and each new connection. Retrie
 add are left out. Private to Flower like `fedtune.flower`, and tested with flwr 1.41.
 """
 
+import time
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -257,6 +260,51 @@ class Line:
         beaten = now - (self._next_beat - HEARTBEAT_SECONDS) < KEEP_ALIVE_SECONDS
         self._works_since, self._next_poll, self._last_objects = None, now, now
         return self.link.up(reply, objects, wire_bytes, PARALLEL - beaten if lapsed else 0)
+
+
+class Lines:
+    """The lines of all nodes that a deployed server has sent something to; in one process and in Flower's simulation
+    there are none, and everything here is 0."""
+
+    def __init__(self, grid: Grid):
+        self._link = link_of(grid)
+        self._lines: dict[int, Line] = {}
+        self._idle: Counter[int] = Counter()
+        self._content: RecordDict | None = None  # of the last message, whose objects are those below
+        self._objects = Objects()
+
+    def down(self, message: Message, wire_bytes: int) -> int:
+        """Bytes that sending `message` now takes beyond its own."""
+        if self._link is None:
+            return 0
+        node, now = message.metadata.dst_node_id, time.monotonic()
+        self._catch_up(node, now)
+        if message.content is not self._content:
+            self._content, self._objects = message.content, objects_of(message)
+        return self._lines[node].down(message, self._objects, wire_bytes, now).total
+
+    def up(self, node: int, reply: Message, wire_bytes: int) -> int:
+        """Bytes that `node` took, beyond the reply's own, to bring this one."""
+        if self._link is None:
+            return 0
+        now = time.monotonic()
+        self._catch_up(node, now)
+        return self._lines[node].up(reply, objects_of(reply), wire_bytes, now).total
+
+    def take_idle(self, nodes: Iterable[int]) -> dict[int, int]:
+        """Bytes of polls and heartbeats of these nodes, each since it was last asked for."""
+        if self._link is None:
+            return {}
+        now = time.monotonic()
+        for node in nodes:
+            self._catch_up(node, now)
+        moved, self._idle = dict(self._idle), Counter()
+        return moved
+
+    def _catch_up(self, node: int, now: float) -> None:
+        if self._link is not None and node not in self._lines:
+            self._lines[node] = Line(self._link, node, now)
+        self._idle[node] += self._lines[node].idle(now).total
 
 
 def _ticks(due: float, now: float, every: float) -> tuple[int, float]:

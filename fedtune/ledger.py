@@ -14,15 +14,16 @@ class Entry(NamedTuple):
     round: int
     peer: int  # the client's index
     direction: str  # "down" to the client, "up" from it
-    part: str  # "handshake", "train", or "failed": an error, a refused update, or (with 0 bytes) no reply in time
+    part: str  # "handshake", "train", "failed": an error, a refused update, or (with 0 bytes) no reply; or "idle"
     payload_bytes: int  # the codec's blob
     wire_bytes: int  # the serialised message
+    framing_bytes: int  # what a deployment moves around it, either way; 0 where there are no sockets
     seconds: float  # down: making the message; up: until its reply was there
 
     def line(self) -> str:
         """The line in ledger.csv; nothing in it needs quotes."""
-        round, peer, direction, part, payload, wire, seconds = self
-        return f"{round},{peer},{direction},{part},{payload},{wire},{seconds:.6f}\n"
+        round, peer, direction, part, payload, wire, framing, seconds = self
+        return f"{round},{peer},{direction},{part},{payload},{wire},{framing},{seconds:.6f}\n"
 
 
 COLUMNS = Entry._fields
@@ -55,17 +56,18 @@ class Ledger:
         payload, wire = TOTALS[entry.direction]
         self.totals[payload] += entry.payload_bytes
         self.totals[wire] += entry.wire_bytes
+        self.totals["framing_bytes"] += entry.framing_bytes
         self.totals["messages"] += entry.wire_bytes > 0
         self.totals["failed"] += entry.part == "failed"
 
 
 def sums(entries: Iterable[Entry]) -> dict[str, int]:
-    """Bytes by direction and kind, e.g. {"up_payload_bytes": ...}."""
+    """Bytes by direction and kind, e.g. {"up_payload_bytes": ...}; framing is of both directions."""
     totals = Ledger(entries).totals
-    return {name: totals[name] for names in TOTALS.values() for name in names}
+    return {name: totals[name] for name in (*(name for names in TOTALS.values() for name in names), "framing_bytes")}
 
 
 def parse(row: list[str]) -> Entry:
     """An entry from its line in ledger.csv. Raises ValueError on any other line."""
-    round_, peer, direction, part, payload, wire, seconds = row
-    return Entry(int(round_), int(peer), direction, part, int(payload), int(wire), float(seconds))
+    round_, peer, direction, part, payload, wire, framing, seconds = row
+    return Entry(int(round_), int(peer), direction, part, int(payload), int(wire), int(framing), float(seconds))

@@ -95,6 +95,8 @@ class Roster:
     def _greet(self, nodes: list[int], present: Collection[int], round: int, at_start: bool) -> None:
         messages = [Message(RecordDict(), node, MessageType.QUERY, group_id=str(round)) for node in nodes]
         sizes = {message.metadata.dst_node_id: wire.wire_bytes(message) for message in messages}
+        lines = self._exchange.lines
+        around = {node: lines.down(message, sizes[node]) for node, message in zip(nodes, messages, strict=True)}
         for arrival in self._exchange.send(messages, self._seconds):
             try:
                 peer = wire.unpack_greeting(arrival.content(), self._wanted, self._layout)
@@ -107,11 +109,10 @@ class Roster:
                 self._say(f"a node that came can't take part: {error}")
                 continue
             assert arrival.message is not None
-            for direction, size, seconds in (
-                ("down", sizes[arrival.node], 0.0),
-                ("up", wire.wire_bytes(arrival.message), arrival.seconds),
-            ):
-                self._book(Entry(round, peer.index, direction, "handshake", 0, size, seconds))
+            size = wire.wire_bytes(arrival.message)
+            framing = lines.up(arrival.node, arrival.message, size)
+            self._book(Entry(round, peer.index, "down", "handshake", 0, sizes[arrival.node], around[arrival.node], 0.0))
+            self._book(Entry(round, peer.index, "up", "handshake", 0, size, framing, arrival.seconds))
 
     def _admit(self, peer: Peer, node: int, present: Collection[int]) -> None:
         holder = self.nodes.get(peer.index)

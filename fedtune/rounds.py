@@ -204,7 +204,8 @@ class Server:
             node = self.roster.nodes[index]
             message = Message(content, node, MessageType.TRAIN, group_id=str(number))
             sent = wire.wire_bytes(message, size)
-            self._book(Entry(number, index, "down", "train", payload, sent, time.perf_counter() - begun))
+            framing = self.exchange.lines.down(message, sent)
+            self._book(Entry(number, index, "down", "train", payload, sent, framing, time.perf_counter() - begun))
             yield message
 
     def _receive(self, index: int, arrival: Arrival, played: Round, replies: Replies) -> None:
@@ -225,13 +226,16 @@ class Server:
             replies.add(peer, update, blob)
             played.count(update)
             part, size = "train", wire.update_bytes(blob, update)
-        sent = wire.wire_bytes(arrival.message, size) if arrival.message is not None else 0
-        self._book(Entry(played.number, index, "up", part, payload, sent, arrival.seconds))
+        sent = framing = 0
+        if arrival.message is not None and arrival.crossed:
+            sent = wire.wire_bytes(arrival.message, size)
+            framing = self.exchange.lines.up(arrival.node, arrival.message, sent)
+        self._book(Entry(played.number, index, "up", part, payload, sent, framing, arrival.seconds))
 
     def _miss(self, index: int, played: Round) -> None:
         """A client of the cohort whose node isn't there to be asked."""
         self._fail(index, played, "its node is not connected")
-        self._book(Entry(played.number, index, "up", "failed", 0, 0, 0.0))
+        self._book(Entry(played.number, index, "up", "failed", 0, 0, 0, 0.0))
         self.view.reply(played.mean("train_loss"), len(played.failures), self.ledger.totals)
 
     def _fail(self, index: int, played: Round, reason: str) -> None:
@@ -251,6 +255,10 @@ class Server:
                 f"round {number}: the held-out loss became {found.loss}. Start a new run with a lower train.lr "
                 f"(now {self.experiment.train.lr:g})"
             )
+        index_of = {node: index for index, node in self.roster.nodes.items()}
+        for node, moved in self.exchange.lines.take_idle(index_of).items():
+            if moved and node in index_of:
+                self._book(Entry(number, index_of[node], "up", "idle", 0, 0, moved, 0.0))
         entries = self.ledger.take_pending()
         row = {
             "round": number,

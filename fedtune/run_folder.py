@@ -40,6 +40,7 @@ METRICS = (
     "down_payload_bytes",
     "up_wire_bytes",
     "down_wire_bytes",
+    "framing_bytes",
     "client_eval_loss",
     "client_eval_accuracy",
 )

@@ -41,6 +41,7 @@ def summarise(
                 "down_payload_bytes",
                 "up_wire_bytes",
                 "down_wire_bytes",
+                "framing_bytes",
                 "messages",
                 "failed",
             )

@@ -10,12 +10,14 @@ else about an update is checked here before anyone trusts it: an update is input
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from io import BytesIO
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedtune.errors import WireError
+from fedtune.errors import ConfigError, WireError
 from fedtune.flower import content_bytes, envelope_bytes
 from fedtune.protocol import Capability, Codec, Instruction, Peer, Setting, Tensors, Update
 
@@ -24,18 +26,18 @@ RUN = "run"  # the setting under which an instruction carries the run's id; no s
 MAX_METRICS = 64
 
 
-def pack_instruction(instruction: Instruction, codec: Codec, key: int, run: str) -> RecordDict:
+def pack_instruction(instruction: Instruction, codec: Codec, key: int, run: str = "") -> RecordDict:
     """The content of a message to a client.
 
     Args:
         run: the run's id, which stays the same over resumes: a client finds what it kept by it.
     """
-    settings = ConfigRecord({**instruction.settings, RUN: run})
+    settings = ConfigRecord({**instruction.settings, **({RUN: run} if run else {})})
     return RecordDict({PAYLOAD: _payload(codec.encode(instruction.tensors, key)), SETTINGS: settings})
 
 
 def unpack_instruction(content: RecordDict, codec: Codec) -> tuple[Instruction, str]:
-    """What `pack_instruction` packed: the instruction, and the run's id.
+    """What `pack_instruction` packed: the instruction, and the run's id or "".
 
     Raises:
         WireError: if the content has another form.
@@ -45,7 +47,7 @@ def unpack_instruction(content: RecordDict, codec: Codec) -> tuple[Instruction, 
         if not isinstance(value, int | float | str | bool):
             raise WireError(f"setting '{name}' should be a number, text or truth value, got {type(value).__name__}")
         settings[name] = value
-    run = settings.pop(RUN, None)
+    run = settings.pop(RUN, "")
     if not isinstance(run, str):
         raise WireError(f"setting '{RUN}' should be the run's id, got {run!r}")
     return Instruction(codec.decode(blob_of(content)), settings), run
@@ -101,6 +103,45 @@ def check_finite(tensors: Tensors) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WireError(f"tensor '{name}' has values that are not finite")
+
+
+def pack_arrays(tensors: Tensors) -> ArrayRecord:
+    """Tensors as Flower's own strategies carry them.
+
+    Raises:
+        ConfigError: for a dtype that numpy lacks, as bfloat16.
+    """
+    record = ArrayRecord()
+    for name, tensor in tensors.items():
+        try:
+            record[name] = Array(tensor.detach().cpu().numpy())
+        except TypeError as error:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(f"tensor '{name}' is {dtype}, which Flower's Array can't hold: use float32") from error
+    return record
+
+
+def unpack_arrays(record: Mapping[str, Array]) -> Tensors:
+    """What a stranger's arrays hold.
+
+    Raises:
+        WireError: naming the array that is not a plain block of numbers.
+    """
+    return {name: _tensor(name, array) for name, array in record.items()}
+
+
+def _tensor(name: str, array: Array) -> torch.Tensor:
+    try:
+        stream = BytesIO(array.data)
+        if (version := np.lib.format.read_magic(stream)) != (1, 0):
+            raise ValueError(f"version {version} of numpy's format")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        # Checked first: numpy makes room for what the header says before it reads
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(array.data) - stream.tell():
+            raise ValueError(f"{len(array.data)} bytes that are no {dtype} {shape}")
+        return torch.from_numpy(array.numpy())
+    except Exception as error:  # the header is a Python literal: a bad one raises whatever Python's parser does
+        raise WireError(f"array '{name}' ({array.dtype}) can't be read: {error}") from error
 
 
 def payload_bytes(content: RecordDict) -> int:

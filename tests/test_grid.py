@@ -56,7 +56,7 @@ def test_a_reply_that_never_comes_is_booked_when_time_is_up(tmp_path):
     run(Losing, tmp_path / "run", "runtime.timeout=4")
     assert time.monotonic() - begun < 30
     assert "no reply within 4 s" in (tmp_path / "run" / "failures.csv").read_text()
-    assert "1,2,up,failed,0,0," in (tmp_path / "run" / "ledger.csv").read_text()
+    assert "1,2,up,failed,0,0,0," in (tmp_path / "run" / "ledger.csv").read_text()
     assert summary_of(tmp_path / "run")["totals"]["failed"] == 1
 
 
@@ -82,7 +82,7 @@ def test_a_quorum_goes_on_without_those_who_never_came(tmp_path, capsys):
     run(Deserted, tmp_path / "run", "runtime.wait=1")
     assert "going on without client 3" in capsys.readouterr().out
     assert "1,3,its node is not connected" in (tmp_path / "run" / "failures.csv").read_text()
-    assert "1,3,up,failed,0,0," in (tmp_path / "run" / "ledger.csv").read_text()
+    assert "1,3,up,failed,0,0,0," in (tmp_path / "run" / "ledger.csv").read_text()
     assert summary_of(tmp_path / "run")["totals"]["failed"] == 1
 
 

@@ -205,19 +205,23 @@ def test_an_out_folder_that_is_taken_is_refused(tmp_path, prepare, said):
 
 def test_a_write_that_fails_halfway_leaves_whole_lines(tmp_path):
     folder = RunFolder.create(str(tmp_path / "run"), "x")
-    entry = Entry(1, 2, "up", "train", 3, 4, 0.5)
+    entry = Entry(1, 2, "up", "train", 3, 4, 5, 0.5)
     folder.append_ledger([entry])
     (tmp_path / "run" / "metrics.csv").symlink_to("/dev/full")
     with pytest.raises(RunFolderError, match=r"metrics\.csv can't be written: No space left on device"):
         folder.append_metrics({"round": 1})
-    assert lines(tmp_path / "run" / "ledger.csv") == [list(COLUMNS), ["1", "2", "up", "train", "3", "4", "0.500000"]]
+    assert lines(tmp_path / "run" / "ledger.csv") == [
+        list(COLUMNS),
+        ["1", "2", "up", "train", "3", "4", "5", "0.500000"],
+    ]
 
 
 def test_a_ledger_line_comes_back():
-    entry = Entry(1, 2, "down", "train", 3, 4, 0.5)
+    entry = Entry(1, 2, "down", "train", 3, 4, 5, 0.5)
     assert parse(entry.line().strip().split(",")) == entry
-    ledger = Ledger([entry, Entry(1, 2, "up", "failed", 0, 7, 0.5)])
+    ledger = Ledger([entry, Entry(1, 2, "up", "failed", 0, 7, 6, 0.5)])
     assert (ledger.totals["down_wire_bytes"], ledger.totals["up_wire_bytes"], ledger.totals["failed"]) == (4, 7, 1)
+    assert ledger.totals["framing_bytes"] == 11
 
 
 STATES = st.recursive(

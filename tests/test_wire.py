@@ -170,10 +170,10 @@ def test_a_greeting_tells_what_a_device_can_do():
     assert wire.unpack_greeting(wire.pack_greeting(Peer(1, 3), "x"), 4, "x") == Peer(1, 3)
 
 
-def test_an_instruction_without_the_runs_id_is_refused():
+def test_a_runs_id_that_is_no_text_is_refused():
     content = wire.pack_instruction(Instruction({}), Raw(), 0, RUN)
-    del content["settings"]["run"]
-    with pytest.raises(WireError, match="setting 'run' should be the run's id, got None"):
+    content["settings"]["run"] = 7
+    with pytest.raises(WireError, match="setting 'run' should be the run's id, got 7"):
         wire.unpack_instruction(content, Raw())
 
 
