@@ -1,11 +1,8 @@
 """Real nodes on loopback, with TLS and node authentication: the bits of one process, and a run that outlives what
 breaks."""
 
-import csv
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import mischief
 import pytest
 import remembering
 from conftest import SMALL, summary_of
+from deployed import call, failures, rows, run
 
 from fedtune.config import compose
 from fedtune.runtime.local import run_local
@@ -51,36 +49,6 @@ def fleet(tmp_path_factory):
 
 def words(folder, *more):
     return [*SMALL, *CLIENTS, "runtime=flower", "runtime.threads=1", "runtime.wait=120", f"out={folder}", *more]
-
-
-def call(fleet, *arguments):
-    """`fedtune run ...`, as the operator of the fleet."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "fedtune.cli", "run", *arguments],
-        cwd=fleet.operator,
-        env=fleet.environment(fleet.operator, f"{fleet.mark}/operator"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def run(fleet, *arguments, seconds=240):
-    process = call(fleet, *arguments)
-    out, _ = process.communicate(timeout=seconds)
-    return process.returncode, out
-
-
-def rows(folder, name):
-    path = folder / name
-    if not path.exists():
-        return []
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def failures(folder):
-    return {(int(row["round"]), int(row["peer"])): row["error"] for row in rows(folder, "failures.csv")}
 
 
 def in_one_process(folder, monkeypatch, lost, *more):

@@ -35,6 +35,7 @@ class Site:
         env: environment variables of its own.
         registered: whether the operator tells the SuperLink its public key.
         trusts: the CA certificate it checks the SuperLink against; the fleet's own if None.
+        superlink: where it looks for the SuperLink, such as a proxy's address; the SuperLink's own if empty.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Site:
     env: Mapping[str, str] = field(default_factory=dict)
     registered: bool = True
     trusts: Path | None = None
+    superlink: str = ""
 
 
 class Part:
@@ -247,7 +249,8 @@ class Node(Part):
         return self.process_ids("flwr-clientapp")
 
     def _options(self) -> list[str | Path]:
-        common: list[str | Path] = ["--superlink", self.fleet.superlink.address, "--host", "127.0.0.1"]
+        address = self.site.superlink or self.fleet.superlink.address
+        common: list[str | Path] = ["--superlink", address, "--host", "127.0.0.1"]
         common += ["--port", str(self.port), "--node-config", "node.toml"]
         if not self.fleet.secure:
             return ["--insecure", *common]

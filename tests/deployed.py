@@ -1,0 +1,35 @@
+"""What the tests on real nodes share."""
+
+import csv
+import subprocess
+import sys
+
+
+def call(fleet, *arguments):
+    """`fedtune run ...`, as the operator of the fleet."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedtune.cli", "run", *arguments],
+        cwd=fleet.operator,
+        env=fleet.environment(fleet.operator, f"{fleet.mark}/operator"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(fleet, *arguments, seconds=240):
+    process = call(fleet, *arguments)
+    out, _ = process.communicate(timeout=seconds)
+    return process.returncode, out
+
+
+def rows(folder, name):
+    path = folder / name
+    if not path.exists():
+        return []
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def failures(folder):
+    return {(int(row["round"]), int(row["peer"])): row["error"] for row in rows(folder, "failures.csv")}
