@@ -8,10 +8,14 @@ export FLWR_TELEMETRY_ENABLED ?= 0
 export FLWR_DISABLE_UPDATE_CHECK ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: demo test lint setup clean
+.PHONY: demo deploy-demo test lint setup clean
 
 demo: setup  ## fine-tune SmolLM2 across 20 clients
 	$(RUN)/fedtune run experiment=demo
+
+deploy-demo: setup  ## the same on a SuperLink and three SuperNodes with TLS and keys, on loopback
+	$(RUN)/python -m simulations.fleet --nodes 3 \
+		experiment=demo name=deploy-demo population.clients=3 population.cohort=3
 
 test: setup  ## run every test
 	$(RUN)/python -m pytest

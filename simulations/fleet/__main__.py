@@ -16,6 +16,13 @@ EXAMPLES = """\
   python -m simulations.fleet 'model=tiny rounds=2 population.clients=2' --insecure
 """
 
+# What unequal devices tell of themselves. Nothing slows them down: they are processes of this machine all the same
+PROFILES = (
+    {"memory-bytes": 32_000_000_000, "flop-per-s": 1e12, "up-bytes-per-s": 12_500_000, "down-bytes-per-s": 62_500_000},
+    {"memory-bytes": 8_000_000_000, "flop-per-s": 1e11, "up-bytes-per-s": 2_500_000, "down-bytes-per-s": 12_500_000},
+    {"memory-bytes": 4_000_000_000, "flop-per-s": 2e10, "up-bytes-per-s": 625_000, "max-rank": 8},
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 the run completed, 1 it failed or could not be started, 130 interrupted."""
@@ -25,17 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("overrides", nargs="*", help="what `fedtune run` takes, as words or as one quoted text")
+    parser.add_argument("overrides", nargs="*", help="what `fedtune run` takes; out= is FOLDER/run unless given")
     parser.add_argument("--nodes", type=int, default=2, help="how many devices (%(default)s)")
     parser.add_argument("--folder", type=Path, help="a new folder for all its files (runs/fleet, runs/fleet-2, ...)")
     parser.add_argument("--app", type=Path, default=Path(), help="the folder of the Flower app (this one)")
     parser.add_argument("--insecure", action="store_true", help="neither TLS nor node authentication")
     parser.add_argument("--limit", type=float, default=86_400, help="seconds that the run may take (a day)")
     options = parser.parse_args(arguments)
-    words = options.overrides
-    overrides = words[0] if len(words) == 1 else shlex.join(words)
-    sites = [Site(f"site-{index}") for index in range(options.nodes)]
     folder = options.folder or _unused(Path("runs/fleet"))
+    words = [word for given in options.overrides for word in shlex.split(given)]
+    if not any(word.startswith("out=") for word in words):
+        words.append(f"out={folder.resolve() / 'run'}")
+    overrides = shlex.join(words)
+    sites = [Site(f"site-{index}", PROFILES[index % len(PROFILES)]) for index in range(options.nodes)]
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leave by the door, as for Ctrl-C
     began = time.monotonic()
 
