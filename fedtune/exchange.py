@@ -1,18 +1,21 @@
 """Send messages, and take what comes of each, with a limit to every wait."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from threading import Event
+from queue import Empty, Queue
+from threading import Event, Thread
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedtune.errors import ClientError, FedtuneError
+from fedtune.errors import ClientError, WireError
 from fedtune.flower import SERVER_NODE, explain_error, pull_one
 from fedtune.framing import Lines
 
-POLL_SECONDS = 0.1  # between two looks for replies, where clients are elsewhere; longer where many are awaited
+POLL_SECONDS = 0.1  # between two looks for replies, where clients are elsewhere
+MAX_PULLS_PER_SECOND = 100  # so that awaiting many doesn't keep a SuperLink busy
 
 
 @dataclass(frozen=True)
@@ -73,37 +76,77 @@ class Exchange:
             raise KeyboardInterrupt
 
     def send(self, messages: list[Message], seconds: float) -> Iterator[Arrival]:
-        """Send the messages and yield what comes of each, as it comes; at the time limit, those that never came."""
+        """Send the messages and yield what comes of each, as it comes; at the time limit, those that never came.
+
+        The list is emptied.
+        """
         if not messages:
             return
         sent = last = time.monotonic()
         targets = [message.metadata.dst_node_id for message in messages]
+        identified = list(self._grid.push_messages(messages))
+        messages.clear()  # on their way: half a gigabyte need not stay here while they are worked on
+        self.lines.forget_content()
         pending: dict[str, int] = {}
-        for message_id, node in zip(self._grid.push_messages(messages), targets, strict=True):
+        for message_id, node in zip(identified, targets, strict=True):
             if message_id is None:
                 yield Arrival(node, None, 0.0, "its node is not connected")
             else:
                 pending[message_id] = node
-        while pending and time.monotonic() < sent + seconds:
+        pull = self._pull_beside if self.lines.deployed else self._pull_in_turn
+        for message_id, came in pull(pending, sent + seconds):
+            now = time.monotonic()
+            if isinstance(came, WireError):
+                yield Arrival(pending.pop(message_id), None, now - sent, str(came))
+            # A reply is known by the message that it answers: an error may come under another node's id
+            elif (answered := pending.pop(came.metadata.reply_to_message_id, None)) is not None:
+                yield Arrival(answered, came, now - (last if self._in_turn else sent))
+                last = time.monotonic()
+        for node in pending.values():
+            yield Arrival(node, None, time.monotonic() - sent, f"no reply within {seconds:g} s")
+
+    def _pull_in_turn(self, pending: Mapping[str, int], deadline: float) -> Iterator[tuple[str, Message | WireError]]:
+        """What comes, for grids whose replies are there at once or not at all. One at a time, so that one is held."""
+        while pending and time.monotonic() < deadline:
             self.check_stop()
             arrived = False
             for message_id in list(pending):
-                # One at a time: a reply that can't be unpacked spoils no other, and one is held at a time
                 try:
-                    replies = pull_one(self._grid, message_id)
-                except FedtuneError as error:
-                    node = pending.pop(message_id)
-                    yield Arrival(node, None, time.monotonic() - sent, str(error))
-                    continue
-                for reply in replies:
-                    # A reply is known by the message that it answers: an error may come under another node's id
-                    answered = pending.pop(reply.metadata.reply_to_message_id, None)
-                    if answered is None:
-                        continue
-                    arrived, now = True, time.monotonic()
-                    yield Arrival(answered, reply, now - (last if self._in_turn else sent))
-                    last = time.monotonic()
+                    for reply in pull_one(self._grid, message_id):
+                        arrived = True
+                        yield message_id, reply
+                except WireError as error:
+                    yield message_id, error
             if not arrived and pending:
-                self.pause(POLL_SECONDS * min(10, max(1, len(pending) / 10)))
-        for node in pending.values():
-            yield Arrival(node, None, time.monotonic() - sent, f"no reply within {seconds:g} s")
+                self.pause(POLL_SECONDS)
+
+    def _pull_beside(self, pending: Mapping[str, int], deadline: float) -> Iterator[tuple[str, Message | WireError]]:
+        """What comes, from nodes elsewhere. A reply can be pulled as soon as its first byte is at the SuperLink, and
+        pulling it takes as long as its node takes to send the rest, which may be forever: so each has a thread."""
+        found: Queue[tuple[str, Message | Exception]] = Queue()
+        over = Event()
+        pause = max(POLL_SECONDS, len(pending) / MAX_PULLS_PER_SECOND)
+
+        def look(message_id: str) -> None:
+            answered = False
+            while not answered and not over.wait(pause):
+                try:
+                    for reply in pull_one(self._grid, message_id):
+                        found.put((message_id, reply))
+                        answered = reply.metadata.reply_to_message_id == message_id
+                except Exception as error:  # the round loop's to raise
+                    found.put((message_id, error))
+                    return
+
+        for message_id in pending:
+            Thread(target=look, args=(message_id,), daemon=True).start()
+        try:
+            while pending and (left := deadline - time.monotonic()) > 0:
+                self.check_stop()
+                with suppress(Empty):
+                    message_id, came = found.get(timeout=min(left, POLL_SECONDS))
+                    if isinstance(came, Exception) and not isinstance(came, WireError):
+                        raise came
+                    yield message_id, came
+        finally:
+            over.set()

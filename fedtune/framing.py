@@ -273,6 +273,15 @@ class Lines:
         self._content: RecordDict | None = None  # of the last message, whose objects are those below
         self._objects = Objects()
 
+    @property
+    def deployed(self) -> bool:
+        """Whether there are sockets at all."""
+        return self._link is not None
+
+    def forget_content(self) -> None:
+        """Let go of the content that was sent last."""
+        self._content = None
+
     def down(self, message: Message, wire_bytes: int) -> int:
         """Bytes that sending `message` now takes beyond its own."""
         if self._link is None:

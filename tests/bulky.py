@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -11,6 +12,7 @@ from fedtune.protocol import Instruction, Update
 WORDS = ("method.strategy._target_=bulky.Bulky", "method.client._target_=bulky.BulkyClient")
 
 
+@cache
 def ballast():
     return {"ballast": torch.arange(int(os.environ["MEGABYTES"]) * 250_000, dtype=torch.int32)}
 

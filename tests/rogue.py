@@ -7,8 +7,8 @@ It answers the handshake with the content in the file GREETING, and then
     round 1   answers a message that nobody sent, answers in another node's name, and answers its own message with NaN,
               and then once more, with something else
     round 2   answers with objects that are no objects
-    round 3   says nothing until round 4 begins
-    round 4   answers round 3, and its own message with a content of another form
+    round 3   announces an answer and never sends its objects
+    round 4   answers round 3 at last, and its own message with a content of another form
 """
 
 import hashlib
@@ -78,7 +78,8 @@ def main() -> None:
                 answer(question, wire.pack_update(Update(broken, 1), Raw(), 0))
                 answer(question, honest)
             elif number == 2:
-                garbage = b"Message 10\x00" + bytes(range(256))
+                body = bytes(range(256))  # under a head that the SuperLink finds nothing wrong with
+                garbage = f"Message  {len(body)}".encode() + b"\x00" + body
                 object_id = hashlib.sha256(garbage).hexdigest()
                 reply = Message(RecordDict(), reply_to=question)
                 reply.metadata.__dict__["_message_id"] = object_id
@@ -87,6 +88,10 @@ def main() -> None:
                 print("answered 2 with garbage", flush=True)
             elif number == 3:
                 late = question, honest
+                half = Message(honest, reply_to=question)
+                half.metadata.__dict__["_message_id"] = half.object_id
+                send(half, get_object_tree(half), 1.0)
+                print("announced 3", flush=True)
             else:
                 answer(*late)
                 answer(question, RecordDict({"surprise": ConfigRecord({"x": 1})}))
