@@ -17,8 +17,8 @@ deploy-demo: setup  ## the same on a SuperLink and three SuperNodes with TLS and
 	$(RUN)/python -m simulations.fleet --nodes 3 \
 		experiment=demo name=deploy-demo population.clients=3 population.cohort=3
 
-test: setup  ## run every test
-	$(RUN)/python -m pytest
+test: setup  ## run every test; three files at a time, for many of them wait for Flower
+	$(RUN)/python -m pytest -n 3 --dist loadfile
 
 lint: setup  ## format check, lint, types
 	$(RUN)/ruff format --check .

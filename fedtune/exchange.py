@@ -97,7 +97,8 @@ class Exchange:
         for message_id, came in pull(pending, sent + seconds):
             now = time.monotonic()
             if isinstance(came, WireError):
-                yield Arrival(pending.pop(message_id), None, now - sent, str(came))
+                if (node := pending.pop(message_id, None)) is not None:
+                    yield Arrival(node, None, now - sent, str(came))
             # A reply is known by the message that it answers: an error may come under another node's id
             elif (answered := pending.pop(came.metadata.reply_to_message_id, None)) is not None:
                 yield Arrival(answered, came, now - (last if self._in_turn else sent))

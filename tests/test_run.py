@@ -331,7 +331,7 @@ from fedtune.config import compose
 from fedtune.runtime.local import run_local
 clients, out = sys.argv[1:]
 run_local(compose(["model=tiny", "data.partition=iid", f"population.clients={clients}", f"population.cohort={clients}",
-                   "rounds=2", "train.steps=1", "evaluate.examples=16", f"out={out}"]))
+                   "rounds=2", "train.steps=1", "evaluate.examples=16", "runtime.threads=1", f"out={out}"]))
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print("PEAK", int(peak.split()[1]) * 1024)
 """
