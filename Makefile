@@ -15,7 +15,7 @@ demo: setup  ## fine-tune SmolLM2 across 20 clients
 
 deploy-demo: setup  ## the same on a SuperLink and three SuperNodes with TLS and keys, on loopback
 	$(RUN)/python -m simulations.fleet --nodes 3 \
-		experiment=demo name=deploy-demo population.clients=3 population.cohort=3
+		experiment=demo name=deploy-demo population.clients=3 population.cohort=3 runtime.threads=1
 
 test: setup  ## run every test; three files at a time, for many of them wait for Flower
 	$(RUN)/python -m pytest -n 3 --dist loadfile

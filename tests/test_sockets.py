@@ -154,4 +154,4 @@ def test_half_a_gigabyte_passes_each_way(fleet, tmp_path):
     assert int(up["payload_bytes"]) > MEGABYTES * 1_000_000
     print(f"{seconds:.0f} s,", {name: f"{most / 1e9:.2f} GB" for name, most in sorted(peaks.most.items())})
     for name, most in peaks.most.items():
-        assert most < 4e9, name
+        assert most < 5e9, name
