@@ -15,6 +15,7 @@ from fedtune.flower import SERVER_NODE, explain_error, pull_one
 from fedtune.framing import Lines
 
 POLL_SECONDS = 0.1  # between two looks for replies, where clients are elsewhere
+NOBODY = -1  # no node's id
 MAX_PULLS_PER_SECOND = 100  # so that awaiting many doesn't keep a SuperLink busy
 
 
@@ -84,25 +85,28 @@ class Exchange:
             return
         sent = last = time.monotonic()
         targets = [message.metadata.dst_node_id for message in messages]
-        identified = list(self._grid.push_messages(messages))
+        identified: list[str | None] = list(self._grid.push_messages(messages))
+        identified += [None] * (len(targets) - len(identified))  # Flower names none of those that are too many at once
         messages.clear()  # on their way: half a gigabyte need not stay here while they are worked on
         self.lines.forget_content()
         pending: dict[str, int] = {}
         for message_id, node in zip(identified, targets, strict=True):
             if message_id is None:
-                yield Arrival(node, None, 0.0, "its node is not connected")
+                yield Arrival(node, None, 0.0, "the SuperLink took no message for its node")
             else:
                 pending[message_id] = node
         pull = self._pull_beside if self.lines.deployed else self._pull_in_turn
         for message_id, came in pull(pending, sent + seconds):
             now = time.monotonic()
-            if isinstance(came, WireError):
-                if (node := pending.pop(message_id, None)) is not None:
-                    yield Arrival(node, None, now - sent, str(came))
             # A reply is known by the message that it answers: an error may come under another node's id
-            elif (answered := pending.pop(came.metadata.reply_to_message_id, None)) is not None:
-                yield Arrival(answered, came, now - (last if self._in_turn else sent))
-                last = time.monotonic()
+            node = pending.pop(message_id if isinstance(came, WireError) else came.metadata.reply_to_message_id, NOBODY)
+            if node == NOBODY:
+                continue
+            if isinstance(came, WireError):
+                yield Arrival(node, None, now - sent, str(came))
+            else:
+                yield Arrival(node, came, now - (last if self._in_turn else sent))
+            last = time.monotonic()
         for node in pending.values():
             yield Arrival(node, None, time.monotonic() - sent, f"no reply within {seconds:g} s")
 

@@ -178,9 +178,9 @@ def test_a_worker_ends_with_its_node_and_when_it_is_idle(place, tmp_path):
     lasting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     time.sleep(1)
     assert lasting.poll() is None
-    node.kill()
-    node.wait()
+    node.kill()  # and nobody asks how it ended
     _, said = lasting.communicate(timeout=20)
+    node.wait()
     assert f"the process that wanted this worker ({node.pid}) has ended" in said
 
 

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
@@ -17,18 +17,27 @@ from fedtune.runtime.worker import CODE, Place
 
 WATCH_SECONDS = 1.0
 MAX_REQUEST = 1 << 24  # bytes of a request without its content
-_SECRET: dict[Path, bytes] = {}  # this process's own
 
 
 def serve(place: Place, parent: int, idle: float) -> NoReturn:
     """Answer until the process `parent` ends or nothing has come for `idle` seconds."""
-    Watch(place, parent, idle).start()
-    signal.signal(signal.SIGTERM, lambda *_: leave(place, "told to end"))
+    secret = place.secret.read_bytes()
+
+    def leave(why: str) -> NoReturn:
+        """End this process at once, whatever it is doing, and leave nothing but the log behind."""
+        say(why)
+        with suppress(OSError):
+            if place.secret.read_bytes() == secret:  # else another worker has taken this place
+                Path(place.socket).unlink(missing_ok=True)
+                place.secret.unlink(missing_ok=True)
+        os._exit(0)
+
+    Watch(leave, parent, idle).start()
+    signal.signal(signal.SIGTERM, lambda *_: leave("told to end"))
     # Before the first request: importing torch takes seconds, and ClientApps must not find a silent socket
     import fedtune.turns  # noqa: F401
 
-    _SECRET[place.secret] = place.secret.read_bytes()
-    with Listener(place.socket, family="AF_UNIX", authkey=_SECRET[place.secret]) as listener:
+    with Listener(place.socket, family="AF_UNIX", authkey=secret) as listener:
         say(f"listening on {place.socket} for the app in {CODE}")
         while True:
             try:
@@ -51,7 +60,7 @@ def answer_one(connection: Connection) -> None:
         try:
             party = party_of(request["run_config"])
             limit = party.experiment.runtime.timeout
-            connection.send_bytes(json.dumps({"limit": limit, "pid": os.getpid()}).encode())
+            connection.send_bytes(json.dumps({"limit": limit}).encode())
             done = take_turn(request["kind"], request["round"], content, request["run_config"], request["node_config"])
         except Exception as error:  # whatever it is, the server is told, and the worker stays
             said = f"{type(error).__name__}: {error}"
@@ -92,9 +101,9 @@ class Watch(threading.Thread):
 
     since: float | None = time.monotonic()  # when the last request was answered; None while one is worked on
 
-    def __init__(self, place: Place, parent: int, idle: float):
+    def __init__(self, leave: Callable[[str], NoReturn], parent: int, idle: float):
         super().__init__(daemon=True)
-        self._place = place
+        self._leave = leave
         self._parent = parent
         self._idle = idle
 
@@ -102,30 +111,22 @@ class Watch(threading.Thread):
         while True:
             time.sleep(WATCH_SECONDS)
             if not is_alive(self._parent):
-                leave(self._place, f"the process that wanted this worker ({self._parent}) has ended")
+                self._leave(f"the process that wanted this worker ({self._parent}) has ended")
             since = Watch.since
             if since is not None and time.monotonic() - since > self._idle:
-                leave(self._place, f"nothing came for {self._idle:g} s")
-
-
-def leave(place: Place, why: str) -> NoReturn:
-    """End this process at once, whatever it is doing, and leave nothing but the log behind."""
-    say(why)
-    with suppress(OSError):
-        if place.secret.read_bytes() == _SECRET.get(place.secret):  # not those of a worker that has taken this place
-            Path(place.socket).unlink(missing_ok=True)
-            place.secret.unlink(missing_ok=True)
-    os._exit(0)
+                self._leave(f"nothing came for {self._idle:g} s")
 
 
 def is_alive(pid: int) -> bool:
-    """Whether there is such a process."""
+    """Whether there is such a process. One that ended and was never asked how, as happens in containers, is none."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True
 
 

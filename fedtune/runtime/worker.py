@@ -3,7 +3,7 @@
 A SuperNode starts a process for every message. That process hands the message to the worker over a local socket and
 waits; the worker keeps torch, the base and the tokenised data from one message to the next.
 
-    ClientApp  connect -> hello -> request -> accepted (the time limit) -> answer
+    ClientApp  connect -> hello (who are you) -> request -> its time limit -> answer
     worker     accept  -> hello -> take_turn -> answer; ends with its SuperNode, or after an idle time
 
 The socket lies in a folder that only this user can enter, and both ends prove that they can read a secret in it. What
@@ -22,10 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Client, Connection
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -99,19 +99,20 @@ def ask(message: Message, context: Context) -> RecordDict:
 
 def _ask_worker(place: Place, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
     for attempt in ("first", "second"):
+        worker = None
         try:
-            with _connected(place, request["node_config"]) as worker:
-                answer, content = _converse(worker, request, body)
-            break
+            worker = _connect(place) or _start(place, float(request["node_config"].get("worker-idle", IDLE_SECONDS)))
+            return worker.converse(request, body)
         except (EOFError, ConnectionError) as error:
             if attempt == "second":
                 raise ClientError(f"the worker died twice; the end of its log: {_tail(place.log)}") from error
             logger.warning(
                 "fedtune: the worker died; starting it again, once. The end of its log: %s", _tail(place.log)
             )
-    if "error" in answer:
-        raise ClientError(answer["error"])
-    return answer, content
+        finally:
+            if worker is not None:
+                worker.connection.close()
+    raise AssertionError("the second attempt returns or raises")
 
 
 def place_of(node: int) -> Place:
@@ -134,63 +135,73 @@ def place_of(node: int) -> Place:
     return Place(folder, hashlib.blake2b(str(node).encode(), digest_size=8).hexdigest())
 
 
-def _converse(worker: Connection, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
-    """Send a request and take its answer.
+@dataclass(frozen=True)
+class Worker:
+    """A worker that has said hello."""
+
+    connection: Connection
+    pid: int
+    code: str  # the folder of its app
+
+    def converse(self, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+        """Send a request and take its answer.
+
+        Raises:
+            ClientError: what the client raised, or that it took longer than the experiment's `runtime.timeout`.
+        """
+        self.connection.send_bytes(json.dumps(request).encode())
+        self.connection.send_bytes(body)
+        answer = self._receive(START_SECONDS, "read its instructions")
+        if "limit" in answer:
+            answer = self._receive(answer["limit"], "answer")
+        if "error" in answer:
+            raise ClientError(answer["error"])
+        return answer, self.connection.recv_bytes()
+
+    def _receive(self, seconds: float, what: str) -> dict[str, Any]:
+        if not self.connection.poll(seconds):
+            # It would still be at it when the next message comes
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            raise ClientError(f"the worker did not {what} within {seconds:g} s; it was stopped")
+        return dict(json.loads(self.connection.recv_bytes()))
+
+
+def _connect(place: Place) -> Worker | None:
+    """The node's worker, if there is one and it runs this version of the app; one of another version is told to end.
 
     Raises:
-        ClientError: if the answer takes longer than the experiment's `runtime.timeout`; the worker is then stopped, so
-            that it isn't still busy when the next message comes.
+        ClientError: if there is one that does not answer.
     """
-    worker.send_bytes(json.dumps(request).encode())
-    worker.send_bytes(body)
-    answer = json.loads(_receive(worker, START_SECONDS, "read its instructions"))
-    if "limit" in answer:
-        answer = json.loads(_receive(worker, answer["limit"], "answer", pid=answer["pid"]))
-    return answer, worker.recv_bytes() if "error" not in answer else b""
-
-
-def _receive(worker: Connection, seconds: float, what: str, pid: int | None = None) -> bytes:
-    if not worker.poll(seconds):
-        if pid is not None:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        raise ClientError(f"the worker did not {what} within {seconds:g} s; it was stopped")
-    return worker.recv_bytes()
-
-
-@contextmanager
-def _connected(place: Place, node_config: dict[str, Any]) -> Iterator[Connection]:
-    """A connection to a worker of this code, which is started if there is none."""
-    worker = _connect(place)
-    if worker is not None and not _same_code(worker):
-        worker = None
-    if worker is None:
-        worker = _start(place, float(node_config.get("worker-idle", IDLE_SECONDS)))
-    with worker:
-        yield worker
-
-
-def _connect(place: Place) -> Connection | None:
     try:
-        return Client(place.socket, family="AF_UNIX", authkey=place.secret.read_bytes())
+        secret = place.secret.read_bytes()
+        connection = Client(place.socket, family="AF_UNIX")
     except (FileNotFoundError, ConnectionError):
         return None
-
-
-def _same_code(worker: Connection) -> bool:
-    """Whether the worker runs this version of the app; one of another version is told to end."""
-    hello = json.loads(_receive(worker, START_SECONDS, "say hello"))
-    if hello["code"] == str(CODE):
-        return True
-    logger.info("fedtune: replacing the worker of another version of the app (%s)", hello["code"])
-    worker.close()
+    # As Client(authkey=) does it, which would wait forever
+    if not connection.poll(START_SECONDS):
+        raise ClientError(f"the worker at {place.socket} is there and silent: end it, and look into {place.log}")
+    try:
+        answer_challenge(connection, secret)
+        deliver_challenge(connection, secret)
+    except AuthenticationError:  # what listens there is none of ours
+        return None
+    worker = Worker(connection, **json.loads(connection.recv_bytes()))
+    if worker.code == str(CODE):
+        return worker
+    logger.info("fedtune: replacing the worker of another version of the app (%s)", worker.code)
+    connection.close()
     with suppress(ProcessLookupError):
-        os.kill(hello["pid"], signal.SIGTERM)
-    return False
+        os.kill(worker.pid, signal.SIGTERM)
+    return None
 
 
-def _start(place: Place, idle: float) -> Connection:
-    """Start a worker and connect to it."""
+def _start(place: Place, idle: float) -> Worker:
+    """Start a worker and connect to it.
+
+    Raises:
+        ClientError: if it can't be started, with what it said.
+    """
     for path in (Path(place.socket), place.secret):
         path.unlink(missing_ok=True)
     descriptor = os.open(place.secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -213,9 +224,7 @@ def _start(place: Place, idle: float) -> Connection:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise ClientError(f"the worker can't start (exit {process.returncode}):\n{_tail(place.log)}")
-        worker = _connect(place)
-        if worker is not None:
-            _receive(worker, START_SECONDS, "say hello")
+        if (worker := _connect(place)) is not None:
             return worker
         time.sleep(0.05)
     process.kill()
