@@ -38,6 +38,7 @@ def serve(place: Place, parent: int, idle: float) -> NoReturn:
     import fedtune.turns  # noqa: F401
 
     with Listener(place.socket, family="AF_UNIX", authkey=secret) as listener:
+        Watch.since = time.monotonic()
         say(f"listening on {place.socket} for the app in {CODE}")
         while True:
             try:
@@ -99,7 +100,7 @@ def end_with_caller(connection: Connection, what: str) -> Iterator[None]:
 class Watch(threading.Thread):
     """Ends this process when there is nobody left to work for."""
 
-    since: float | None = time.monotonic()  # when the last request was answered; None while one is worked on
+    since: float | None = None  # when the last request was answered; None while something is going on
 
     def __init__(self, leave: Callable[[str], NoReturn], parent: int, idle: float):
         super().__init__(daemon=True)
