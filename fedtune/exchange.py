@@ -11,10 +11,11 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.errors import ClientError, WireError
-from fedtune.flower import SERVER_NODE, explain_error, pull_one
+from fedtune.flower import SERVER_NODE, activations, explain_error, pull_one
 from fedtune.framing import Lines
 
 POLL_SECONDS = 0.1  # between two looks for replies, where clients are elsewhere
+RESTART_SECONDS = 3.0  # between two looks for nodes that were started again
 NOBODY = -1  # no node's id
 MAX_PULLS_PER_SECOND = 100  # so that awaiting many doesn't keep a SuperLink busy
 
@@ -85,6 +86,7 @@ class Exchange:
             return
         sent = last = time.monotonic()
         targets = [message.metadata.dst_node_id for message in messages]
+        started = activations(self._grid) if self.lines.deployed else {}
         identified: list[str | None] = list(self._grid.push_messages(messages))
         identified += [None] * (len(targets) - len(identified))  # Flower names none of those that are too many at once
         messages.clear()  # on their way: half a gigabyte need not stay here while they are worked on
@@ -95,8 +97,10 @@ class Exchange:
                 yield Arrival(node, None, 0.0, "the SuperLink took no message for its node")
             else:
                 pending[message_id] = node
-        pull = self._pull_beside if self.lines.deployed else self._pull_in_turn
-        for message_id, came in pull(pending, sent + seconds):
+        deadline = sent + seconds
+        beside = self.lines.deployed
+        pulled = self._pull_beside(pending, started, deadline) if beside else self._pull_in_turn(pending, deadline)
+        for message_id, came in pulled:
             now = time.monotonic()
             # A reply is known by the message that it answers: an error may come under another node's id
             node = pending.pop(message_id if isinstance(came, WireError) else came.metadata.reply_to_message_id, NOBODY)
@@ -125,9 +129,16 @@ class Exchange:
             if not arrived and pending:
                 self.pause(POLL_SECONDS)
 
-    def _pull_beside(self, pending: Mapping[str, int], deadline: float) -> Iterator[tuple[str, Message | WireError]]:
+    def _pull_beside(
+        self, pending: Mapping[str, int], started: Mapping[int, str], deadline: float
+    ) -> Iterator[tuple[str, Message | WireError]]:
         """What comes, from nodes elsewhere. A reply can be pulled as soon as its first byte is at the SuperLink, and
-        pulling it takes as long as its node takes to send the rest, which may be forever: so each has a thread."""
+        pulling it takes as long as its node takes to send the rest, which may be forever: so each has a thread.
+
+        Args:
+            started: when each node was started, before it was sent anything. A node that is started again has forgotten
+                what it was sent, and if it is back soon enough Flower doesn't notice.
+        """
         found: Queue[tuple[str, Message | Exception]] = Queue()
         over = Event()
         pause = max(POLL_SECONDS, len(pending) / MAX_PULLS_PER_SECOND)
@@ -146,8 +157,15 @@ class Exchange:
         for message_id in pending:
             Thread(target=look, args=(message_id,), daemon=True).start()
         try:
+            looked = time.monotonic()
             while pending and (left := deadline - time.monotonic()) > 0:
                 self.check_stop()
+                if time.monotonic() - looked > RESTART_SECONDS:
+                    looked, now = time.monotonic(), activations(self._grid)
+                    for message_id in [
+                        key for key, node in pending.items() if now.get(node, "") > started.get(node, "")
+                    ]:
+                        yield message_id, WireError("its node was started again and knows nothing of the message")
                 with suppress(Empty):
                     message_id, came = found.get(timeout=min(left, POLL_SECONDS))
                     if isinstance(came, Exception) and not isinstance(came, WireError):

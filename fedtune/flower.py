@@ -32,6 +32,7 @@ __all__ = [
     "Error",
     "ErrorCode",
     "Run",
+    "activations",
     "as_message",
     "assume_identity",
     "content_bytes",
@@ -78,6 +79,11 @@ def explain_error(error: Error) -> str:
 def raised_by_client(error: Error) -> bool:
     """Whether the client's own code is at fault, rather than its machine or the way to it."""
     return error.code in (ErrorCode.LOAD_CLIENT_APP_EXCEPTION, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
+
+
+def activations(grid: Grid) -> dict[int, str]:
+    """When each connected node of a deployment was last started, in the SuperLink's words."""
+    return {node.node_id: node.last_activated_at for node in grid.get_nodes()}  # type: ignore[attr-defined]
 
 
 def pull_one(grid: Grid, message_id: str) -> Iterable[Message]:

