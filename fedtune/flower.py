@@ -83,7 +83,7 @@ def raised_by_client(error: Error) -> bool:
 
 def activations(grid: Grid) -> dict[int, str]:
     """When each connected node of a deployment was last started, in the SuperLink's words."""
-    return {node.node_id: node.last_activated_at for node in grid.get_nodes()}  # type: ignore[attr-defined]
+    return {node.node_id: node.last_activated_at for node in grid.get_nodes()}
 
 
 def pull_one(grid: Grid, message_id: str) -> Iterable[Message]:

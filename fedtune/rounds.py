@@ -83,6 +83,8 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
         gc.collect()
         gc.freeze()
         folder = RunFolder.open(resume) if resume else RunFolder.create(experiment.out, experiment.name)
+        if experiment.runtime.name == "flower":  # whoever reads the log is in another folder
+            folder.path = folder.path.resolve()
         try:
             Server(Exchange(grid, stop), party, folder, view).run()
         finally:

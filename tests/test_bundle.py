@@ -1,6 +1,10 @@
 """The bundle that Flower sends to every device: all it needs to run, and nothing else."""
 
 import io
+import json
+import os
+import secrets
+import subprocess
 import tomllib
 import zipfile
 from pathlib import Path
@@ -9,6 +13,9 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 
 import fedtune
+from simulations.fleet.parts import free_port
+from simulations.fleet.processes import MARK, cut
+from simulations.fleet.runs import script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,3 +36,30 @@ def test_the_bundle_holds_the_code_the_settings_and_the_licence():
     assert wanted <= names
     assert names - wanted == {"pyproject.toml", "LICENSE", "README.md", ".info/CONTENT"}
     assert len(bundle) < 1_000_000  # a device downloads it before its first message
+
+
+@pytest.mark.slow
+def test_flwr_run_plays_a_toy_on_the_nodes_that_flower_simulates(tmp_path):
+    """`flwr run .`, as somebody types it who has read nothing; the daemon that it starts stays until it is ended."""
+    mark = secrets.token_hex(8)
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(tmp_path / "home"),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray listens on every interface
+        "RAY_TMPDIR": "/tmp",
+        MARK: mark,
+    }
+    out = f"out={tmp_path / 'run'}"
+    toy = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]["overrides"]
+    command = [script("flwr"), "run", str(ROOT), "--stream", "--run-config", f'overrides="{toy} {out}"']
+    try:
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+        )
+    finally:
+        cut(mark)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["name"], summary["status"], summary["totals"]["failed"]) == ("flwr-run", "finished", 0)

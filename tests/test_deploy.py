@@ -31,6 +31,7 @@ PLAN = (
     "raise:2:1:0 die-once:2:1:1 nan:2:1:2 hang:2:2:1 slow:2:2:2",
     "hang:3:1:0 raise:3:3:0 raise:3:3:1 raise:3:3:2",
     "slow:4:3:0 slow:4:3:1 slow:4:3:2",
+    "hang:5:1:0",
 )
 
 
@@ -139,6 +140,21 @@ def test_a_late_client_starves_no_later_round_and_when_all_fail_the_run_says_so(
     assert "no reply within 25 s" in lost[1, 0] or "the worker did not answer within 25 s" in lost[1, 0]
     assert summary_of(folder)["status"] == "failed"
     assert summary_of(folder)["rounds"] == 2
+
+
+def test_a_node_that_is_started_again_at_once_loses_its_turn_and_no_time(fleet, tmp_path):
+    """Flower takes it back before it has missed it, so only we notice that its message is gone."""
+    folder = tmp_path / "run"
+    process = call(fleet, *words(folder, *mischief.WORDS, "seed=5", "rounds=2", "runtime.timeout=500"))
+    node = fleet.nodes[0]
+    assert wait_until(lambda: round_is_done(folder, 0) and working_on(node, 1), 120)
+    node.stop()
+    node.start()
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    lost = failures(folder)
+    assert lost.keys() - {(2, 0)} == {(1, 0)}
+    assert "its node was started again" in lost[1, 0] or "its node went away" in lost[1, 0]
 
 
 def test_a_server_that_was_killed_is_resumed_in_a_new_run(fleet, tmp_path, monkeypatch):

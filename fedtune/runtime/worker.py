@@ -74,12 +74,14 @@ def ask(message: Message, context: Context) -> RecordDict:
     age, begun = _process_age(), time.monotonic()
     at = message.metadata
     run_config, node_config = dict(context.run_config), dict(context.node_config)
-    # Ray's processes stay by themselves
-    if node_config.get("worker", True) is False or _is_ray():
+    in_ray = _is_ray()  # whose processes stay by themselves
+    if node_config.get("worker", True) is False or in_ray:
         from fedtune.party import party_of
         from fedtune.turns import take_turn
 
         content = take_turn(at.message_type, at.group_id, message.content, run_config, node_config)
+        if in_ray:
+            return content
         training = party_of(run_config).training_seconds
     else:
         request = {"kind": at.message_type, "round": at.group_id, "run_config": run_config, "node_config": node_config}
