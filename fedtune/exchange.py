@@ -63,10 +63,10 @@ class Exchange:
         self._in_turn = getattr(grid, "takes_turns", False)
         self.lines = Lines(grid)
 
-    def nodes(self) -> list[int]:
-        """The nodes that are connected now."""
+    def nodes(self) -> dict[int, str]:
+        """The nodes that are connected now, and in a deployment when each was started."""
         self.check_stop()
-        return list(self._grid.get_node_ids())
+        return activations(self._grid) if self.lines.deployed else dict.fromkeys(self._grid.get_node_ids(), "")
 
     def pause(self, seconds: float) -> None:
         """Wait, but not for somebody who has pressed Ctrl-C."""
@@ -86,7 +86,7 @@ class Exchange:
             return
         sent = last = time.monotonic()
         targets = [message.metadata.dst_node_id for message in messages]
-        started = activations(self._grid) if self.lines.deployed else {}
+        started = self.nodes() if self.lines.deployed else {}
         identified: list[str | None] = list(self._grid.push_messages(messages))
         identified += [None] * (len(targets) - len(identified))  # Flower names none of those that are too many at once
         messages.clear()  # on their way: half a gigabyte need not stay here while they are worked on
@@ -161,7 +161,7 @@ class Exchange:
             while pending and (left := deadline - time.monotonic()) > 0:
                 self.check_stop()
                 if time.monotonic() - looked > RESTART_SECONDS:
-                    looked, now = time.monotonic(), activations(self._grid)
+                    looked, now = time.monotonic(), self.nodes()
                     for message_id in [
                         key for key, node in pending.items() if now.get(node, "") > started.get(node, "")
                     ]:

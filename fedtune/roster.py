@@ -5,7 +5,7 @@ the data, does not. So every node is asked who it is before it is given work.
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 
 from flwr.app import Message, MessageType, RecordDict
 
@@ -48,7 +48,7 @@ class Roster:
         self._layout = layout_sha256
         self._book = book
         self._say = say
-        self._refused: set[int] = set()
+        self._asked: dict[int, str] = {}  # the nodes that said who they are, or could not: when they were started
 
     def gather(self, round: int) -> None:
         """Wait until every client is there, or the time for that is up and a quorum is.
@@ -65,13 +65,12 @@ class Roster:
             newcomers = self._strangers(present)
             if newcomers and (late or len(self.peers) + len(newcomers) >= self._wanted):
                 self._greet(newcomers, present, round, at_start=True)
-            elif late:
+            elif not told:
+                self._say(f"waiting for {self._wanted} clients ({len(self.peers) + len(newcomers)} are there) ...")
+                told = True
+            if late:
                 break
-            else:
-                if not told:
-                    self._say(f"waiting for {self._wanted} clients ({len(self.peers) + len(newcomers)} are there) ...")
-                    told = True
-                self._exchange.pause(POLL_SECONDS)
+            self._exchange.pause(POLL_SECONDS if len(self.peers) < self._wanted else 0)
         if len(self.peers) == self._wanted:
             return
         missing = [index for index in range(self._wanted) if index not in self.peers]
@@ -83,16 +82,16 @@ class Roster:
 
     def refresh(self, round: int) -> set[int]:
         """Ask nodes that appeared since, and return the indices whose nodes are connected now."""
-        present = set(self._exchange.nodes())
+        present = self._exchange.nodes()
         if newcomers := self._strangers(present):
             self._greet(newcomers, present, round, at_start=False)
         return {index for index, node in self.nodes.items() if node in present}
 
-    def _strangers(self, present: Collection[int]) -> list[int]:
-        known = self._refused.union(self.nodes.values())
-        return [node for node in present if node not in known]
+    def _strangers(self, present: Mapping[int, str]) -> list[int]:
+        """Nodes that were not asked since they were started: a node may come back as somebody else."""
+        return [node for node, started in present.items() if self._asked.get(node) != started]
 
-    def _greet(self, nodes: list[int], present: Collection[int], round: int, at_start: bool) -> None:
+    def _greet(self, nodes: list[int], present: Mapping[int, str], round: int, at_start: bool) -> None:
         messages = [Message(RecordDict(), node, MessageType.QUERY, group_id=str(round)) for node in nodes]
         sizes = {message.metadata.dst_node_id: wire.wire_bytes(message) for message in messages}
         lines = self._exchange.lines
@@ -104,8 +103,9 @@ class Roster:
             except FedtuneError as error:
                 if at_start and _needs_a_person(arrival, error):
                     raise
-                if not at_start:
-                    self._refused.add(arrival.node)
+                if not at_start:  # it had its chance
+                    self._asked[arrival.node] = present[arrival.node]
+                    self._forget(arrival.node)
                 self._say(f"a node that came can't take part: {error}")
                 continue
             assert arrival.message is not None
@@ -114,14 +114,20 @@ class Roster:
             self._book(Entry(round, peer.index, "down", "handshake", 0, sizes[arrival.node], around[arrival.node], 0.0))
             self._book(Entry(round, peer.index, "up", "handshake", 0, size, framing, arrival.seconds))
 
-    def _admit(self, peer: Peer, node: int, present: Collection[int]) -> None:
-        holder = self.nodes.get(peer.index)
-        if holder in present:
+    def _admit(self, peer: Peer, node: int, present: Mapping[int, str]) -> None:
+        holder = self.nodes.get(peer.index, node)
+        if holder != node and holder in present:
             raise WireError(f"two nodes say they are client {peer.index}: give each its own partition-id")
-        if holder is not None:
+        if holder != node:
             self._say(f"client {peer.index} is back, on another node")
+        self._forget(node)
         self.peers[peer.index] = peer
         self.nodes[peer.index] = node
+        self._asked[node] = present[node]
+
+    def _forget(self, node: int) -> None:
+        """Nobody's node any more, whose it was."""
+        self.nodes = {index: known for index, known in self.nodes.items() if known != node}
 
 
 def _needs_a_person(arrival: Arrival, error: FedtuneError) -> bool:
