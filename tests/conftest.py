@@ -38,6 +38,14 @@ SMALL = (
 )
 
 
+# They wait for Flower most of the time, so they go first and the others beside them
+LONG = ("test_deploy.py", "test_sockets.py", "test_fleet.py", "test_ray.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture
 def small_run(tmp_path: Path) -> Callable[..., Path]:
     """Run a small experiment in this process; returns its folder."""

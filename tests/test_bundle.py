@@ -44,6 +44,7 @@ def test_flwr_run_plays_a_toy_on_the_nodes_that_flower_simulates(tmp_path):
     mark = secrets.token_hex(8)
     environment = {
         **os.environ,
+        "PATH": os.pathsep.join([str(Path(script("flwr")).parent), os.environ["PATH"]]),
         "FLWR_HOME": str(tmp_path / "home"),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
         "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),

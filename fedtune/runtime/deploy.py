@@ -51,7 +51,11 @@ def run_deployed(experiment: Experiment, resume: str | None = None) -> None:
 def _stream(words: list[str]) -> str | None:
     """Call Flower's command line, pass on what it prints, and return the id of the run that it started."""
     run = None
-    with subprocess.Popen([_flwr(), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    # Without a SuperLink of one's own Flower starts one, by name
+    environment = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
+    with subprocess.Popen(
+        [_flwr(), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
         try:
             for line in process.stdout or ():
                 print(line, end="", flush=True)
@@ -68,7 +72,7 @@ def _stream(words: list[str]) -> str | None:
 def _status(run: str, link: list[str]) -> tuple[str, str]:
     # The exit code of `flwr run --stream` is 0 for a run that failed
     words = [_flwr(), "ls", *link, "--run-id", run, "--format", "json"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
     try:
         found = json.loads(done.stdout)["runs"][0]
         return found["status"], found["status-details"]
