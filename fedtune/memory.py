@@ -6,6 +6,7 @@ again after a resume, or because a reply got lost, starts from exactly what it s
     FOLDER/RUN/INDEX/ROUND.safetensors
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class Memory:
 
     def __init__(self, folder: Path):
         self._folder = folder
+        self._empty = ("", -1)  # a run and a round before which nobody had kept anything
 
     def recall(self, run: str, index: int, round: int) -> Tensors:
         """What client `index` kept before `round`; nothing if that is its first turn.
@@ -32,6 +34,11 @@ class Memory:
         Raises:
             ClientError: if the file is damaged, or `run` is no run's id.
         """
+        if (run, round) == self._empty:
+            return {}
+        if not os.path.isdir(os.path.dirname(self._place(run, index))):  # noqa: PTH112, PTH120 (asked at every turn)
+            self._empty = (run, round)
+            return {}
         known = [number for number in self._rounds(run, index) if number < round]
         if not known:
             return {}
@@ -60,11 +67,14 @@ class Memory:
             raise ClientError(f"client {index} can't keep its state in {path}: {error.strerror or error}") from error
 
     def _path(self, run: str, index: int, round: int) -> Path:
+        return Path(self._place(run, index), f"{round}.safetensors")
+
+    def _place(self, run: str, index: int) -> str:
         # The run's id comes from the network: nothing but an id may become a part of a path
         if not RUN.fullmatch(run):
             raise ClientError(f"expected 16 hexadecimal digits as the run's id, got {run!r}")
-        return self._folder / run / str(index) / f"{round}.safetensors"
+        return f"{self._folder}/{run}/{index}"
 
     def _rounds(self, run: str, index: int) -> list[int]:
-        folder = self._path(run, index, 0).parent
+        folder = Path(self._place(run, index))
         return sorted(int(path.stem) for path in folder.glob("*.safetensors") if path.stem.isdecimal())

@@ -1,5 +1,6 @@
 """What a client does with a message, wherever it runs: content in, content out."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from flwr.app import MessageType, RecordDict
@@ -15,7 +16,7 @@ LIMITS = {name.replace("_", "-"): name for name in Capability.__dataclass_fields
 
 
 def take_turn(
-    kind: str, round: str, content: RecordDict, run_config: dict[str, Any], node_config: dict[str, Any]
+    kind: str, round: str, content: RecordDict, run_config: Mapping[str, Any], node_config: Mapping[str, Any]
 ) -> RecordDict:
     """Answer a message.
 
@@ -46,7 +47,7 @@ def _train(party: Party, index: int, round: int, content: RecordDict) -> RecordD
     return pack_update(update, party.codec_up, fold(party.experiment.seed, "up", round, index))
 
 
-def index_of(node_config: dict[str, Any]) -> int:
+def index_of(node_config: Mapping[str, Any]) -> int:
     """The client's index.
 
     Raises:
@@ -60,7 +61,7 @@ def index_of(node_config: dict[str, Any]) -> int:
         ) from error
 
 
-def capability_of(node_config: dict[str, Any]) -> Capability:
+def capability_of(node_config: Mapping[str, Any]) -> Capability:
     """What the node's owner says that it can do.
 
     Raises:

@@ -23,9 +23,9 @@ def make_client_app(config: str | None = None) -> ClientApp:
     def answer(message: Message, context: Context) -> RecordDict:
         from fedtune.turns import take_turn
 
-        run_config = {"config": config} if config else dict(context.run_config)
+        run_config = {"config": config} if config else context.run_config
         at = message.metadata
-        return take_turn(at.message_type, at.group_id, message.content, run_config, dict(context.node_config))
+        return take_turn(at.message_type, at.group_id, message.content, run_config, context.node_config)
 
     return _client_app(answer)
 
