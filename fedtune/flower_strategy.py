@@ -40,7 +40,18 @@ from fedtune.checkpoint import state_sha256
 from fedtune.errors import ClientError, ConfigError, FedtuneError, QuorumError, WireError
 from fedtune.keys import fold
 from fedtune.population import sample_cohort
-from fedtune.protocol import SERVER, Codec, Instruction, Layout, Peer, Slot, Strategy, Update, expect_like
+from fedtune.protocol import (
+    SERVER,
+    Codec,
+    Instruction,
+    Layout,
+    Peer,
+    Slot,
+    Strategy,
+    Update,
+    expect_like,
+    same_instruction,
+)
 
 LOG = logging.getLogger("flwr.fedtune")  # its lines appear where Flower's own do
 POLL_SECONDS = 1.0  # between two looks for nodes
@@ -229,8 +240,7 @@ class FlowerStrategy(flower.Strategy):
         words = {**config, "server-round": server_round}
         for node in nodes:
             instruction = self.strategy.configure(self.state, number, self._peer(node))
-            same = (c for i, c in made if i.tensors is instruction.tensors and i.settings == instruction.settings)
-            content = next(same, None)
+            content = next((content for known, content in made if same_instruction(known, instruction)), None)
             if content is None:
                 content = self._pack(instruction, number, words)
                 made.append((instruction, content))

@@ -180,6 +180,11 @@ def share(replies: Sequence[tuple[Peer, Update]]) -> list[float]:
     return [n / total for n in examples]
 
 
+def same_instruction(one: Instruction, other: Instruction) -> bool:
+    """Whether one encoding serves both: the very same tensors, which need no comparing, and equal settings."""
+    return one.tensors is other.tensors and one.settings == other.settings
+
+
 def expect_like(tensors: Tensors, reference: Mapping[str, Tensor]) -> None:
     """Check that `tensors` has exactly the names, shapes and dtypes of `reference`.
 

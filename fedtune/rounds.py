@@ -30,7 +30,7 @@ from fedtune.ledger import Entry, Ledger, sums
 from fedtune.party import Party
 from fedtune.population import sample_cohort
 from fedtune.progress import View, make_view
-from fedtune.protocol import SERVER, Instruction, Peer, Update
+from fedtune.protocol import SERVER, Instruction, Peer, Update, same_instruction
 from fedtune.replies import Replies
 from fedtune.roster import Roster
 from fedtune.run_folder import RunFolder, check_vacant
@@ -197,7 +197,7 @@ class Server:
         for index in cohort:
             begun = time.perf_counter()
             instruction = self.strategy.configure(self.state, number, self.roster.peers[index])
-            known = next((made for made in packed if _same(made[0], instruction)), None)
+            known = next((made for made in packed if same_instruction(made[0], instruction)), None)
             if known is None:
                 content = wire.pack_instruction(instruction, self.party.codec_down, key, self.run_id)
                 known = (instruction, content, wire.payload_bytes(content), content_bytes(content))
@@ -298,7 +298,3 @@ class Server:
         summary = summarise(self.party, self.status, self.done, self.ledger.totals, self.state_sha256, scores)
         self.folder.write_summary(summary)
         return summary
-
-
-def _same(one: Instruction, other: Instruction) -> bool:
-    return one.tensors is other.tensors and one.settings == other.settings
