@@ -9,6 +9,7 @@ import os
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from fedtune.errors import ConfigError, DeploymentError, Interrupted
 from fedtune.schema import Experiment
 
 ROOT = CONF.parent
+
+Value = str | int | float | bool
 
 
 def run_deployed(experiment: Experiment, resume: str | None = None) -> None:
@@ -37,8 +40,7 @@ def run_deployed(experiment: Experiment, resume: str | None = None) -> None:
     settings = {"config": experiment.text(), "resume": str(experiment.out) if resume else ""}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.toml"
-        # JSON's strings are TOML's
-        file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()), encoding="utf-8")
+        write_toml(file, settings)
         link = [experiment.runtime.superlink] if experiment.runtime.superlink else []
         run = _stream(["run", str(ROOT), *link, "--stream", "--run-config", str(file)])
     if run is None:
@@ -54,7 +56,7 @@ def _stream(words: list[str]) -> str | None:
     # Without a SuperLink of one's own Flower starts one, by name
     environment = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
     with subprocess.Popen(
-        [_flwr(), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        [script("flwr"), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:
         try:
             for line in process.stdout or ():
@@ -71,7 +73,7 @@ def _stream(words: list[str]) -> str | None:
 
 def _status(run: str, link: list[str]) -> tuple[str, str]:
     # The exit code of `flwr run --stream` is 0 for a run that failed
-    words = [_flwr(), "ls", *link, "--run-id", run, "--format", "json"]
+    words = [script("flwr"), "ls", *link, "--run-id", run, "--format", "json"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
     try:
         found = json.loads(done.stdout)["runs"][0]
@@ -82,6 +84,12 @@ def _status(run: str, link: list[str]) -> tuple[str, str]:
         ) from error
 
 
-def _flwr() -> str:
-    """The command that was installed beside this Python."""
-    return str(Path(sysconfig.get_path("scripts"), "flwr"))
+def script(name: str) -> str:
+    """The path of a command that was installed beside this Python."""
+    return str(Path(sysconfig.get_path("scripts"), name))
+
+
+def write_toml(path: Path, values: Mapping[str, Value]) -> None:
+    """Write flat settings; a string may have any length and any number of lines (JSON's strings are TOML's)."""
+    lines = (f"{name} = {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n" for name, value in values.items())
+    path.write_text("".join(lines), encoding="utf-8")

@@ -1,9 +1,7 @@
 """The operator's side of a deployment: Flower's command line, and the runs that it starts."""
 
-import json
 import re
 import subprocess
-import sysconfig
 import threading
 import time
 from collections.abc import Mapping
@@ -12,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from fedtune.errors import DeploymentError
+from fedtune.runtime.deploy import Value, script, write_toml
 from simulations.fleet.processes import wait_until
 
 if TYPE_CHECKING:
     from simulations.fleet import Fleet
-
-Value = str | int | float | bool
 
 START_SECONDS = 60.0  # for a SuperLink to answer, a node to be online, a run to be accepted; each takes about 2
 LINK = "fleet"  # the SuperLink's name in the command line's config.toml
@@ -133,14 +130,3 @@ class Run:
                     stream.write(line)
                     stream.flush()
         self._ended = time.monotonic()
-
-
-def script(name: str) -> str:
-    """The path of a command that was installed beside this Python."""
-    return str(Path(sysconfig.get_path("scripts"), name))
-
-
-def write_toml(path: Path, values: Mapping[str, Value]) -> None:
-    """Write flat settings; a string may have any length and any number of lines (JSON's strings are TOML's)."""
-    lines = (f"{name} = {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n" for name, value in values.items())
-    path.write_text("".join(lines), encoding="utf-8")
