@@ -205,6 +205,7 @@ def test_nothing_is_left_of_a_command_that_ends_early(app, tmp_path, number):
         mark = next(text.partition(f"{MARK}=")[2].partition("/")[0] for text in marks if f"{MARK}=" in text)
         assert marked(mark)
         process.send_signal(number)
+        process.wait(60)  # with its output still open, which it may be about to write to
     assert process.returncode == (130 if number == signal.SIGINT else -9)
     assert wait_until(lambda: not marked(mark), 10)
 

@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
@@ -120,6 +121,27 @@ def test_a_worker_that_dies_is_started_again_once(place, tmp_path, monkeypatch, 
     train.metadata.__dict__["_group_id"] = "2"
     with pytest.raises(ClientError, match="the worker died twice; the end of its log"):
         ask(train, context)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_being_killed_counts_as_none(place, tmp_path):
+    """The system closes its connections before the socket on which it listens: whoever comes in between is let in and
+    then cut off."""
+    query, _, context = messages(tmp_path)
+    place.secret.write_bytes(b"of the dead")
+    with socket.socket(socket.AF_UNIX) as dying:
+        dying.bind(place.socket)
+        dying.listen()
+
+        def hang_up():
+            caller, _ = dying.accept()
+            caller.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        assert ask(query, context)["greeting"]
+        thread.join(10)
+    assert len(workers(place)) == 1
 
 
 @pytest.mark.slow

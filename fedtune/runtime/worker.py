@@ -186,9 +186,12 @@ def _connect(place: Place) -> Worker | None:
     try:
         answer_challenge(connection, secret)
         deliver_challenge(connection, secret)
-    except AuthenticationError:  # what listens there is none of ours
+        worker = Worker(connection, **json.loads(connection.recv_bytes()))
+    except (AuthenticationError, EOFError, ConnectionError):
+        # None of ours, or one that was killed just now: the system closes its connections before the socket on which
+        # it listened, so for a moment there is nobody behind it
+        connection.close()
         return None
-    worker = Worker(connection, **json.loads(connection.recv_bytes()))
     if worker.code == str(CODE):
         return worker
     logger.info("fedtune: replacing the worker of another version of the app (%s)", worker.code)
