@@ -1,8 +1,20 @@
-"""First-order local training: a few optimizer steps on what the server sent, starting fresh each round."""
+"""First-order local training: a few optimizer steps on what the server sent, starting fresh each round.
 
+What the server's settings ask for: `train`, the role that is trained while the others stay frozen (as "lora_B");
+`scaling`, what B A is multiplied by; `version`, a change of the base (fedtune/merging.py).
+
+With mu > 0 the loss has FedProx's proximal term, (mu / 2) |theta - theta_t|^2, where theta_t is what the server sent
+(Li et al. 2020, arXiv:1812.06127).
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from fedtune.adapters import LocalModel
+from fedtune.installing import install, metrics_of
 from fedtune.protocol import Batches, Instruction, Tensors, Update
 from fedtune.training import fit
 
@@ -14,12 +26,18 @@ class FirstOrder:
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    mu: float = 0.0  # of the proximal term
 
     def receive(self, model: LocalModel, instruction: Instruction, memory: Tensors) -> None:
-        model.install(instruction.tensors)
+        install(model, instruction, memory)
 
     def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
-        loss = fit(
+        loss = self.fit(model, batches, key, proximal(model, self.mu) if self.mu else None)
+        return Update(model.read(), batches.examples, {"train_loss": loss, **metrics_of(model)})
+
+    def fit(self, model: LocalModel, batches: Batches, key: int, penalty: Callable[[], Tensor] | None) -> float:
+        """The steps themselves, for clients that train in this way and answer in another."""
+        return fit(
             model,
             batches,
             steps=self.steps,
@@ -28,5 +46,16 @@ class FirstOrder:
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             key=key,
+            penalty=penalty,
         )
-        return Update(model.read(), batches.examples, {"train_loss": loss})
+
+
+def proximal(model: LocalModel, mu: float) -> Callable[[], Tensor]:
+    """(mu / 2) |theta - theta_t|^2 over the tensors that are trained, theta_t being their values now."""
+    live = model.parameters()
+    start = [parameter.detach().clone() for parameter in live]
+
+    def penalty() -> Tensor:
+        return mu / 2 * torch.stack([(p - s).square().sum() for p, s in zip(live, start, strict=True)]).sum()
+
+    return penalty

@@ -6,13 +6,16 @@ in place. However many clients share a process, there is one base.
 
 import math
 import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedtune.base_change import BaseChange
 from fedtune.errors import ModelError
 from fedtune.keys import fold, uniform
+from fedtune.lowrank import name_of, pairs
 from fedtune.models import Base
 from fedtune.protocol import Layout, Slot, Tensors, describe
 from fedtune.schema import AdapterSpec
@@ -27,6 +30,7 @@ class LocalModel:
         origin: where the base came from.
         layout: names, shapes and starting values of the trainable tensors, in PEFT's own naming, so that an exported
             adapter has the names that PEFT looks for.
+        base_change: what was merged into the base.
     """
 
     def __init__(self, base: Base, spec: AdapterSpec, seed: int):
@@ -62,41 +66,119 @@ class LocalModel:
         self.layout = Layout(tuple(self._slot(name, p) for name, p in self._live.items()), _initial(self._live, seed))
         self._tensors: list[Tensor] = list(self._live.values())
         self._start = list(self.layout.initial.values())
+        self._lora = {slot.module: slot.scaling for slot in self.layout.slots if slot.role == "lora_A"}
+        self._changed = False  # ranks, scaling or what is trained differ from the layout's
+        self.base_change = BaseChange(self._base_layer)
         self.reset()
 
     def reset(self) -> None:
-        """Put every trainable tensor back to its starting value, so that nothing leaks from one client to the next."""
+        """Put everything back to how it started, so that nothing leaks from one client to the next."""
         with torch.no_grad():
+            if self._changed:
+                for live, start in zip(self._live.values(), self._start, strict=True):
+                    if live.shape != start.shape:
+                        live.data = torch.empty_like(start, device=live.device)
+                    live.requires_grad_(True)
+                self._scale(self._lora)
+                self._changed = False
             torch._foreach_copy_(self._tensors, self._start)
+        self.base_change.clear()
 
-    def install(self, tensors: Tensors) -> None:
+    def install(self, tensors: Tensors, scaling: float | None = None) -> None:
         """Copy `tensors` into the trainable tensors of those names; the others keep their values.
+
+        Args:
+            tensors: a LoRA layer's A and B may come with another rank than the layout's, if both come.
+            scaling: what B A is multiplied by from here on; None leaves it.
 
         Raises:
             ModelError: for a name, shape or dtype that this model doesn't have.
         """
+        fitting, resized = [], {}
         for name, tensor in tensors.items():
             live = self._live.get(name)
             if live is None:
                 raise ModelError(f"this model has no trainable tensor '{name}'")
-            if live.shape != tensor.shape or live.dtype != tensor.dtype:
+            if live.shape == tensor.shape and live.dtype == tensor.dtype:
+                fitting.append(name)
+            elif _is_lora(name) and live.dtype == tensor.dtype and _outer(name, live) == _outer(name, tensor):
+                resized[name] = tensor
+            else:
                 raise ModelError(f"tensor '{name}': expected {describe(live)}, got {describe(tensor)}")
-        if tensors:
-            with torch.no_grad():
-                torch._foreach_copy_([self._live[name] for name in tensors], list(tensors.values()))
+        with torch.no_grad():
+            if fitting:
+                torch._foreach_copy_([self._live[name] for name in fitting], [tensors[name] for name in fitting])
+            for name, tensor in resized.items():
+                self._live[name].data = tensor.detach().to(self.device, copy=True)
+        if resized:
+            self._changed = True
+            for module, product in pairs(dict(self._live)).items():
+                if product.a.shape[0] != product.b.shape[1]:
+                    raise ModelError(
+                        f"layer '{module}': A has rank {product.a.shape[0]}, B has rank {product.b.shape[1]}"
+                    )
+        if scaling is not None:
+            self._changed = True
+            self._scale(dict.fromkeys(self._lora, scaling))
+
+    def start_at(self, rank: int, scaling: float | None, key: int) -> None:
+        """A fresh LoRA adapter: B zero, A uniform in +-1/sqrt(in), drawn by key."""
+        fresh = {}
+        for module, product in pairs(self.layout.initial).items():
+            (out, _), (_, width) = product.b.shape, product.a.shape
+            name = name_of(module, "lora_A")
+            fresh[name] = uniform(fold(key, "adapter", name), (rank, width), 1 / math.sqrt(width)).to(product.a.dtype)
+            fresh[name_of(module, "lora_B")] = torch.zeros(out, rank, dtype=product.b.dtype)
+        self.install(fresh, scaling)
+
+    def train_only(self, roles: Collection[str]) -> None:
+        """Freeze every tensor whose role is not among `roles`, as "lora_B".
+
+        Raises:
+            ModelError: for a role that no tensor has.
+        """
+        known = {slot.role for slot in self.layout.slots}
+        if unknown := set(roles) - known:
+            raise ModelError(f"there is no '{min(unknown)}' to train: this adapter has {', '.join(sorted(known))}")
+        self._changed = True
+        for slot in self.layout.slots:
+            self._live[slot.name].requires_grad_(slot.role in roles)
 
     def read(self) -> Tensors:
-        """A copy of every trainable tensor, on the CPU."""
+        """A copy of every tensor that is being trained, on the CPU."""
+        return {name: live.detach().to("cpu", copy=True) for name, live in self.trained().items()}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The tensors that are being trained, by name."""
+        return {name: live for name, live in self._live.items() if live.requires_grad}
+
+    def adapter(self) -> Tensors:
+        """A copy of every trainable tensor, frozen for the moment or not, on the CPU."""
         return {name: live.detach().to("cpu", copy=True) for name, live in self._live.items()}
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable tensors themselves, for an optimizer."""
-        return list(self._live.values())
+        """The tensors that are being trained, for an optimizer."""
+        return list(self.trained().values())
+
+    @property
+    def scaling(self) -> float | None:
+        """What B A is multiplied by now; None for adapters that have none."""
+        module = next(iter(self._lora), None)
+        return None if module is None else float(self.module.get_submodule(module).scaling["default"])
+
+    def _scale(self, scaling: Mapping[str, float]) -> None:
+        for module, value in scaling.items():
+            self.module.get_submodule(module).scaling["default"] = value
+
+    def _base_layer(self, module: str) -> nn.Module:
+        layer: Any = self.module.get_submodule(module)
+        found: nn.Module = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        return found
 
     @property
     def trainable(self) -> int:
-        """How many trainable numbers there are."""
-        return sum(live.numel() for live in self._live.values())
+        """How many trainable numbers there are, at the layout's ranks."""
+        return sum(start.numel() for start in self._start)
 
     def _slot(self, name: str, parameter: Tensor) -> Slot:
         module, role = name.removesuffix(".weight").rsplit(".", 1)
@@ -134,6 +216,15 @@ def adaptable(model: nn.Module) -> list[str]:
             if type(module).__name__ in kinds and module is not head
         }
     )
+
+
+def _is_lora(name: str) -> bool:
+    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+
+
+def _outer(name: str, tensor: Tensor) -> int:
+    """The size that a LoRA factor shares with its layer."""
+    return tensor.shape[1 if name.endswith(".lora_A.weight") else 0]
 
 
 def _public_name(name: str) -> str:

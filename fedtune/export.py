@@ -1,16 +1,24 @@
-"""The global adapter as a PEFT folder, which `PeftModel.from_pretrained` loads anywhere."""
+"""The global adapter as a PEFT folder, which `PeftModel.from_pretrained` loads anywhere.
+
+A change of the base is part of it: layers with one are written as a wider LoRA, [B_change, s B] and [A_change; A].
+"""
 
 import json
 from typing import Any
 
+import torch
 from safetensors.torch import save
 
 from fedtune.adapters import LocalModel
+from fedtune.base_change import DENSE
+from fedtune.lowrank import LowRank, pairs, stack, unpair
+from fedtune.merging import from_residual
+from fedtune.protocol import Tensors
 
 
 def adapter_weights(model: LocalModel) -> bytes:
     """The content of adapter_model.safetensors: the adapter that `model` holds now."""
-    return save(model.read(), metadata={"format": "pt"})
+    return save(_tensors(model), metadata={"format": "pt"})
 
 
 def adapter_config(model: LocalModel) -> bytes:
@@ -21,7 +29,38 @@ def adapter_config(model: LocalModel) -> bytes:
     config: dict[str, Any] = model.module.peft_config["default"].to_dict()
     config["base_model_name_or_path"] = model.origin.hub_id or model.origin.path
     config["inference_mode"] = True
+    ranks = {module: product.rank for module, product in pairs(_tensors(model)).items()}
+    scaling = 1.0 if model.base_change.tensors else model.scaling
+    if ranks and scaling is not None and (set(ranks.values()) != {config["r"]} or scaling != model.layout.scaling):
+        config |= {"r": max(ranks.values()), "use_rslora": False, "lora_alpha": max(ranks.values()) * scaling}
+        narrow = {_inner(module): rank for module, rank in ranks.items() if rank != config["r"]}
+        config |= {"rank_pattern": narrow, "alpha_pattern": {module: rank * scaling for module, rank in narrow.items()}}
     return (json.dumps(_json_ready(config), indent=2, sort_keys=True) + "\n").encode()
+
+
+def _tensors(model: LocalModel) -> Tensors:
+    adapter = model.adapter()
+    change = model.base_change.tensors
+    if not change:
+        return adapter
+    assert model.scaling is not None, "only methods on LoRA change the base"
+    products = pairs(adapter)
+    wider = from_residual(change)
+    for name, matrix in change.items():
+        if name.endswith(DENSE):
+            wider[name.removesuffix(DENSE)] = LowRank(matrix, torch.eye(matrix.shape[1]))
+    for module, part in wider.items():
+        own = LowRank(products[module].b * model.scaling, products[module].a)
+        # B = 0, as in a fresh adapter, adds nothing but width
+        products[module] = stack([part, own]) if own.b.any() else part
+    for module in products.keys() - wider.keys():
+        products[module] = LowRank(products[module].b * model.scaling, products[module].a)
+    return {**adapter, **unpair(products, torch.float32)}
+
+
+def _inner(module: str) -> str:
+    # PEFT matches these names against those of the base's own modules
+    return module.removeprefix("base_model.model.")
 
 
 def _json_ready(value: Any) -> Any:

@@ -18,9 +18,11 @@ from fedtune.errors import DataError
 from fedtune.evaluate import Score, score
 from fedtune.keys import fold, permutation
 from fedtune.memory import Memory
+from fedtune.merging import installed_version
 from fedtune.models import load_base, pick_device
 from fedtune.protocol import Client, Codec, Instruction, Strategy, Tensors, Update
 from fedtune.schema import Experiment
+from fedtune.traits import check_traits, traits_of
 
 
 class Party:
@@ -35,6 +37,7 @@ class Party:
         self.training_seconds = 0.0
         self.strategy: Strategy[Any] = build(experiment.method.strategy, "method.strategy")
         self.client: Client = build(experiment.method.client, "method.client")
+        check_traits(experiment, traits_of(self.strategy))
         self.codec_up: Codec = build(experiment.codec_up, "codec_up")
         self.codec_down: Codec = build(experiment.codec_down, "codec_down")
         # A device with fewer cores than the server is not made to run more threads than it has
@@ -68,6 +71,10 @@ class Party:
         if not 0 <= index < len(self.data.train):
             raise DataError(f"there is no client {index}: the data is divided among {len(self.data.train)}")
         return len(self.data.train[index])
+
+    def installed_version(self, run: str, index: int, round: int) -> int:
+        """Which version of the base (fedtune/merging.py) client `index` holds before `round`."""
+        return installed_version(self.memory.recall(run, index, round))
 
     def turn(self, run: str, index: int, round: int, instruction: Instruction) -> Update:
         """Client `index` does its part of a round, on a model that holds nothing of the turn before.

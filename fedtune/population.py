@@ -1,8 +1,13 @@
-"""Who takes part in a round."""
+"""Who takes part in a round, and with what."""
+
+import math
+from dataclasses import replace
 
 import numpy as np
 
 from fedtune.keys import fold, permutation
+from fedtune.protocol import SERVER, Layout, Peer
+from fedtune.schema import Experiment
 
 
 def sample_cohort(clients: int, cohort: int, seed: int, round: int) -> list[int]:
@@ -12,3 +17,27 @@ def sample_cohort(clients: int, cohort: int, seed: int, round: int) -> list[int]
     """
     chosen = permutation(fold(seed, "cohort", round), clients)[:cohort]
     return [int(index) for index in np.sort(chosen)]
+
+
+def equip(peer: Peer, experiment: Experiment, layout: Layout) -> Peer:
+    """The peer with the rank and the scaling of the adapter that it is to train."""
+    rank = experiment.population.rank_of(peer.index, experiment.adapter.rank, peer.capability.max_rank)
+    if not rank:
+        return peer
+    return replace(peer, rank=rank, scaling=scaling_at(rank, experiment, layout))
+
+
+def scaling_at(rank: int, experiment: Experiment, layout: Layout) -> float:
+    """alpha / r of an adapter of that rank, or alpha / sqrt(r) for rsLoRA."""
+    whole = layout.scaling
+    if experiment.population.scaling == "equal":
+        return whole
+    wider = experiment.adapter.rank / rank
+    return whole * (math.sqrt(wider) if getattr(experiment.adapter, "kind", "lora") == "rslora" else wider)
+
+
+def server_peer(experiment: Experiment, layout: Layout) -> Peer:
+    """The server as one more client: it holds nothing yet, and can take the widest adapter."""
+    if experiment.population.ranks is None:
+        return Peer(SERVER, 1)
+    return Peer(SERVER, 1, rank=experiment.adapter.rank, scaling=layout.scaling)

@@ -59,6 +59,9 @@ class Peer:
     index: int  # the client's partition; stable between runs, unlike Flower's node id
     samples: int  # training examples the client holds, as it said at the handshake
     capability: Capability = field(default_factory=Capability)
+    rank: int = 0  # r_k of the adapter that it trains; 0: the layout's, as everybody's
+    scaling: float = 0.0  # s_k, what its B A is multiplied by; 0: the layout's
+    installed_version: int = 0  # the last change of the base (or of what else it keeps) that it is known to hold
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,16 @@ class Layout:
     initial: Tensors = field(compare=False, repr=False)
 
     @cached_property
+    def scaling(self) -> float:
+        """What every layer's B A is multiplied by; 1 for adapters that have none."""
+        return next((slot.scaling for slot in self.slots if slot.role == "lora_A"), 1.0)
+
+    @cached_property
+    def is_low_rank(self) -> bool:
+        """Whether all that is trained is the A and B of W = W0 + s B A."""
+        return {slot.role for slot in self.slots} == {"lora_A", "lora_B"}
+
+    @cached_property
     def sha256(self) -> str:
         """The manifest's hash: names, shapes, dtypes, roles, scaling and order, but no values."""
         return hashlib.sha256(repr(self.slots).encode()).hexdigest()
@@ -126,8 +139,18 @@ class Batches(Protocol):
 State = TypeVar("State")
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What a method can do and what it needs. What doesn't fit is refused before a model is loaded."""
+
+    mixed_ranks: bool = False  # takes a rank per client
+    needs_low_rank: bool = False  # its algebra is that of s B A
+    averages: bool = False  # state.adapter is an average of what clients sent: a server optimizer may step towards it
+    personal: bool = False  # part of the model stays with its client, which is where it has to be evaluated
+
+
 class Strategy(Protocol[State]):
-    """The server's side of a method."""
+    """The server's side of a method. A class may declare `traits`; without, it has none of them."""
 
     def init(self, layout: Layout) -> State: ...
 
@@ -182,7 +205,12 @@ def share(replies: Sequence[tuple[Peer, Update]]) -> list[float]:
 
 def same_instruction(one: Instruction, other: Instruction) -> bool:
     """Whether one encoding serves both: the very same tensors, which need no comparing, and equal settings."""
-    return one.tensors is other.tensors and one.settings == other.settings
+    if one.settings != other.settings:
+        return False
+    mine, theirs = one.tensors, other.tensors
+    return mine is theirs or (
+        mine.keys() == theirs.keys() and all(tensor is theirs[name] for name, tensor in mine.items())
+    )
 
 
 def expect_like(tensors: Tensors, reference: Mapping[str, Tensor]) -> None:

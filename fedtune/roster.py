@@ -7,14 +7,15 @@ the data, does not. So every node is asked who it is before it is given work.
 import time
 from collections.abc import Callable, Mapping
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 
 from fedtune import wire
 from fedtune.errors import FedtuneError, QuorumError, WireError
 from fedtune.exchange import POLL_SECONDS, Arrival, Exchange
 from fedtune.flower import raised_by_client
 from fedtune.ledger import Entry
-from fedtune.protocol import Peer
+from fedtune.population import equip
+from fedtune.protocol import Layout, Peer
 from fedtune.schema import Experiment
 
 
@@ -24,9 +25,10 @@ class Roster:
     Attributes:
         peers: by index.
         nodes: Flower's node id of each index, as last known.
+        run: the run's id, by which clients find what they kept.
 
     Args:
-        layout_sha256: the server's manifest, which every client's has to equal.
+        layout: the server's, whose manifest every client's has to equal.
         book: takes the ledger's entry of each greeting.
         say: takes what a person should know.
     """
@@ -35,7 +37,7 @@ class Roster:
         self,
         exchange: Exchange,
         experiment: Experiment,
-        layout_sha256: str,
+        layout: Layout,
         book: Callable[[Entry], None],
         say: Callable[[str], None],
     ):
@@ -45,13 +47,18 @@ class Roster:
         self._wanted = experiment.population.clients
         self._needed = experiment.population.enough(self._wanted)
         self._seconds = experiment.runtime.wait
-        self._layout = layout_sha256
+        self._layout = layout
+        self._experiment = experiment
+        self.run = ""
         self._book = book
         self._say = say
         self._asked: dict[int, str] = {}  # the nodes that said who they are, or could not: when they were started
 
-    def gather(self, round: int) -> None:
+    def gather(self, done: int) -> None:
         """Wait until every client is there, or the time for that is up and a quorum is.
+
+        Args:
+            done: the last finished round, under which the greetings are booked.
 
         Raises:
             QuorumError: if too few came.
@@ -64,7 +71,7 @@ class Roster:
             present = self._exchange.nodes()
             newcomers = self._strangers(present)
             if newcomers and (late or len(self.peers) + len(newcomers) >= self._wanted):
-                self._greet(newcomers, present, round, at_start=True)
+                self._greet(newcomers, present, done, done + 1)
             elif not told:
                 self._say(f"waiting for {self._wanted} clients ({len(self.peers) + len(newcomers)} are there) ...")
                 told = True
@@ -84,21 +91,23 @@ class Roster:
         """Ask nodes that appeared since, and return the indices whose nodes are connected now."""
         present = self._exchange.nodes()
         if newcomers := self._strangers(present):
-            self._greet(newcomers, present, round, at_start=False)
+            self._greet(newcomers, present, round, round)
         return {index for index, node in self.nodes.items() if node in present}
 
     def _strangers(self, present: Mapping[int, str]) -> list[int]:
         """Nodes that were not asked since they were started: a node may come back as somebody else."""
         return [node for node, started in present.items() if self._asked.get(node) != started]
 
-    def _greet(self, nodes: list[int], present: Mapping[int, str], round: int, at_start: bool) -> None:
-        messages = [Message(RecordDict(), node, MessageType.QUERY, group_id=str(round)) for node in nodes]
+    def _greet(self, nodes: list[int], present: Mapping[int, str], round: int, next_round: int) -> None:
+        at_start = next_round > round
+        question = wire.pack_question(self.run, next_round)
+        messages = [Message(question, node, MessageType.QUERY, group_id=str(round)) for node in nodes]
         sizes = {message.metadata.dst_node_id: wire.wire_bytes(message) for message in messages}
         lines = self._exchange.lines
         around = {node: lines.down(message, sizes[node]) for node, message in zip(nodes, messages, strict=True)}
         for arrival in self._exchange.send(messages, self._seconds):
             try:
-                peer = wire.unpack_greeting(arrival.content(), self._wanted, self._layout)
+                peer = wire.unpack_greeting(arrival.content(), self._wanted, self._layout.sha256)
                 self._admit(peer, arrival.node, present)
             except FedtuneError as error:
                 if at_start and _needs_a_person(arrival, error):
@@ -121,7 +130,7 @@ class Roster:
         if holder != node:
             self._say(f"client {peer.index} is back, on another node")
         self._forget(node)
-        self.peers[peer.index] = peer
+        self.peers[peer.index] = equip(peer, self._experiment, self._layout)
         self.nodes[peer.index] = node
         self._asked[node] = present[node]
 

@@ -9,7 +9,7 @@ import gc
 import math
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from threading import Event
@@ -22,15 +22,18 @@ from fedtune import wire
 from fedtune.checkpoint import Checkpoint, state_sha256
 from fedtune.config import differences
 from fedtune.errors import DivergedError, FedtuneError, Interrupted, QuorumError, RunFolderError, WireError
+from fedtune.exactness import aggregation_error
 from fedtune.exchange import Arrival, Exchange
 from fedtune.export import adapter_config, adapter_weights
 from fedtune.flower import content_bytes
+from fedtune.installing import SCALING, check_scaling
 from fedtune.keys import fold
 from fedtune.ledger import Entry, Ledger, sums
+from fedtune.merging import VERSION
 from fedtune.party import Party
-from fedtune.population import sample_cohort
+from fedtune.population import sample_cohort, server_peer
 from fedtune.progress import View, make_view
-from fedtune.protocol import SERVER, Instruction, Peer, Update, same_instruction
+from fedtune.protocol import Instruction, Setting, Update, same_instruction
 from fedtune.replies import Replies
 from fedtune.roster import Roster
 from fedtune.run_folder import RunFolder, check_vacant
@@ -45,6 +48,7 @@ class Round:
     clients: int = 0  # whose updates count
     failures: list[tuple[int, int, str]] = field(default_factory=list)
     seconds: float = 0.0
+    error: float | None = None  # how far the server's update is from the mean of the clients'
     _sums: dict[str, tuple[int, float]] = field(default_factory=dict)  # per metric: examples, and their weighted sum
 
     def count(self, update: Update) -> None:
@@ -103,10 +107,11 @@ class Server:
         self.folder = folder
         self.view = view
         self.strategy = party.strategy
+        self.told: dict[int, Mapping[str, Setting]] = {}  # the settings of each client's last instruction
         self.state: Any = None
         self.run_id = secrets.token_hex(8)  # a resumed run has the one it began with
         self.ledger = Ledger()
-        self.roster = Roster(exchange, self.experiment, party.model.layout.sha256, self._book, view.note)
+        self.roster = Roster(exchange, self.experiment, party.model.layout, self._book, view.note)
         self.status = "running"
         self.done = -1  # the last finished round
         self.state_sha256 = ""  # of the state after it
@@ -115,7 +120,6 @@ class Server:
         """All rounds that are not done yet."""
         self._restore()
         self.folder.write_config(replace(self.experiment, out=str(self.folder.path)))
-        self.folder.write_adapter("adapter_config.json", adapter_config(self.party.model))
         self._summarise()
         self.view.started(self.experiment, self.party, self.folder.path, self.done)
         try:
@@ -140,6 +144,7 @@ class Server:
     def _restore(self) -> None:
         """Take up the last checkpoint, if there is one."""
         self.state = self.strategy.init(self.party.model.layout)
+        self.me = server_peer(self.experiment, self.party.model.layout)
         checkpoint = self.folder.load_checkpoint(self.state)
         if checkpoint is not None:
             if checkpoint.config_sha256 != self.experiment.sha256:
@@ -156,6 +161,7 @@ class Server:
             self.state, self.done, self.run_id = checkpoint.state, checkpoint.round, checkpoint.run
             self.state_sha256 = state_sha256(self.state)
         self.ledger = Ledger(self.folder.forget_after(self.done))
+        self.roster.run = self.run_id
 
     def _book(self, entry: Entry) -> None:
         self.ledger.book(entry)
@@ -186,7 +192,10 @@ class Server:
                     f"population.quorum asks for {enough}{first}"
                 )
             replies.sort()
-            self.state = self.strategy.aggregate(self.state, number, replies)
+            before, self.state = self.state, self.strategy.aggregate(self.state, number, replies)
+            if experiment.evaluate.exactness:
+                layout = self.party.model.layout
+                played.error = aggregation_error(layout, self.strategy, number, before, self.state, replies, self.me)
         played.seconds = time.monotonic() - begun
         return played
 
@@ -197,6 +206,7 @@ class Server:
         for index in cohort:
             begun = time.perf_counter()
             instruction = self.strategy.configure(self.state, number, self.roster.peers[index])
+            self.told[index] = instruction.settings
             known = next((made for made in packed if same_instruction(made[0], instruction)), None)
             if known is None:
                 content = wire.pack_instruction(instruction, self.party.codec_down, key, self.run_id)
@@ -221,10 +231,15 @@ class Server:
             update = wire.unpack_update(content, blob, self.party.codec_up)
             if update.examples > peer.samples:
                 raise WireError(f"it claims {update.examples} examples; at the handshake it had {peer.samples}")
+            told = self.told[index]
+            check_scaling(update, float(told.get(SCALING, self.party.model.layout.scaling)))
             self.strategy.validate(self.state, played.number, peer, update)
         except FedtuneError as error:
             self._fail(index, played, str(error))
+            # Nobody knows what it kept of this turn: next time it is sent everything
+            self.roster.peers[index] = replace(peer, installed_version=0)
         else:
+            self.roster.peers[index] = replace(peer, installed_version=int(told.get(VERSION, 0)))
             replies.add(peer, update, blob)
             played.count(update)
             part, size = "train", wire.update_bytes(blob, update)
@@ -274,10 +289,13 @@ class Server:
             **sums(entry for entry in entries if entry.round == number),
             "client_eval_loss": played.mean("client_eval_loss"),
             "client_eval_accuracy": played.mean("client_eval_accuracy"),
+            "aggregation_error": played.error,
+            "merge_error": merged.error if (merged := getattr(self.state, "merged", None)) else None,
         }
         self.folder.append_ledger(entries)
         self.folder.append_failures(played.failures)
         self.folder.append_metrics(row)
+        self.folder.write_adapter("adapter_config.json", adapter_config(self.party.model))
         self.folder.write_adapter("adapter_model.safetensors", adapter_weights(self.party.model))
         self.folder.save_checkpoint(Checkpoint(number, self.experiment.sha256, self.state, self.run_id))
         self.done, self.state_sha256 = number, state_sha256(self.state)
@@ -287,7 +305,7 @@ class Server:
     def _broadcast(self, number: int) -> Instruction:
         """What a fully capable client would be sent in round `number`, through the wire's codec: the score and the
         exported adapter are of what clients decode."""
-        instruction = self.strategy.configure(self.state, number, Peer(SERVER, 1))
+        instruction = self.strategy.configure(self.state, number, self.me)
         codec, key = self.party.codec_down, fold(self.experiment.seed, "down", number)
         return wire.unpack_instruction(wire.pack_instruction(instruction, codec, key, self.run_id), codec)[0]
 

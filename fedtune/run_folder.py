@@ -43,6 +43,8 @@ METRICS = (
     "framing_bytes",
     "client_eval_loss",
     "client_eval_accuracy",
+    "aggregation_error",  # ||dW_server - dW*||_F / ||dW*||_F
+    "merge_error",  # of the residual's recompression, relative; 0 where nothing was cut
 )
 FAILURES = ("round", "peer", "error")
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -112,8 +112,22 @@ class PopulationSpec:
     clients: int = option(20, "how many clients there are")
     cohort: int | None = option(None, "how many of them take part in a round; null takes all, but at most 10")
     quorum: float = option(0.5, "a round counts when at least this fraction of its cohort replied")
+    ranks: Any = option(
+        None,
+        "LoRA ranks of the clients: a list, taken in turn, as in [64,32,16]; capability: what each device declares, at "
+        "most adapter.rank; null: adapter.rank for all",
+    )
+    scaling: str = option("equal", "with ranks: equal (one alpha / r for all) or per_rank (one alpha for all)")
 
     def __post_init__(self) -> None:
+        one_of("population.scaling", self.scaling, ("equal", "per_rank"))
+        if isinstance(self.ranks, Sequence) and not isinstance(self.ranks, str):
+            if not self.ranks or any(not isinstance(r, int) or isinstance(r, bool) or r < 1 for r in self.ranks):
+                raise ConfigError(
+                    f"population.ranks={list(self.ranks)}: expected whole numbers from 1 up, as in [16,8,4]"
+                )
+        elif self.ranks not in (None, "capability"):
+            raise ConfigError(f"population.ranks={self.ranks}: expected a list of ranks, capability, or null")
         at_least("population.clients", self.clients, 1)
         at_least("population.cohort", self.per_round, 1)
         if self.per_round > self.clients:
@@ -127,6 +141,18 @@ class PopulationSpec:
     @property
     def per_round(self) -> int:
         return min(self.clients, 10) if self.cohort is None else self.cohort
+
+    def rank_of(self, index: int, rank: int, most: float) -> int:
+        """The LoRA rank of client `index`, or 0 where all have the same.
+
+        Args:
+            rank: adapter.rank.
+            most: what its device can take.
+        """
+        if self.ranks is None:
+            return 0
+        asked = rank if self.ranks == "capability" else self.ranks[index % len(self.ranks)]
+        return max(1, int(min(asked, most)))
 
     def enough(self, cohort: int) -> int:
         """How many of `cohort` clients have to reply; the small number takes back what rounding adds to 0.1 * 30."""
@@ -157,6 +183,7 @@ class EvaluateSpec:
     examples: int = option(200, "held-out examples to use, at most; 0 uses all")
     batch_size: int = option(16, "examples per forward pass")
     clients: bool = option(False, "each client also scores what it received on its own held-out data")
+    exactness: bool = option(True, "measure each round how far the server's update is from the mean of the clients'")
 
     def __post_init__(self) -> None:
         at_least("evaluate.every", self.every, 0)
@@ -212,6 +239,11 @@ class Experiment:
     def __post_init__(self) -> None:
         at_least("rounds", self.rounds, 1)
         at_least("seed", self.seed, 0)
+        if isinstance(self.population.ranks, list):
+            # The global adapter is as wide as the widest; where alpha / r is equal for all, its alpha grows with it
+            adapter, rank = self.adapter, max(self.population.ranks)
+            grown = adapter.alpha * rank / adapter.rank if self.population.scaling == "equal" else adapter.alpha
+            object.__setattr__(self, "adapter", replace(adapter, rank=rank, alpha=grown))
 
     @property
     def method_name(self) -> str:

@@ -1,7 +1,7 @@
 """The local training loop that clients share, and the loss behind it."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -55,14 +55,16 @@ def fit(
     weight_decay: float,
     max_grad_norm: float,
     key: int,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> float:
     """Train the model's trainable tensors in place, with a fresh optimizer.
 
     Args:
         key: seeds dropout, the only random draw here.
+        penalty: what is added to the loss at each step, a function of the parameters themselves.
 
     Returns:
-        The mean of the steps' losses.
+        The mean of the steps' losses, without the penalty.
 
     Raises:
         ClientError: if the loss stops being a finite number.
@@ -82,6 +84,8 @@ def fit(
                         f"lower train.lr (now {lr:g}) or set train.max_grad_norm"
                     )
                 total += value
+                if penalty is not None:
+                    loss = loss + penalty()
                 loss.backward()  # type: ignore[no-untyped-call]
                 if torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf) == 0:
                     raise ClientError(

@@ -9,7 +9,7 @@ from fedtune.errors import ConfigError, WireError
 from fedtune.keys import fold
 from fedtune.party import Party, party_of
 from fedtune.protocol import Capability, Peer
-from fedtune.wire import pack_greeting, pack_update, unpack_instruction
+from fedtune.wire import pack_greeting, pack_update, unpack_instruction, unpack_question
 
 # What a node's owner may declare of it, in Flower's spelling of keys
 LIMITS = {name.replace("_", "-"): name for name in Capability.__dataclass_fields__}
@@ -32,7 +32,9 @@ def take_turn(
     party = party_of(run_config)
     index = index_of(node_config)
     if kind == MessageType.QUERY:
-        peer = Peer(index, party.samples(index), capability_of(node_config))
+        run, before = unpack_question(content)
+        version = party.installed_version(run, index, before) if run else 0
+        peer = Peer(index, party.samples(index), capability_of(node_config), installed_version=version)
         return pack_greeting(peer, party.model.layout.sha256)
     if kind != MessageType.TRAIN:
         raise WireError(f"message type '{kind}' is not known: expected query or train")

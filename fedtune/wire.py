@@ -22,6 +22,7 @@ from fedtune.flower import content_bytes, envelope_bytes
 from fedtune.protocol import Capability, Codec, Instruction, Peer, Setting, Tensors, Update
 
 PAYLOAD, BLOB, SETTINGS, METRICS, EXAMPLES, GREETING = "payload", "blob", "settings", "metrics", "examples", "greeting"
+ROUND = "round"
 RUN = "run"  # the setting under which an instruction carries the run's id; no strategy may use it
 MAX_METRICS = 64
 
@@ -205,10 +206,28 @@ def _metrics(record: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
     return examples, metrics
 
 
+def pack_question(run: str, round: int) -> RecordDict:
+    """Who are you, and what do you hold of this run before `round`?"""
+    return RecordDict({SETTINGS: ConfigRecord({RUN: run, ROUND: round})})
+
+
+def unpack_question(content: RecordDict) -> tuple[str, int]:
+    """The run's id and the round of `pack_question`; of an empty question, "" and 0."""
+    if not content:
+        return "", 0
+    record = _record(content, SETTINGS, ConfigRecord)
+    run, round = record.get(RUN), record.get(ROUND)
+    if not isinstance(run, str) or not isinstance(round, int):
+        raise WireError(f"expected a run's id and a round, got {run!r} and {round!r}")
+    return run, round
+
+
 def pack_greeting(peer: Peer, layout_sha256: str) -> RecordDict:
     """What a client says of itself at the handshake. Of its capability, only what is limited."""
     limits = {name: value for name, value in vars(peer.capability).items() if value != getattr(_UNLIMITED, name)}
     greeting = {"index": peer.index, "samples": peer.samples, "layout": layout_sha256, **limits}
+    if peer.installed_version:
+        greeting["version"] = peer.installed_version
     return RecordDict({GREETING: ConfigRecord(greeting)})
 
 
@@ -221,6 +240,7 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str) -> Pe
     """
     record = dict(_record(content, GREETING, ConfigRecord))
     index, samples, layout = (record.pop(name, None) for name in ("index", "samples", "layout"))
+    version = record.pop("version", 0)
     if not isinstance(index, int) or not 0 <= index < clients:
         raise WireError(f"client index should be 0 ... {clients - 1}, got {index!r}")
     if not isinstance(samples, int) or samples < 1:
@@ -229,8 +249,10 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str) -> Pe
         raise WireError(
             f"client {index} has other trainable tensors than the server: it runs another model, adapter or version"
         )
+    if not isinstance(version, int) or version < 0:
+        raise WireError(f"client {index} should hold a version from 0 up, got {version!r}")
     try:
-        return Peer(index, samples, Capability(**record))
+        return Peer(index, samples, Capability(**record), installed_version=version)
     except (TypeError, ValueError) as error:
         raise WireError(f"client {index} describes what it can do in a way that is not understood: {error}") from error
 

@@ -22,13 +22,16 @@ There are no weights p_k = n_k / sum(n) in either.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from fedtune.protocol import Instruction, Layout, Peer, Update, expect_like
+from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
 from fedtune.robust import State, bulyan, check_count, tolerated
 
 
 @dataclass(frozen=True)
 class Bulyan:
+    traits: ClassVar[Traits] = Traits(averages=True)
+
     num_malicious: int | None = (
         None  # f, of a round's replies; null takes floor((n - 3) / 4), the most the proof allows
     )

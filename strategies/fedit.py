@@ -16,10 +16,10 @@ updates average to exactly themselves.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Update, expect_like, share
+from fedtune.averaging import average
+from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class State:
 
 @dataclass(frozen=True)
 class FedIT:
+    traits: ClassVar[Traits] = Traits(averages=True)
+
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial))
 
@@ -39,8 +41,4 @@ class FedIT:
         expect_like(update.tensors, state.adapter)
 
     def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
-        total = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in state.adapter.items()}
-        for weight, (_, update) in zip(share(replies), replies, strict=True):  # peer order: the sum is reproducible
-            for name, tensor in update.tensors.items():
-                total[name].add_(tensor, alpha=weight)
-        return State({name: total[name].to(tensor.dtype) for name, tensor in state.adapter.items()})
+        return State(average(replies, state.adapter))

@@ -19,13 +19,16 @@ either: a client with more examples counts no more.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from fedtune.protocol import Instruction, Layout, Peer, Update, expect_like
+from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
 from fedtune.robust import State, median
 
 
 @dataclass(frozen=True)
 class FedMedian:
+    traits: ClassVar[Traits] = Traits(averages=True)
+
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial))
 

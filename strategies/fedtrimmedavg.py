@@ -20,14 +20,17 @@ fewer than five). There are no weights p_k = n_k / sum(n) in either.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedtune.errors import ConfigError
-from fedtune.protocol import Instruction, Layout, Peer, Update, expect_like
+from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
 from fedtune.robust import State, trimmed_mean
 
 
 @dataclass(frozen=True)
 class FedTrimmedAvg:
+    traits: ClassVar[Traits] = Traits(averages=True)
+
     beta: float = 0.2  # fraction of the replies to cut off at each end; Flower's default
 
     def __post_init__(self) -> None:

@@ -19,14 +19,17 @@ n >= 2f + 3 and m <= n - f; here they are checked.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedtune.errors import QuorumError
-from fedtune.protocol import Instruction, Layout, Peer, Update, expect_like
+from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
 from fedtune.robust import State, check_count, krum, tolerated
 
 
 @dataclass(frozen=True)
 class MultiKrum:
+    traits: ClassVar[Traits] = Traits(averages=True)
+
     num_malicious: int | None = (
         None  # f, of a round's replies; null takes floor((n - 3) / 2), the most the proof allows
     )

@@ -194,11 +194,17 @@ def still_runs(process):
         return False
 
 
+def hear_ctrl_c():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
 def test_nothing_is_left_of_a_command_that_ends_early(app, tmp_path, number):
     command = [sys.executable, "-m", "simulations.fleet", "--insecure", "--nodes=1"]
     command += [f"--app={app}", f"--folder={tmp_path / 'fleet'}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    # Whoever starts these tests in the background hands down an ignored Ctrl-C
+    options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True, "preexec_fn": hear_ctrl_c}
+    with subprocess.Popen(command, **options) as process:
         while "started site-0" not in (line := process.stdout.readline()):
             assert line
         marks = [Path(f"/proc/{child.pid}/environ").read_text() for child in psutil.Process(process.pid).children()]

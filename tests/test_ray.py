@@ -17,7 +17,7 @@ from fedtune.config import compose
 from fedtune.errors import ConfigError, QuorumError
 from fedtune.runtime.ray import backend_config, run_ray
 
-ON_RAY = ("runtime=ray", "runtime.wait=60")
+ON_RAY = ("runtime=ray", "runtime.wait=200")
 
 
 @pytest.fixture(autouse=True)

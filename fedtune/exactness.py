@@ -1,0 +1,72 @@
+"""The exactness meter: how far a server's update is from the ideal one.
+
+    dW* = sum_k p_k s_k B_k A_k        over the clients that replied, as they stood after training
+    error = ||dW_server - dW*||_F / ||dW*||_F        over all adapted layers together
+
+dW_server is what a client that takes all would be sent next: s B A of the new adapter, and what was merged into the
+base in this round. Float64 throughout; the factors of a round are held at once.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedtune.base_change import DENSE
+from fedtune.installing import SCALING
+from fedtune.lowrank import LowRank, Sum, name_of, norm_of, pairs
+from fedtune.merging import from_residual, update_residual
+from fedtune.protocol import Layout, Peer, Setting, Strategy, Tensors, Update, share
+from fedtune.traits import traits_of
+
+
+def aggregation_error(
+    layout: Layout,
+    strategy: Strategy[Any],
+    round: int,
+    before: Any,
+    after: Any,
+    replies: Sequence[tuple[Peer, Update]],
+    server: Peer,
+) -> float | None:
+    """The error of one round, or None where there is no such thing: part of what clients trained stayed with them, or
+    nothing changed.
+
+    Args:
+        before: the state that the clients were sent.
+        after: the state that came of their replies.
+        server: the peer that takes all.
+    """
+    if traits_of(strategy).personal or not layout.is_low_rank:
+        return None
+    sums: dict[str, Sum] = defaultdict(Sum)
+    for weight, (peer, update) in zip(share(replies), replies, strict=True):
+        told = strategy.configure(before, round, peer)
+        _add_adapter(sums, layout, {**told.tensors, **update.tensors}, told.settings, weight)
+    ideal = norm_of(sums.values())
+    if ideal == 0:
+        return None
+    for state, number, weight in ((after, round + 1, -1.0), (before, round, 1.0)):
+        told = strategy.configure(state, number, server)
+        residual, rest = update_residual(told, {})
+        for module, product in from_residual(residual).items():
+            sums[module].add(product, weight)
+        if state is after:
+            _add_adapter(sums, layout, rest, told.settings, weight)
+    return norm_of(sums.values()) / ideal
+
+
+def _add_adapter(
+    sums: dict[str, Sum], layout: Layout, tensors: Tensors, settings: Mapping[str, Setting], weight: float
+) -> None:
+    """Add weight * s B A of every layer, as a client holds them that has these tensors, less what all started from."""
+    scaling = float(settings.get(SCALING, layout.scaling))
+    for module, start in pairs(layout.initial).items():
+        b, a = tensors.get(name_of(module, "lora_B")), tensors.get(name_of(module, "lora_A"))
+        if b is not None or a is not None:
+            rank = b.shape[1] if b is not None else a.shape[0]  # type: ignore[union-attr]
+            held = LowRank(start.b[:, :rank] if b is None else b, start.a[:rank] if a is None else a)
+            sums[module].add(held, weight * scaling)
+            if start.b.any():
+                sums[module].add(start, -weight * layout.scaling)
+        elif (matrix := tensors.get(module + DENSE)) is not None:
+            sums[module].add_dense(matrix, weight)

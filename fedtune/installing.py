@@ -1,0 +1,43 @@
+"""How a client makes its model what an instruction describes, and what it says of itself in return."""
+
+from fedtune.adapters import LocalModel
+from fedtune.base_change import DENSE
+from fedtune.errors import WireError
+from fedtune.merging import update_residual
+from fedtune.protocol import Instruction, Tensors, Update
+
+TRAIN, SCALING = "train", "scaling"  # settings; `scaling` is also a metric of every update of a LoRA adapter
+
+
+def install(model: LocalModel, instruction: Instruction, memory: Tensors) -> None:
+    """Change of the base, adapter, scaling, and what is to be trained, as far as the instruction has them.
+
+    Raises:
+        ClientError: if a change builds on one that this client hasn't got.
+        ModelError: for a tensor that this model doesn't have.
+    """
+    residual, rest = update_residual(instruction, memory)
+    dense = {name: tensor for name, tensor in rest.items() if name.endswith(DENSE)}
+    if change := residual | dense:
+        model.base_change.set(change)
+    scaling = instruction.settings.get(SCALING)
+    model.install(
+        {name: tensor for name, tensor in rest.items() if name not in dense},
+        None if scaling is None else float(scaling),
+    )
+    if TRAIN in instruction.settings:
+        model.train_only([str(instruction.settings[TRAIN])])
+
+
+def metrics_of(model: LocalModel) -> dict[str, float]:
+    """What travels with every update, so that nobody has to guess it."""
+    return {} if model.scaling is None else {SCALING: model.scaling}
+
+
+def check_scaling(update: Update, expected: float) -> None:
+    """Raises:
+    WireError: if the client trained with another alpha / r than it was told.
+    """
+    got = update.metrics.get(SCALING, expected)
+    if got != expected:
+        raise WireError(f"it multiplied B A by alpha / r = {got:g}, expected {expected:g}")

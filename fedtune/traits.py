@@ -1,0 +1,32 @@
+"""What a method can't do, said at start."""
+
+from typing import Any
+
+from fedtune.errors import ConfigError
+from fedtune.protocol import Traits
+from fedtune.schema import Experiment
+
+LOW_RANK = ("lora", "rslora", "pissa")  # adapters that are s B A and nothing else
+
+
+def traits_of(strategy: Any) -> Traits:
+    """The traits that a strategy's class declares."""
+    declared = getattr(strategy, "traits", Traits())
+    assert isinstance(declared, Traits)
+    return declared
+
+
+def check_traits(experiment: Experiment, traits: Traits) -> None:
+    """Raises:
+    ConfigError: if the method can't take the population's ranks or the kind of adapter.
+    """
+    name, kind = experiment.method_name, getattr(experiment.adapter, "kind", "lora")
+    ranks = experiment.population.ranks
+    if ranks is not None and not traits.mixed_ranks:
+        raise ConfigError(
+            f"method={name} needs the same rank everywhere: leave out population.ranks={ranks}, or take a method for "
+            "mixed ranks (docs/methods.md)"
+        )
+    if kind not in LOW_RANK and (traits.needs_low_rank or ranks is not None):
+        why = f"method={name} works on B A" if traits.needs_low_rank else f"population.ranks={ranks} is about B A"
+        raise ConfigError(f"{why}, which adapter={kind} hasn't got: take adapter={', '.join(LOW_RANK)}")
