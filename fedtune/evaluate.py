@@ -1,6 +1,6 @@
 """How good a model is on held-out data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,3 +34,13 @@ def score(model: LocalModel, corpus: Corpus, rows: Sequence[int] | np.ndarray, b
             right += int((logits.argmax(-1) == labels).sum())
             tokens += len(labels)
     return Score(loss / tokens, right / tokens, tokens) if tokens else Score(float("nan"), float("nan"), 0)
+
+
+def mean_score(samples: Mapping[int, int], scores: Mapping[int, Score]) -> Score | None:
+    """The clients' scores as one, weighted by their samples; None of nobody."""
+    total = sum(samples[index] for index in scores)
+    if not total:
+        return None
+    loss = sum(samples[index] * score.loss for index, score in sorted(scores.items())) / total
+    accuracy = sum(samples[index] * score.accuracy for index, score in sorted(scores.items())) / total
+    return Score(loss, accuracy, sum(score.tokens for score in scores.values()))

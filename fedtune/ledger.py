@@ -14,7 +14,7 @@ class Entry(NamedTuple):
     round: int
     peer: int  # the client's index
     direction: str  # "down" to the client, "up" from it
-    part: str  # "handshake", "train", "failed": an error, a refused update, or (with 0 bytes) no reply; or "idle"
+    part: str  # "handshake", "train", "evaluate", "idle", or "failed": an error, a refused update, no reply
     payload_bytes: int  # the codec's blob
     wire_bytes: int  # the serialised message
     framing_bytes: int  # what a deployment moves around it, either way; 0 where there are no sockets

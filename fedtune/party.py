@@ -99,6 +99,14 @@ class Party:
         scores = {"client_eval_loss": found.loss, "client_eval_accuracy": found.accuracy}
         return replace(update, metrics={**update.metrics, **scores})
 
+    def examine(self, run: str, index: int, round: int, instruction: Instruction) -> Score | None:
+        """Score what client `index` holds after `round` on its own held-out data; None if it has none."""
+        own = self.data.heldout[index]
+        if not len(own):
+            return None
+        self.install(instruction, self.memory.recall(run, index, round + 1))
+        return self._score(own)
+
     def install(self, instruction: Instruction, memory: Tensors) -> None:
         """Make the model what a client with this memory would hold after receiving `instruction`."""
         self.model.reset()

@@ -22,6 +22,7 @@ from fedtune import wire
 from fedtune.checkpoint import Checkpoint, state_sha256
 from fedtune.config import differences
 from fedtune.errors import DivergedError, FedtuneError, Interrupted, QuorumError, RunFolderError, WireError
+from fedtune.evaluate import Score, mean_score
 from fedtune.exactness import aggregation_error
 from fedtune.exchange import Arrival, Exchange
 from fedtune.export import adapter_config, adapter_weights
@@ -38,6 +39,7 @@ from fedtune.replies import Replies
 from fedtune.roster import Roster
 from fedtune.run_folder import RunFolder, check_vacant
 from fedtune.summary import summarise
+from fedtune.traits import traits_of
 
 
 @dataclass
@@ -199,10 +201,18 @@ class Server:
         played.seconds = time.monotonic() - begun
         return played
 
-    def _instructions(self, number: int, cohort: Iterable[int]) -> Iterator[Message]:
-        """A message for each client, booked. Clients that are sent the same tensors and settings share one content."""
+    def _instructions(
+        self, number: int, cohort: Iterable[int], kind: str = MessageType.TRAIN, label: int | None = None
+    ) -> Iterator[Message]:
+        """A message for each client, booked. Clients that are sent the same tensors and settings share one content.
+
+        Args:
+            number: the round that the instruction is made for.
+            label: the round under which it is booked, if that is another.
+        """
         packed: list[tuple[Instruction, RecordDict, int, int]] = []
         key = fold(self.experiment.seed, "down", number)
+        label = number if label is None else label
         for index in cohort:
             begun = time.perf_counter()
             instruction = self.strategy.configure(self.state, number, self.roster.peers[index])
@@ -214,10 +224,10 @@ class Server:
                 packed.append(known)
             _, content, payload, size = known
             node = self.roster.nodes[index]
-            message = Message(content, node, MessageType.TRAIN, group_id=str(number))
+            message = Message(content, node, kind, group_id=str(label))
             sent = wire.wire_bytes(message, size)
             framing = self.exchange.lines.down(message, sent)
-            self._book(Entry(number, index, "down", "train", payload, sent, framing, time.perf_counter() - begun))
+            self._book(Entry(label, index, "down", kind, payload, sent, framing, time.perf_counter() - begun))
             yield message
 
     def _receive(self, index: int, arrival: Arrival, played: Round, replies: Replies) -> None:
@@ -266,7 +276,9 @@ class Server:
         begun = time.monotonic()
         number, every = played.number, self.experiment.evaluate.every
         self.party.install(self._broadcast(number + 1), memory={})
-        found = self.party.evaluate() if every and number % every == 0 else None
+        found = None
+        if every and number % every == 0:
+            found = self._examine(number) if traits_of(self.strategy).personal else self.party.evaluate()
         if found is not None and not math.isfinite(found.loss):
             raise DivergedError(
                 f"round {number}: the held-out loss became {found.loss}. Start a new run with a lower train.lr "
@@ -301,6 +313,30 @@ class Server:
         self.done, self.state_sha256 = number, state_sha256(self.state)
         self._summarise()
         self.view.round_ends(row)
+
+    def _examine(self, number: int) -> Score | None:
+        """How good the clients' own models are after round `number`, each on its own held-out data: the mean over all
+        that are there, weighted by samples."""
+        present = self.exchange.nodes()
+        there = [index for index in sorted(self.roster.nodes) if self.roster.nodes[index] in present]
+        index_of = {self.roster.nodes[index]: index for index in there}
+        messages = list(self._instructions(number + 1, there, MessageType.EVALUATE, number))
+        scores: dict[int, Score] = {}
+        for arrival in self.exchange.send(messages, self.experiment.runtime.timeout):
+            index, part = index_of[arrival.node], "evaluate"
+            try:
+                if (score := wire.unpack_score(arrival.content())) is not None:
+                    scores[index] = score
+            except FedtuneError as error:
+                part = "failed"
+                self.view.note(f"client {index} could not be evaluated: {error}")
+            sent = framing = 0
+            if arrival.message is not None and arrival.crossed:
+                sent = wire.wire_bytes(arrival.message)
+                framing = self.exchange.lines.up(arrival.node, arrival.message, sent)
+            self._book(Entry(number, index, "up", part, 0, sent, framing, arrival.seconds))
+        self.folder.append_clients(number, scores)
+        return mean_score({index: self.roster.peers[index].samples for index in scores}, scores)
 
     def _broadcast(self, number: int) -> Instruction:
         """What a fully capable client would be sent in round `number`, through the wire's codec: the score and the

@@ -4,6 +4,7 @@ config.yaml     every setting, resolved; what `fedtune run resume=` starts from
 metrics.csv     a line per round
 ledger.csv      a line per message
 failures.csv    what went wrong, with whom; a line per failed client and round
+clients.csv     what each client's own model is worth, where a method leaves clients with one
 summary.json    totals, versions, hashes; replaced after each round
 checkpoint/     the strategy's state after the last finished round
 adapter/        the global adapter, for PeftModel.from_pretrained
@@ -14,7 +15,7 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from fedtune import ledger
 from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_atomically
 from fedtune.config import load
 from fedtune.errors import RunFolderError
+from fedtune.evaluate import Score
 from fedtune.ledger import Entry
 from fedtune.schema import Experiment
 
@@ -47,6 +49,7 @@ METRICS = (
     "merge_error",  # of the residual's recompression, relative; 0 where nothing was cut
 )
 FAILURES = ("round", "peer", "error")
+CLIENTS = ("round", "peer", "eval_loss", "eval_accuracy", "tokens")
 
 
 class RunFolder:
@@ -118,6 +121,13 @@ class RunFolder:
     def append_failures(self, failures: Iterable[tuple[int, int, str]]) -> None:
         self._append("failures.csv", FAILURES, _csv_text([[str(cell) for cell in failure] for failure in failures]))
 
+    def append_clients(self, round: int, scores: Mapping[int, Score]) -> None:
+        lines = [
+            [_cell(cell) for cell in (round, peer, score.loss, score.accuracy, score.tokens)]
+            for peer, score in sorted(scores.items())
+        ]
+        self._append("clients.csv", CLIENTS, _csv_text(lines))
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         with self._writing("summary.json") as path:
             write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
@@ -143,7 +153,8 @@ class RunFolder:
         A killed run may have written lines of a round whose checkpoint it didn't reach; that round is run again.
         """
         kept: list[Entry] = []
-        for name, parse in (("metrics.csv", _round_of), ("failures.csv", _round_of), ("ledger.csv", ledger.parse)):
+        tables = dict.fromkeys(("metrics.csv", "failures.csv", "clients.csv"), _round_of) | {"ledger.csv": ledger.parse}
+        for name, parse in tables.items():
             path = self.path / name
             if not path.exists():
                 continue

@@ -27,6 +27,11 @@ def check_traits(experiment: Experiment, traits: Traits) -> None:
             f"method={name} needs the same rank everywhere: leave out population.ranks={ranks}, or take a method for "
             "mixed ranks (docs/methods.md)"
         )
+    if traits.personal and experiment.evaluate.every and not experiment.data.client_heldout:
+        raise ConfigError(
+            f"method={name} leaves part of the model with each client, so it is evaluated there: data.client_heldout=0 "
+            "leaves nothing to do that with. Set it above 0, or evaluate.every=0"
+        )
     if kind not in LOW_RANK and (traits.needs_low_rank or ranks is not None):
         why = f"method={name} works on B A" if traits.needs_low_rank else f"population.ranks={ranks} is about B A"
         raise ConfigError(f"{why}, which adapter={kind} hasn't got: take adapter={', '.join(LOW_RANK)}")

@@ -9,7 +9,7 @@ from fedtune.errors import ConfigError, WireError
 from fedtune.keys import fold
 from fedtune.party import Party, party_of
 from fedtune.protocol import Capability, Peer
-from fedtune.wire import pack_greeting, pack_update, unpack_instruction, unpack_question
+from fedtune.wire import pack_greeting, pack_score, pack_update, unpack_instruction, unpack_question
 
 # What a node's owner may declare of it, in Flower's spelling of keys
 LIMITS = {name.replace("_", "-"): name for name in Capability.__dataclass_fields__}
@@ -21,7 +21,7 @@ def take_turn(
     """Answer a message.
 
     Args:
-        kind: `query` asks who this is, `train` for an update.
+        kind: `query` asks who this is, `train` for an update, `evaluate` how good the client's own model is.
         round: the message's group id.
         run_config: the run's, which holds the experiment.
         node_config: the node's own: `partition-id`, and what limits it.
@@ -36,10 +36,13 @@ def take_turn(
         version = party.installed_version(run, index, before) if run else 0
         peer = Peer(index, party.samples(index), capability_of(node_config), installed_version=version)
         return pack_greeting(peer, party.model.layout.sha256)
-    if kind != MessageType.TRAIN:
-        raise WireError(f"message type '{kind}' is not known: expected query or train")
+    if kind not in (MessageType.TRAIN, MessageType.EVALUATE):
+        raise WireError(f"message type '{kind}' is not known: expected query, train or evaluate")
     if not round.isdecimal():
         raise WireError(f"expected the round's number as the message's group, got {round!r}")
+    if kind == MessageType.EVALUATE:
+        instruction, run = unpack_instruction(content, party.codec_down)
+        return pack_score(party.examine(run, index, int(round), instruction))
     return _train(party, index, int(round), content)
 
 

@@ -18,6 +18,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedtune.errors import ConfigError, WireError
+from fedtune.evaluate import Score
 from fedtune.flower import content_bytes, envelope_bytes
 from fedtune.protocol import Capability, Codec, Instruction, Peer, Setting, Tensors, Update
 
@@ -78,6 +79,29 @@ def unpack_update(content: RecordDict, blob: bytes, codec: Codec) -> Update:
     tensors = codec.decode(blob)
     check_finite(tensors)
     return Update(tensors, examples, metrics)
+
+
+def pack_score(score: Score | None) -> RecordDict:
+    """The content of a client's answer to what its own model is worth; empty where it has nothing to tell it by."""
+    if score is None:
+        return RecordDict({METRICS: MetricRecord()})
+    return RecordDict({METRICS: MetricRecord({"loss": score.loss, "accuracy": score.accuracy, "tokens": score.tokens})})
+
+
+def unpack_score(content: RecordDict) -> Score | None:
+    """What `pack_score` packed, checked.
+
+    Raises:
+        WireError: if a figure is missing, not finite or out of range.
+    """
+    record = _record(content, METRICS, MetricRecord)
+    if not record:
+        return None
+    loss, accuracy, tokens = (record.get(name) for name in ("loss", "accuracy", "tokens"))
+    right = isinstance(loss, float) and isinstance(accuracy, float) and isinstance(tokens, int)
+    if not right or not math.isfinite(loss) or not 0 <= accuracy <= 1 or tokens < 1:
+        raise WireError(f"expected loss, accuracy and tokens, got {loss!r}, {accuracy!r} and {tokens!r}")
+    return Score(loss, accuracy, tokens)
 
 
 def blob_of(content: RecordDict) -> bytes:

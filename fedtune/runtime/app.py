@@ -52,6 +52,10 @@ def _client_app(answer: Callable[[Message, Context], RecordDict]) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         return Message(answer(message, context), reply_to=message)
 
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return Message(answer(message, context), reply_to=message)
+
     return app
 
 
