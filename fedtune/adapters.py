@@ -33,8 +33,11 @@ class LocalModel:
         base_change: what was merged into the base.
     """
 
-    def __init__(self, base: Base, spec: AdapterSpec, seed: int):
+    def __init__(self, base: Base, spec: AdapterSpec, seed: int, requantize: bool = False):
         """Attach adapters and set them to the values that every party starts from.
+
+        Args:
+            requantize: what is merged into the base is rounded as the base is held, instead of kept beside it.
 
         Raises:
             ModelError: if a target names no layer that can be adapted.
@@ -68,7 +71,7 @@ class LocalModel:
         self._start = list(self.layout.initial.values())
         self._lora = {slot.module: slot.scaling for slot in self.layout.slots if slot.role == "lora_A"}
         self._changed = False  # ranks, scaling or what is trained differ from the layout's
-        self.base_change = BaseChange(self._base_layer)
+        self.base_change = BaseChange(self._base_layer, requantize)
         self.reset()
 
     def reset(self) -> None:

@@ -276,7 +276,7 @@ class Server:
         begun = time.monotonic()
         number, every = played.number, self.experiment.evaluate.every
         self.party.install(self._broadcast(number + 1), memory={})
-        found = None
+        found, rounding = None, self.party.model.base_change.rounding
         if every and number % every == 0:
             found = self._examine(number) if traits_of(self.strategy).personal else self.party.evaluate()
         if found is not None and not math.isfinite(found.loss):
@@ -302,6 +302,7 @@ class Server:
             "client_eval_loss": played.mean("client_eval_loss"),
             "client_eval_accuracy": played.mean("client_eval_accuracy"),
             "aggregation_error": played.error,
+            "requantization_error": rounding,
             "merge_error": merged.error if (merged := getattr(self.state, "merged", None)) else None,
         }
         self.folder.append_ledger(entries)

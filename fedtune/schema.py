@@ -58,10 +58,14 @@ class ModelSpec:
     path: str | None = option(None, "a hub id, a folder, or a GGUF file")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     quantization: str = option("none", "how the frozen base is held: none, int8 or nf4")
+    merge: str = option(
+        "residual", "how a change of the base is held: residual (beside it, exact) or requantize (rounded into it)"
+    )
     dtype: str = option("auto", "auto (bfloat16 where the hardware is fast at it), bfloat16 or float32")
 
     def __post_init__(self) -> None:
         one_of("model.quantization", self.quantization, ("none", "int8", "nf4"))
+        one_of("model.merge", self.merge, ("residual", "requantize"))
         one_of("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
 
 
