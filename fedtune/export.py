@@ -18,7 +18,7 @@ from fedtune.protocol import Tensors
 
 def adapter_weights(model: LocalModel) -> bytes:
     """The content of adapter_model.safetensors: the adapter that `model` holds now."""
-    return save(_tensors(model), metadata={"format": "pt"})
+    return save({**_tensors(model), **model.constants}, metadata={"format": "pt"})
 
 
 def adapter_config(model: LocalModel) -> bytes:
