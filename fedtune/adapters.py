@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedtune.base_change import BaseChange
 from fedtune.errors import ModelError
 from fedtune.keys import fold, uniform
-from fedtune.kinds import attach, constants, public_name, slot_of, starting_values
+from fedtune.kinds import RESIZABLE, attach, constants, origin_shift, public_name, slot_of, starting_values
 from fedtune.lowrank import name_of, pairs
 from fedtune.models import Base
 from fedtune.protocol import Layout, Tensors, describe
@@ -31,6 +31,7 @@ class LocalModel:
         layout: names, shapes and starting values of the trainable tensors, in PEFT's own naming, so that an exported
             adapter has the names that PEFT looks for.
         base_change: what was merged into the base.
+        origin_shift: what is added to the base from the start and for good; nothing for most kinds (fedtune/kinds.py).
         constants: what an exported adapter needs besides, by such names: VeRA's projections; nothing for other kinds.
     """
 
@@ -49,13 +50,16 @@ class LocalModel:
         self.device: torch.device = next(base.model.parameters()).device
         self._live = {public_name(name): p for name, p in self.module.named_parameters() if p.requires_grad}
         slots = tuple(slot_of(self.module, name, p) for name, p in self._live.items())
-        self.layout = Layout(slots, starting_values(self.module, self._live, seed))
+        self.layout = Layout(slots, starting_values(self.module, self._live, spec, seed))
         self.constants = constants(self.module, seed)
         self._tensors: list[Tensor] = list(self._live.values())
         self._start = list(self.layout.initial.values())
         self._lora = {slot.module: slot.scaling for slot in self.layout.slots if slot.role == "lora_A"}
         self._changed = False  # ranks, scaling or what is trained differ from the layout's
+        self._resizable = spec.kind in RESIZABLE
         self.base_change = BaseChange(self._base_layer, requantize)
+        self.origin_shift = origin_shift(self.layout, spec)
+        BaseChange(self._base_layer).set(self.origin_shift)
         self.reset()
 
     def reset(self) -> None:
@@ -75,7 +79,7 @@ class LocalModel:
         """Copy `tensors` into the trainable tensors of those names; the others keep their values.
 
         Args:
-            tensors: a LoRA layer's A and B may come with another rank than the layout's, if both come.
+            tensors: A and B of a LoRA or rsLoRA layer may come with another rank than the layout's, if both come.
             scaling: what B A is multiplied by from here on; None leaves it.
 
         Raises:
@@ -88,7 +92,12 @@ class LocalModel:
                 raise ModelError(f"this model has no trainable tensor '{name}'")
             if live.shape == tensor.shape and live.dtype == tensor.dtype:
                 fitting.append(name)
-            elif _is_lora(name) and live.dtype == tensor.dtype and _outer(name, live) == _outer(name, tensor):
+            elif (
+                self._resizable
+                and _is_lora(name)
+                and live.dtype == tensor.dtype
+                and _outer(name, live) == _outer(name, tensor)
+            ):
                 resized[name] = tensor
             else:
                 raise ModelError(f"tensor '{name}': expected {describe(live)}, got {describe(tensor)}")
@@ -109,7 +118,16 @@ class LocalModel:
             self._scale(dict.fromkeys(self._lora, scaling))
 
     def start_at(self, rank: int, scaling: float | None, key: int) -> None:
-        """A fresh LoRA adapter: B zero, A uniform in +-1/sqrt(in), drawn by key."""
+        """A fresh LoRA adapter: B zero, A uniform in +-1/sqrt(in), drawn by key.
+
+        Raises:
+            ModelError: in PiSSA, whose base lacks what its own A and B start as.
+        """
+        if self.origin_shift:
+            raise ModelError(
+                "adapter=pissa starts from the base's own factors, and this method starts from fresh ones again and "
+                "again: take adapter=lora"
+            )
         fresh = {}
         for module, product in pairs(self.layout.initial).items():
             (out, _), (_, width) = product.b.shape, product.a.shape

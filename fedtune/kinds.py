@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 from fedtune.keys import bits, fold, uniform
-from fedtune.protocol import Slot, Tensors
+from fedtune.lowrank import LowRank, pairs, unpair
+from fedtune.merging import as_residual
+from fedtune.protocol import Layout, Slot, Tensors
 from fedtune.schema import AdapterSpec
 
-FACTORED = ("lora", "rslora", "dora")  # kinds that have A and B
+FACTORED = ("lora", "rslora", "dora", "pissa")  # kinds that have A and B
+RESIZABLE = ("lora", "rslora")  # kinds that mean something at any other rank too
 
 
 def attach(model: nn.Module, spec: AdapterSpec) -> Any:
@@ -70,7 +73,7 @@ def slot_of(module: Any, name: str, parameter: Tensor) -> Slot:
     return Slot(name, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."), role, layer, float(scaling))
 
 
-def starting_values(module: Any, live: Mapping[str, Tensor], seed: int) -> Tensors:
+def starting_values(module: Any, live: Mapping[str, Tensor], spec: AdapterSpec, seed: int) -> Tensors:
     """The values that every party starts from, on the CPU: zero, one, drawn by key, or taken from the base.
 
     Random ones are drawn as PEFT draws them, but a normal distribution is replaced by the uniform one of its variance.
@@ -79,7 +82,21 @@ def starting_values(module: Any, live: Mapping[str, Tensor], seed: int) -> Tenso
     for name, parameter in live.items():
         slot = slot_of(module, name, parameter)
         start[name] = _START[slot.role](module, slot, fold(seed, "adapter", name)).to(parameter.dtype)
+    if spec.kind == "pissa":
+        start = unpair({layer: _principal(module.get_submodule(layer), spec.rank) for layer in pairs(start)})
     return start
+
+
+def origin_shift(layout: Layout, spec: AdapterSpec) -> Tensors:
+    """What has to be added to the base for the model to start as the base: -s B0 A0 where B0 isn't zero, in PiSSA.
+
+    Returns:
+        MODULE.residual_B (out, r) and MODULE.residual_A (r, in), float32, on the CPU.
+    """
+    if spec.kind != "pissa":
+        return {}
+    starts = pairs(layout.initial)
+    return as_residual({layer: LowRank(-layout.scaling * start.b, start.a) for layer, start in starts.items()})
 
 
 def constants(module: Any, seed: int) -> Tensors:
@@ -211,13 +228,37 @@ def _keep_the_bases_dtype(module: Any) -> None:
             layer.forward = MethodType(Linear.forward, layer)
 
 
-def _row_norms(module: Any, slot: Slot, key: int) -> Tensor:
+def _weight(layer: Any) -> Tensor:
+    """The base's weight (out, in) under an adapted layer, dequantized."""
     from peft.utils.integrations import dequantize_module_weight
 
-    layer = module.get_submodule(slot.module)
-    weight = dequantize_module_weight(layer.get_base_layer()).detach().to("cpu", torch.float64)
-    norms: Tensor = torch.linalg.vector_norm(weight, dim=0 if layer.fan_in_fan_out else 1)
+    base = layer.get_base_layer()
+    if type(base.weight).__name__ == "Int8Params":  # PEFT's own way loses the layer's scales on a CPU
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        scales = base.state.SCB if base.weight.SCB is None else base.weight.SCB
+        weight = int8_vectorwise_dequant(base.weight.data, scales)
+    else:
+        weight = dequantize_module_weight(base)
+    weight = weight.detach().float()
+    return weight.T if layer.fan_in_fan_out else weight
+
+
+def _row_norms(module: Any, slot: Slot, key: int) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(_weight(module.get_submodule(slot.module)).cpu().double(), dim=1)
     return norms
+
+
+def _principal(layer: Any, rank: int) -> LowRank:
+    """B = U_r sqrt(S_r / s) and A = sqrt(S_r / s) V_r, so that s B A has the largest singular values of W0.
+
+    Signs are fixed (the largest entry of each row of A is positive), so that parties which compute this apart agree.
+    """
+    u, values, v = torch.linalg.svd(_weight(layer), full_matrices=False)
+    root = (values[:rank] / layer.scaling["default"]).sqrt()
+    b, a = u[:, :rank] * root, root[:, None] * v[:rank]
+    signs = a.gather(1, a.abs().argmax(1, keepdim=True)).sign()
+    return LowRank((b * signs.T).cpu().contiguous(), (a * signs).cpu().contiguous())
 
 
 def _virtual_tokens(module: Any, slot: Slot, key: int) -> Tensor:

@@ -76,6 +76,7 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
     "lora": ("alpha", *_LAYERED),
     "rslora": ("alpha", *_LAYERED),
     "dora": ("alpha", *_LAYERED),
+    "pissa": ("alpha", *_LAYERED),
     "ia3": ("targets",),
     "vera": _LAYERED,
     "oft": ("block_size", "targets"),
@@ -275,10 +276,11 @@ class Experiment:
     def __post_init__(self) -> None:
         at_least("rounds", self.rounds, 1)
         at_least("seed", self.seed, 0)
-        if isinstance(self.population.ranks, list):
-            # The global adapter is as wide as the widest; where alpha / r is equal for all, its alpha grows with it
+        if isinstance(self.population.ranks, list) and "alpha" in ADAPTERS[self.adapter.kind]:
+            # The global adapter is as wide as the widest; where the scaling is equal for all, its alpha grows with it
             adapter, rank = self.adapter, max(self.population.ranks)
-            grown = adapter.alpha * rank / adapter.rank if self.population.scaling == "equal" else adapter.alpha
+            wider = math.sqrt(rank / adapter.rank) if adapter.kind == "rslora" else rank / adapter.rank
+            grown = adapter.alpha * wider if self.population.scaling == "equal" else adapter.alpha
             object.__setattr__(self, "adapter", replace(adapter, rank=rank, alpha=grown))
 
     @property
