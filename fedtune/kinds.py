@@ -18,6 +18,7 @@ from fedtune.keys import bits, fold, uniform
 from fedtune.lowrank import LowRank, pairs, unpair
 from fedtune.merging import as_residual
 from fedtune.protocol import Layout, Slot, Tensors
+from fedtune.requantize import dequantized
 from fedtune.schema import AdapterSpec
 
 FACTORED = ("lora", "rslora", "dora", "pissa")  # kinds that have A and B
@@ -228,24 +229,9 @@ def _keep_the_bases_dtype(module: Any) -> None:
             layer.forward = MethodType(Linear.forward, layer)
 
 
-def _weight(layer: Any) -> Tensor:
-    """The base's weight (out, in) under an adapted layer, dequantized."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    base = layer.get_base_layer()
-    if type(base.weight).__name__ == "Int8Params":  # PEFT's own way loses the layer's scales on a CPU
-        from bitsandbytes.functional import int8_vectorwise_dequant
-
-        scales = base.state.SCB if base.weight.SCB is None else base.weight.SCB
-        weight = int8_vectorwise_dequant(base.weight.data, scales)
-    else:
-        weight = dequantize_module_weight(base)
-    weight = weight.detach().float()
-    return weight.T if layer.fan_in_fan_out else weight
-
-
 def _row_norms(module: Any, slot: Slot, key: int) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(_weight(module.get_submodule(slot.module)).cpu().double(), dim=1)
+    weight = dequantized(module.get_submodule(slot.module).get_base_layer()).detach()
+    norms: Tensor = torch.linalg.vector_norm(weight.cpu().double(), dim=1)
     return norms
 
 
@@ -254,7 +240,7 @@ def _principal(layer: Any, rank: int) -> LowRank:
 
     Signs are fixed (the largest entry of each row of A is positive), so that parties which compute this apart agree.
     """
-    u, values, v = torch.linalg.svd(_weight(layer), full_matrices=False)
+    u, values, v = torch.linalg.svd(dequantized(layer.get_base_layer()).detach(), full_matrices=False)
     root = (values[:rank] / layer.scaling["default"]).sqrt()
     b, a = u[:, :rank] * root, root[:, None] * v[:rank]
     signs = a.gather(1, a.abs().argmax(1, keepdim=True)).sign()
