@@ -6,7 +6,7 @@ from fedtune.errors import WireError
 from fedtune.merging import update_residual
 from fedtune.protocol import Instruction, Tensors, Update
 
-TRAIN, SCALING = "train", "scaling"  # settings; `scaling` is also a metric of every update of a LoRA adapter
+TRAIN, SCALING, RANK = "train", "scaling", "rank"  # settings; `scaling` is also a metric of a LoRA adapter's update
 
 
 def install(model: LocalModel, instruction: Instruction, memory: Tensors) -> None:
