@@ -50,6 +50,7 @@ def fraction(key: str, value: float) -> None:
 class MethodSpec:
     strategy: dict[str, Any] = option({}, "the server's side: a class and its hyper-parameters")
     client: dict[str, Any] = option({}, "the client's side: a class and its hyper-parameters")
+    pooled: bool = option(False, "one client gets the data of all, and takes the steps of a whole cohort")
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,14 @@ class PopulationSpec:
         "most adapter.rank; null: adapter.rank for all",
     )
     scaling: str = option("equal", "with ranks: equal (one alpha / r for all) or per_rank (one alpha for all)")
+    pooled: int = option(0, "how many clients' data the only client holds, as method=centralized has it; 0: its own")
 
     def __post_init__(self) -> None:
+        at_least("population.pooled", self.pooled, 0)
+        if self.pooled and self.clients != 1:
+            raise ConfigError(
+                f"population.pooled={self.pooled} puts all data with one client, and population.clients={self.clients}"
+            )
         one_of("population.scaling", self.scaling, ("equal", "per_rank"))
         if isinstance(self.ranks, Sequence) and not isinstance(self.ranks, str):
             if not self.ranks or any(not isinstance(r, int) or isinstance(r, bool) or r < 1 for r in self.ranks):
@@ -265,6 +272,9 @@ class Experiment:
     train: TrainSpec = field(default_factory=TrainSpec)
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
+    server_optimizer: dict[str, Any] = option(
+        {}, "how the server steps towards the clients' average; empty: all the way"
+    )
     codec_up: dict[str, Any] = option({}, "what an update looks like on the wire")
     codec_down: dict[str, Any] = option({}, "what a broadcast looks like on the wire")
     rounds: int = option(3, "rounds to run")
@@ -276,6 +286,8 @@ class Experiment:
     def __post_init__(self) -> None:
         at_least("rounds", self.rounds, 1)
         at_least("seed", self.seed, 0)
+        if self.method.pooled and not self.population.pooled:  # else it was pooled already: this is a run's own config
+            self._pool()
         if isinstance(self.population.ranks, list) and "alpha" in ADAPTERS[self.adapter.kind]:
             # The global adapter is as wide as the widest; where the scaling is equal for all, its alpha grows with it
             adapter, rank = self.adapter, max(self.population.ranks)
@@ -283,10 +295,31 @@ class Experiment:
             grown = adapter.alpha * wider if self.population.scaling == "equal" else adapter.alpha
             object.__setattr__(self, "adapter", replace(adapter, rank=rank, alpha=grown))
 
+    def _pool(self) -> None:
+        """Make all clients one, which takes as many steps a round as a cohort would have taken together."""
+        population, method, cohort = self.population, self.method, self.population.per_round
+        together = replace(population, clients=1, cohort=1, pooled=population.clients)
+        object.__setattr__(self, "population", together)
+        object.__setattr__(self, "train", replace(self.train, steps=self.train.steps * cohort))
+        if "steps" in method.client:
+            client = {**method.client, "steps": method.client["steps"] * cohort}
+            object.__setattr__(self, "method", replace(method, client=client))
+
     @property
     def method_name(self) -> str:
         """The strategy's module, which is also its name under `method=`."""
         return str(self.method.strategy["_target_"]).split(".")[-2]
+
+    @property
+    def server_optimizer_name(self) -> str | None:
+        """The name under `server_optimizer=`, or None."""
+        return str(self.server_optimizer["_target_"]).split(".")[-2] if self.server_optimizer else None
+
+    @property
+    def strategy(self) -> dict[str, Any]:
+        """The server's whole side: the method's, within the server optimizer's if there is one."""
+        inner = self.method.strategy
+        return {**self.server_optimizer, "base": inner} if self.server_optimizer else inner
 
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share with its beginning: they decide the result's bits, or where
