@@ -90,7 +90,7 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    kind: str = option("lora", f"what is trained: {', '.join(ADAPTERS)}")
+    kind: str = option("lora", "what is trained; adapter=NAME sets it, and the rest as suits it")
     rank: int = option(8, "r: inner width of B A, and of VeRA's and Bone's matrices")
     alpha: float = option(16.0, "B A is multiplied by alpha / r; by alpha / sqrt(r) in rslora")
     dropout: float = option(0.0, "dropout on the adapter's input while training")

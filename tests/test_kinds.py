@@ -14,7 +14,7 @@ from fedtune.adapters import LocalModel
 from fedtune.config import choices, compose
 from fedtune.errors import ConfigError, ModelError
 from fedtune.export import adapter_config, adapter_weights
-from fedtune.keys import fold, uniform
+from fedtune.keys import bits, fold, uniform
 from fedtune.models import load_base
 from fedtune.protocol import Batch, Peer, Traits, Update
 from fedtune.schema import ADAPTERS, AdapterSpec, ModelSpec
@@ -292,7 +292,7 @@ def test_adaption_prompts_are_trained_in_float32_on_a_bfloat16_base():
     assert logits(model.module).dtype == torch.bfloat16
 
 
-def real_prefix(kind, model, words):
+def real_prefix(kind, words):
     """The virtual tokens that stand for real words: their embeddings, or the keys and values that they leave behind."""
     base = tiny_model().eval()
     with torch.no_grad():
@@ -308,7 +308,7 @@ def real_prefix(kind, model, words):
 def test_virtual_tokens_act_as_the_words_that_they_are_made_of(kind):
     """Logits at the learnt places are those of the plain base on the words and then the text."""
     model, words = local(kind, tokens=4), torch.tensor([71, 3, 200, 5])
-    model.install({"prompt_embeddings": real_prefix(kind, model, words)})
+    model.install({"prompt_embeddings": real_prefix(kind, words)})
     with torch.no_grad():
         got, labels = learnt_logits(model.module, batch())
     whole = logits(tiny_model().eval(), torch.cat([words.expand(3, 4), TOKENS], dim=1))[:, 4:-1]
@@ -318,6 +318,12 @@ def test_virtual_tokens_act_as_the_words_that_they_are_made_of(kind):
     padded = Batch(torch.nn.functional.pad(TOKENS, (0, 7), value=256), torch.nn.functional.pad(batch().targets, (0, 7)))
     with torch.no_grad():
         assert torch.allclose(learnt_logits(model.module, padded)[0], got, atol=1e-5)
+
+
+def test_prefix_tuning_starts_from_what_words_drawn_by_key_leave_in_the_base():
+    words = torch.from_numpy(bits(fold(0, "adapter", "prompt_embeddings"), 6) % 260).to(torch.int64)
+    start = local("prefix_tuning", tokens=6).layout.initial["prompt_embeddings"]
+    assert torch.allclose(start, real_prefix("prefix_tuning", words), atol=1e-6)
 
 
 def test_prompt_tuning_starts_from_words_drawn_by_key():
