@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedtune.base_change import DENSE
+from fedtune.frozen_basis import expanded
 from fedtune.installing import SCALING
 from fedtune.lowrank import LowRank, Sum, name_of, norm_of, pairs
 from fedtune.merging import from_residual, update_residual
@@ -64,6 +65,7 @@ def _add_adapter(
 ) -> None:
     """Add weight * s B A of every layer, as a client holds them that has these tensors, less what all started from."""
     scaling = float(settings.get(SCALING, layout.scaling))
+    tensors = expanded(tensors, settings, layout)
     for module, start in pairs(layout.initial).items():
         b, a = tensors.get(name_of(module, "lora_B")), tensors.get(name_of(module, "lora_A"))
         if b is not None or a is not None:
