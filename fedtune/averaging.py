@@ -1,43 +1,74 @@
-"""Averages of what clients sent, in float64 and in the order of their indices."""
+"""Averages of what clients sent, in float64 and in the order of their indices.
+
+Where ranks differ, client k holds the first r_k components of the global B A and is averaged as if its others were
+zero. Where alpha / r differs too, its B A counts s_k times and the global one s times; B, and B alone, is carried over:
+
+    down:  (s / s_k) B[:, :r_k] and A[:r_k], so that what the client holds is s B[:, :r_k] A[:r_k]
+    up:    (s_k / s) B_k and A_k, so that s times their product is s_k B_k A_k
+"""
 
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fedtune.lowrank import LowRank, pairs, unpair
 from fedtune.protocol import Instruction, Peer, Setting, Tensors, Update, share
 
 Replies = Sequence[tuple[Peer, Update]]
+Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
 
-def average(replies: Replies, like: Mapping[str, Tensor], weights: Sequence[float] | None = None) -> Tensors:
-    """sum_k w_k theta_k of the tensors that `like` names, in their dtypes.
+def average(
+    replies: Replies, like: Mapping[str, Tensor], weights: Weights | None = None, scaling: float = 0
+) -> Tensors:
+    """sum_k w_k theta_k of the tensors that `like` names, in their dtypes; narrower ones count as padded with zeros.
 
     Sums run in float64, so that identical updates average to exactly themselves.
 
     Args:
-        weights: one per reply, summing to one; None takes p_k = n_k / sum(n).
+        weights: one per reply, summing to one, or such for each name; None takes p_k = n_k / sum(n).
+        scaling: the global adapter's alpha / r, where clients may have their own.
     """
     total = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in like.items()}
-    for weight, (_, update) in zip(weights or share(replies), replies, strict=True):
+    weights = weights or share(replies)
+    for place, (peer, update) in enumerate(replies):
         for name, tensor in total.items():
-            tensor.add_(update.tensors[name], alpha=weight)
+            part = update.tensors[name]
+            weight = weights[name][place] if isinstance(weights, Mapping) else weights[place]
+            tensor[tuple(map(slice, part.shape))].add_(part, alpha=weight * carried(name, peer, scaling))
     return {name: total[name].to(tensor.dtype) for name, tensor in like.items()}
+
+
+def carried(name: str, peer: Peer, scaling: float) -> float:
+    """What a tensor of `peer` is multiplied by to stand in the global adapter: s_k / s for B, 1 for all else."""
+    return peer.scaling / scaling if name.endswith(".lora_B.weight") and peer.scaling and scaling else 1.0
 
 
 def narrowed(adapter: Tensors, rank: int) -> Tensors:
     """The adapter's first `rank` components: the first columns of B, the first rows of A. 0 takes them all."""
-    if not rank:
-        return adapter
-    return unpair({m: LowRank(product.b[:, :rank], product.a[:rank]) for m, product in pairs(adapter).items()})
+    return {name: _first(name, tensor, rank) for name, tensor in adapter.items()} if rank else adapter
 
 
 def own_width(peer: Peer) -> dict[str, Setting]:
-    """The settings that tell a client what its B A is multiplied by, where that is its own."""
-    return {"scaling": peer.scaling} if peer.rank else {}
+    """The settings that tell a client its rank and what its B A is multiplied by, where these are its own."""
+    return {"rank": peer.rank, "scaling": peer.scaling} if peer.rank else {}
 
 
-def for_peer(adapter: Tensors, peer: Peer) -> Instruction:
-    """The adapter, or as much of it as `peer` takes."""
-    return Instruction(narrowed(adapter, peer.rank), own_width(peer))
+def for_peer(adapter: Tensors, peer: Peer, scaling: float = 0, rank: int = 0) -> Instruction:
+    """The adapter, or as much of it as `peer` takes.
+
+    Args:
+        scaling: the adapter's own alpha / r, where the peer's may be another.
+        rank: how many components it takes, if not the peer's own number.
+    """
+    part = narrowed(adapter, rank or peer.rank)
+    ratios = {name: carried(name, peer, scaling) for name in part}
+    if any(ratio != 1 for ratio in ratios.values()):
+        part = {name: tensor if ratios[name] == 1 else tensor / ratios[name] for name, tensor in part.items()}
+    return Instruction(part, own_width(peer))
+
+
+def _first(name: str, tensor: Tensor, rank: int) -> Tensor:
+    if name.endswith(".lora_B.weight"):
+        return tensor if rank >= tensor.shape[1] else tensor[:, :rank].contiguous()
+    return tensor[:rank].contiguous() if name.endswith(".lora_A.weight") and rank < tensor.shape[0] else tensor

@@ -35,7 +35,7 @@ class Party:
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
         self.training_seconds = 0.0
-        self.strategy: Strategy[Any] = build(experiment.method.strategy, "method.strategy")
+        self.strategy: Strategy[Any] = build(experiment.strategy, "method.strategy")
         self.client: Client = build(experiment.method.client, "method.client")
         check_traits(experiment, traits_of(self.strategy))
         self.codec_up: Codec = build(experiment.codec_up, "codec_up")
@@ -47,12 +47,16 @@ class Party:
     def model(self) -> LocalModel:
         experiment = self.experiment
         base = load_base(experiment.model, pick_device(experiment.runtime.device))
-        return LocalModel(base, experiment.adapter, experiment.seed)
+        requantize = experiment.model.merge == "requantize"
+        return LocalModel(base, experiment.adapter, experiment.seed, requantize)
 
     @cached_property
     def data(self) -> FederatedData:
         experiment = self.experiment
-        return load_data(experiment.data, experiment.population.clients, self.model.tokenizer, experiment.seed)
+        population = experiment.population
+        clients = population.pooled or population.clients
+        data = load_data(experiment.data, clients, self.model.tokenizer, experiment.seed)
+        return data.pooled() if population.pooled else data
 
     @cached_property
     def memory(self) -> Memory:

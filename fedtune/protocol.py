@@ -202,9 +202,15 @@ class Codec(Protocol):
 
 
 def share(replies: Sequence[tuple[Peer, Update]]) -> list[float]:
-    """The weight p_k = n_k / sum(n) of each reply, summing to one."""
+    """The weight p_k = n_k / sum(n) of each reply, summing to one.
+
+    Raises:
+        WireError: if no reply has an example behind it.
+    """
     examples = [update.examples for _, update in replies]
     total = sum(examples)
+    if total <= 0:
+        raise WireError(f"none of the {len(examples)} updates has a training example behind it: there are no weights")
     return [n / total for n in examples]
 
 
