@@ -1,6 +1,7 @@
 """Full delta, a control: the mean of the clients' whole weight changes, which FLoRA has to equal.
 
-No paper: the ideal aggregate of low-rank adapters, computed the long way. Each round clients train fresh adapters.
+The ideal that FLoRA (Wang et al. 2024, arXiv:2409.05976) stacks, computed the long way: no method of its own. With
+p_k = n_k / sum(n) and fresh adapters each round,
 
     D <- D + sum_k p_k s_k B_k A_k      W = W0 + D          B_k A_k: (out, in), formed by the client; s_k = alpha / r_k
 
@@ -8,6 +9,7 @@ Up: the matrix s_k B_k A_k of every adapted layer, bytes per scalar times in x o
 Down: D, as many bytes, whole each time: whoever missed rounds lacks nothing.
 Exact by definition, at any mixture of ranks and s_k. Clients keep nothing.
 The steps: clients/fresh.py, which draws the same A as it does for FLoRA.
+Departs from averaging full fine-tuning in that what is trained is still s_k B_k A_k.
 """
 
 from collections.abc import Sequence
