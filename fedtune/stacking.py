@@ -12,10 +12,9 @@ import torch
 
 from fedtune.averaging import own_width
 from fedtune.errors import ConfigError
-from fedtune.installing import RANK
 from fedtune.lowrank import LowRank, name_of, pairs, stack
 from fedtune.merging import Merged
-from fedtune.protocol import Instruction, Layout, Peer, Setting, Tensors, Update, expect_like, share
+from fedtune.protocol import Instruction, Layout, Peer, Tensors, Update, expect_like, share
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,10 @@ def fresh_layers(layout: Layout) -> dict[str, LowRank]:
     return start
 
 
-def told(peer: Peer) -> dict[str, Setting]:
-    """The settings that tell a client what adapter to begin with, where that is its own."""
-    return {RANK: peer.rank, **own_width(peer)} if peer.rank else {}
-
-
 def instruct(state: State, peer: Peer) -> Instruction:
     """The merges that this client lacks, and the adapter that it is to begin with."""
     lacking = state.merged.lacking(peer.installed_version)
-    return Instruction(lacking.tensors, {**lacking.settings, **told(peer)})
+    return Instruction(lacking.tensors, {**lacking.settings, **own_width(peer)})
 
 
 def check_factors(state: State, peer: Peer, update: Update) -> None:

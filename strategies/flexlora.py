@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedtune.averaging import narrowed, own_width
+from fedtune.averaging import for_peer, narrowed
 from fedtune.lowrank import LowRank, pairs, truncated, unpair, widened
 from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 from fedtune.stacking import stacked
@@ -40,11 +40,7 @@ class FlexLoRA:
         return State(dict(layout.initial), layout.scaling)
 
     def configure(self, state: State, round: int, peer: Peer) -> Instruction:
-        adapter = narrowed(state.adapter, peer.rank)
-        if peer.scaling not in (0, state.scaling):
-            wanted = {m: LowRank(p.b * (state.scaling / peer.scaling), p.a) for m, p in pairs(adapter).items()}
-            adapter = unpair(wanted)
-        return Instruction(adapter, own_width(peer))
+        return for_peer(state.adapter, peer, state.scaling)
 
     def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
         expect_like(update.tensors, narrowed(state.adapter, peer.rank))

@@ -18,10 +18,10 @@ from typing import ClassVar
 
 import torch
 
-from fedtune.averaging import average
+from fedtune.averaging import average, own_width
 from fedtune.base_change import DENSE
 from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
-from fedtune.stacking import fresh_layers, told
+from fedtune.stacking import fresh_layers
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class FullDelta:
         return State({m + DENSE: torch.zeros(p.b.shape[0], p.a.shape[1]) for m, p in layers.items()})
 
     def configure(self, state: State, round: int, peer: Peer) -> Instruction:
-        return Instruction(state.change, told(peer))
+        return Instruction(state.change, own_width(peer))
 
     def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
         expect_like(update.tensors, state.change)
