@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.config import choices, compose
+from fedtune.party import Party
+from fedtune.traits import traits_of
+
 ROOT = Path(__file__).resolve().parent.parent
 CORE = sorted((ROOT / "fedtune").rglob("*.py"))
 
@@ -55,3 +59,17 @@ def test_no_pickle_and_no_tensor_files_that_can_hold_code():
 def test_rooms_stay_small():
     for path in CORE:
         assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_the_docs_tell_of_every_method_what_its_class_says():
+    """A line per method in docs/methods.md, whose column on mixed ranks is the trait."""
+    table = {}
+    for line in (ROOT / "docs" / "methods.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and cells[0].startswith("`"):
+            table |= {name.strip("` "): cells for name in cells[0].split(",")}
+    assert table.keys() == set(choices("method"))
+    for name, cells in table.items():
+        strategy = Party(compose(["model=tiny", f"method={name}"])).strategy
+        if not hasattr(strategy, "base"):  # else it is as what it is put around
+            assert cells[5].startswith("yes" if traits_of(strategy).mixed_ranks else "no"), name
