@@ -1,43 +1,121 @@
-"""Averages of what clients sent, in float64 and in the order of their indices."""
+"""Averages of what clients sent, in float64 and in the order of their indices.
 
-from collections.abc import Mapping, Sequence
+Where ranks differ, client k holds the first r_k components of the global B A and is averaged as if its others were
+zero. Where alpha / r differs too, its B A counts s_k times and the global one s times; B, and B alone, is carried over:
+
+    down:  (s / s_k) B[:, :r_k] and A[:r_k], so that what the client holds is s B[:, :r_k] A[:r_k]
+    up:    (s_k / s) B_k and A_k, so that s times their product is s_k B_k A_k
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fedtune.lowrank import LowRank, pairs, unpair
 from fedtune.protocol import Instruction, Peer, Setting, Tensors, Update, share
 
 Replies = Sequence[tuple[Peer, Update]]
+BLOCK = 1 << 15  # numbers of each tensor that are summed at a time
+PORTION_BYTES = 1 << 30  # of updates that are held at a time
+Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
 
-def average(replies: Replies, like: Mapping[str, Tensor], weights: Sequence[float] | None = None) -> Tensors:
-    """sum_k w_k theta_k of the tensors that `like` names, in their dtypes.
+def average(
+    replies: Replies, like: Mapping[str, Tensor], weights: Weights | None = None, scaling: float = 0
+) -> Tensors:
+    """sum_k w_k theta_k of the tensors that `like` names, in their dtypes; narrower ones count as padded with zeros.
 
     Sums run in float64, so that identical updates average to exactly themselves.
 
     Args:
-        weights: one per reply, summing to one; None takes p_k = n_k / sum(n).
+        weights: one per reply, summing to one, or such for each name; None takes p_k = n_k / sum(n).
+        scaling: the global adapter's alpha / r, where clients may have their own.
     """
-    total = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in like.items()}
-    for weight, (_, update) in zip(weights or share(replies), replies, strict=True):
-        for name, tensor in total.items():
-            tensor.add_(update.tensors[name], alpha=weight)
-    return {name: total[name].to(tensor.dtype) for name, tensor in like.items()}
+    weights = weights or share(replies)
+    means: Tensors = {}
+    sums: Tensors = {}  # of what was passed over, where the updates are too many to be looked up at once
+    for start, portion in _portions(replies):
+        last = start + len(portion) == len(replies)
+        for name, tensor in like.items():
+            own = weights[name] if isinstance(weights, Mapping) else weights
+            factors = [own[start + place] * carried(name, peer, scaling) for place, (peer, _) in enumerate(portion)]
+            part = weighted_sum([update.tensors[name] for _, update in portion], factors, tensor.shape)
+            if name in sums:
+                part += sums.pop(name)
+            if last:
+                means[name] = part.to(tensor.dtype)
+            else:
+                sums[name] = part
+    return means
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], shape: torch.Size) -> Tensor:
+    """sum_k w_k theta_k in float64; narrower tensors count as padded with zeros up to `shape`.
+
+    A plain sum that widens each tensor as a whole spends most of its time on moving float64 to memory and back. Here
+    they are widened in blocks, side by side, small enough for the sum over all of them to find them in the cache.
+    """
+    total = torch.zeros(shape, dtype=torch.float64)
+    full = [(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if tensor.shape == shape]
+    if full:
+        factors = torch.tensor([weight for _, weight in full], dtype=torch.float64)
+        blocks = [torch.split(tensor.reshape(-1), BLOCK) for tensor, _ in full]
+        rows = torch.empty(len(full), min(BLOCK, total.numel()), dtype=torch.float64)
+        for place, part in enumerate(torch.split(total.view(-1), BLOCK)):
+            wide = rows[:, : len(part)]
+            for row, own in zip(wide, blocks, strict=True):
+                row.copy_(own[place])
+            part.addmv_(wide.T, factors)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        if tensor.shape != shape:
+            total[tuple(map(slice, tensor.shape))].add_(tensor, alpha=weight)
+    return total
+
+
+def _portions(replies: Replies) -> Iterator[tuple[int, Replies]]:
+    """The replies, as many at a time as take little memory once they are looked up, and the place of the first."""
+    start, room = 0, PORTION_BYTES
+    held: list[tuple[Peer, Update]] = []
+    for place, reply in enumerate(replies):
+        size = sum(tensor.nbytes for tensor in reply[1].tensors.values())
+        if held and size > room:
+            yield start, held
+            start, held, room = place, [], PORTION_BYTES
+        held.append(reply)
+        room -= size
+    yield start, held
+
+
+def carried(name: str, peer: Peer, scaling: float) -> float:
+    """What a tensor of `peer` is multiplied by to stand in the global adapter: s_k / s for B, 1 for all else."""
+    return peer.scaling / scaling if name.endswith(".lora_B.weight") and peer.scaling and scaling else 1.0
 
 
 def narrowed(adapter: Tensors, rank: int) -> Tensors:
     """The adapter's first `rank` components: the first columns of B, the first rows of A. 0 takes them all."""
-    if not rank:
-        return adapter
-    return unpair({m: LowRank(product.b[:, :rank], product.a[:rank]) for m, product in pairs(adapter).items()})
+    return {name: _first(name, tensor, rank) for name, tensor in adapter.items()} if rank else adapter
 
 
 def own_width(peer: Peer) -> dict[str, Setting]:
-    """The settings that tell a client what its B A is multiplied by, where that is its own."""
-    return {"scaling": peer.scaling} if peer.rank else {}
+    """The settings that tell a client its rank and what its B A is multiplied by, where these are its own."""
+    return {"rank": peer.rank, "scaling": peer.scaling} if peer.rank else {}
 
 
-def for_peer(adapter: Tensors, peer: Peer) -> Instruction:
-    """The adapter, or as much of it as `peer` takes."""
-    return Instruction(narrowed(adapter, peer.rank), own_width(peer))
+def for_peer(adapter: Tensors, peer: Peer, scaling: float = 0, rank: int = 0) -> Instruction:
+    """The adapter, or as much of it as `peer` takes.
+
+    Args:
+        scaling: the adapter's own alpha / r, where the peer's may be another.
+        rank: how many components it takes, if not the peer's own number.
+    """
+    part = narrowed(adapter, rank or peer.rank)
+    ratios = {name: carried(name, peer, scaling) for name in part}
+    if any(ratio != 1 for ratio in ratios.values()):
+        part = {name: tensor if ratios[name] == 1 else tensor / ratios[name] for name, tensor in part.items()}
+    return Instruction(part, own_width(peer))
+
+
+def _first(name: str, tensor: Tensor, rank: int) -> Tensor:
+    if name.endswith(".lora_B.weight"):
+        return tensor if rank >= tensor.shape[1] else tensor[:, :rank].contiguous()
+    return tensor[:rank].contiguous() if name.endswith(".lora_A.weight") and rank < tensor.shape[0] else tensor

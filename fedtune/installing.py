@@ -1,16 +1,20 @@
 """How a client makes its model what an instruction describes, and what it says of itself in return."""
 
 from fedtune.adapters import LocalModel
+from fedtune.averaging import narrowed
 from fedtune.base_change import DENSE
 from fedtune.errors import WireError
 from fedtune.merging import update_residual
 from fedtune.protocol import Instruction, Tensors, Update
 
-TRAIN, SCALING = "train", "scaling"  # settings; `scaling` is also a metric of every update of a LoRA adapter
+# Settings; `scaling` is also a metric of every update of a LoRA adapter
+TRAIN, SCALING, RANK = "train", "scaling", "rank"
 
 
 def install(model: LocalModel, instruction: Instruction, memory: Tensors) -> None:
-    """Change of the base, adapter, scaling, and what is to be trained, as far as the instruction has them.
+    """Change of the base, adapter, rank, scaling, and what is to be trained, as far as the instruction has them.
+
+    Of what it doesn't have, a client whose rank is its own starts from the first components of what all start from.
 
     Raises:
         ClientError: if a change builds on one that this client hasn't got.
@@ -20,6 +24,10 @@ def install(model: LocalModel, instruction: Instruction, memory: Tensors) -> Non
     dense = {name: tensor for name, tensor in rest.items() if name.endswith(DENSE)}
     if change := residual | dense:
         model.base_change.set(change)
+    if rank := int(instruction.settings.get(RANK, 0)):
+        start = narrowed(model.layout.initial, rank)
+        narrower = {name: tensor for name, tensor in start.items() if tensor is not model.layout.initial[name]}
+        rest = narrower | rest
     scaling = instruction.settings.get(SCALING)
     model.install(
         {name: tensor for name, tensor in rest.items() if name not in dense},

@@ -47,7 +47,8 @@ class Party:
     def model(self) -> LocalModel:
         experiment = self.experiment
         base = load_base(experiment.model, pick_device(experiment.runtime.device))
-        return LocalModel(base, experiment.adapter, experiment.seed)
+        requantize = experiment.model.merge == "requantize"
+        return LocalModel(base, experiment.adapter, experiment.seed, requantize)
 
     @cached_property
     def data(self) -> FederatedData:

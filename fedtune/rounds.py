@@ -109,6 +109,7 @@ class Server:
         self.folder = folder
         self.view = view
         self.strategy = party.strategy
+        self.adapter_config = b""  # as last written
         self.told: dict[int, Mapping[str, Setting]] = {}  # the settings of each client's last instruction
         self.state: Any = None
         self.run_id = secrets.token_hex(8)  # a resumed run has the one it began with
@@ -249,7 +250,8 @@ class Server:
             # Nobody knows what it kept of this turn: next time it is sent everything
             self.roster.peers[index] = replace(peer, installed_version=0)
         else:
-            self.roster.peers[index] = replace(peer, installed_version=int(told.get(VERSION, 0)))
+            if (version := int(told.get(VERSION, 0))) != peer.installed_version:
+                self.roster.peers[index] = replace(peer, installed_version=version)
             replies.add(peer, update, blob)
             played.count(update)
             part, size = "train", wire.update_bytes(blob, update)
@@ -276,7 +278,7 @@ class Server:
         begun = time.monotonic()
         number, every = played.number, self.experiment.evaluate.every
         self.party.install(self._broadcast(number + 1), memory={})
-        found = None
+        found, rounding = None, self.party.model.base_change.rounding
         if every and number % every == 0:
             found = self._examine(number) if traits_of(self.strategy).personal else self.party.evaluate()
         if found is not None and not math.isfinite(found.loss):
@@ -302,12 +304,15 @@ class Server:
             "client_eval_loss": played.mean("client_eval_loss"),
             "client_eval_accuracy": played.mean("client_eval_accuracy"),
             "aggregation_error": played.error,
+            "requantization_error": rounding,
             "merge_error": merged.error if (merged := getattr(self.state, "merged", None)) else None,
         }
         self.folder.append_ledger(entries)
         self.folder.append_failures(played.failures)
         self.folder.append_metrics(row)
-        self.folder.write_adapter("adapter_config.json", adapter_config(self.party.model))
+        if (config := adapter_config(self.party.model)) != self.adapter_config:  # it changes with the ranks alone
+            self.folder.write_adapter("adapter_config.json", config)
+            self.adapter_config = config
         self.folder.write_adapter("adapter_model.safetensors", adapter_weights(self.party.model))
         self.folder.save_checkpoint(Checkpoint(number, self.experiment.sha256, self.state, self.run_id))
         self.done, self.state_sha256 = number, state_sha256(self.state)

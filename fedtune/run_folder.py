@@ -47,6 +47,7 @@ METRICS = (
     "client_eval_accuracy",
     "aggregation_error",  # ||dW_server - dW*||_F / ||dW*||_F
     "merge_error",  # of the residual's recompression, relative; 0 where nothing was cut
+    "requantization_error",  # of the whole change of the base, relative; empty where it is kept beside the base
 )
 FAILURES = ("round", "peer", "error")
 CLIENTS = ("round", "peer", "eval_loss", "eval_accuracy", "tokens")

@@ -59,24 +59,61 @@ class ModelSpec:
     path: str | None = option(None, "a hub id, a folder, or a GGUF file")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     quantization: str = option("none", "how the frozen base is held: none, int8 or nf4")
+    merge: str = option(
+        "residual", "how a change of the base is held: residual (beside it, exact) or requantize (rounded into it)"
+    )
     dtype: str = option("auto", "auto (bfloat16 where the hardware is fast at it), bfloat16 or float32")
 
     def __post_init__(self) -> None:
         one_of("model.quantization", self.quantization, ("none", "int8", "nf4"))
+        one_of("model.merge", self.merge, ("residual", "requantize"))
         one_of("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
+
+
+_LAYERED = ("rank", "dropout", "targets")
+
+# The kinds of adapter, and which settings each has
+ADAPTERS: dict[str, tuple[str, ...]] = {
+    "lora": ("alpha", *_LAYERED),
+    "rslora": ("alpha", *_LAYERED),
+    "dora": ("alpha", *_LAYERED),
+    "pissa": ("alpha", *_LAYERED),
+    "ia3": ("targets",),
+    "vera": _LAYERED,
+    "oft": ("block_size", "targets"),
+    "bone": _LAYERED,
+    "adaption_prompt": ("tokens", "layers"),
+    "prompt_tuning": ("tokens",),
+    "prefix_tuning": ("tokens",),
+}
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    rank: int = option(8, "r: inner width of B A")
-    alpha: float = option(16.0, "B A is multiplied by alpha / r")
+    kind: str = option("lora", "what is trained; adapter=NAME sets it, and the rest as suits it")
+    rank: int = option(8, "r: inner width of B A, and of VeRA's and Bone's matrices")
+    alpha: float = option(16.0, "B A is multiplied by alpha / r; by alpha / sqrt(r) in rslora")
     dropout: float = option(0.0, "dropout on the adapter's input while training")
     targets: list[str] | None = option(None, "names of the layers to adapt; null lets PEFT choose by architecture")
+    tokens: int = option(10, "adaption_prompt, prompt_tuning, prefix_tuning: how many virtual tokens")
+    layers: int | None = option(None, "adaption_prompt: how many of the topmost layers; null takes all")
+    block_size: int = option(16, "oft: width of a rotated block; has to divide a layer's inputs")
 
     def __post_init__(self) -> None:
+        one_of("adapter.kind", self.kind, tuple(ADAPTERS))
+        for item in fields(self):
+            value, takes = getattr(self, item.name), ADAPTERS[self.kind]
+            if item.name not in ("kind", *takes) and value != item.default:
+                raise ConfigError(
+                    f"adapter.{item.name}={value} means nothing to adapter.kind={self.kind}, "
+                    f"which has {', '.join(takes)}"
+                )
         at_least("adapter.rank", self.rank, 1)
         above_zero("adapter.alpha", self.alpha)
         fraction("adapter.dropout", self.dropout)
+        at_least("adapter.tokens", self.tokens, 1)
+        at_least("adapter.layers", 1 if self.layers is None else self.layers, 1)
+        at_least("adapter.block_size", self.block_size, 2)
 
 
 @dataclass(frozen=True)
@@ -251,10 +288,11 @@ class Experiment:
         at_least("seed", self.seed, 0)
         if self.method.pooled and not self.population.pooled:  # else it was pooled already: this is a run's own config
             self._pool()
-        if isinstance(self.population.ranks, list):
-            # The global adapter is as wide as the widest; where alpha / r is equal for all, its alpha grows with it
+        if isinstance(self.population.ranks, list) and "alpha" in ADAPTERS[self.adapter.kind]:
+            # The global adapter is as wide as the widest; where the scaling is equal for all, its alpha grows with it
             adapter, rank = self.adapter, max(self.population.ranks)
-            grown = adapter.alpha * rank / adapter.rank if self.population.scaling == "equal" else adapter.alpha
+            wider = math.sqrt(rank / adapter.rank) if adapter.kind == "rslora" else rank / adapter.rank
+            grown = adapter.alpha * wider if self.population.scaling == "equal" else adapter.alpha
             object.__setattr__(self, "adapter", replace(adapter, rank=rank, alpha=grown))
 
     def _pool(self) -> None:

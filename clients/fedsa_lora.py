@@ -1,0 +1,22 @@
+"""First-order local training that keeps B to itself (strategies/fedsa_lora.py).
+
+The client's memory is its B of every layer, under the tensors' own names.
+"""
+
+from dataclasses import dataclass, replace
+
+from clients.first_order import FirstOrder
+from fedtune.adapters import LocalModel
+from fedtune.protocol import Batches, Instruction, Tensors, Update
+
+
+@dataclass(frozen=True)
+class KeepsB(FirstOrder):
+    def receive(self, model: LocalModel, instruction: Instruction, memory: Tensors) -> None:
+        super().receive(model, replace(instruction, tensors={**instruction.tensors, **memory}), memory)
+
+    def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
+        update = super().train(model, batches, instruction, memory, key)
+        own = {slot.name for slot in model.layout.slots if slot.role == "lora_B"}
+        memory.update({name: update.tensors[name] for name in own})
+        return replace(update, tensors={name: t for name, t in update.tensors.items() if name not in own})

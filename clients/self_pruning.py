@@ -1,0 +1,46 @@
+"""First-order local training that gives up the adapter's last components where they don't grow (strategies/hetlora.py).
+
+What the server's settings ask for, besides those of clients/first_order.py: `rank`, the adapter's; `head`, how many
+components come before the tail; `lam`, the penalty on the tail; `least`, the rank that nothing is pruned below.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clients.first_order import FirstOrder, proximal
+from fedtune.adapters import LocalModel
+from fedtune.averaging import narrowed
+from fedtune.installing import metrics_of
+from fedtune.lowrank import pairs
+from fedtune.protocol import Batches, Instruction, Tensors, Update
+
+
+@dataclass(frozen=True)
+class SelfPruning(FirstOrder):
+    def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
+        rank, head, least = (int(instruction.settings[name]) for name in ("rank", "head", "least"))
+        lam, pruned = float(instruction.settings["lam"]), max(least, head)
+        near = proximal(model, self.mu) if self.mu else None
+        if pruned >= rank:
+            loss = self.fit(model, batches, key, near)
+        else:
+            live = model.trained()
+            received = tail(live, head).item()
+
+            def penalty() -> Tensor:
+                return lam * tail(live, head) + (near() if near else 0)
+
+            loss = self.fit(model, batches, key, penalty)
+            if tail(live, head).item() < received:
+                rank = pruned
+        metrics = {"train_loss": loss, "rank": rank, **metrics_of(model)}
+        return Update(narrowed(model.read(), rank), batches.examples, metrics)
+
+
+def tail(adapter: Mapping[str, Tensor], head: int) -> Tensor:
+    """sum_layers ||B[:, head:]||_F ||A[head:, :]||_F, a function of the factors themselves."""
+    norms = [p.b[:, head:].norm() * p.a[head:].norm() for p in pairs(dict(adapter)).values()]
+    return torch.stack(norms).sum()

@@ -1,0 +1,113 @@
+"""Adapters that don't fit together: each mismatch has an error that names it, before it costs anything."""
+
+import csv
+
+import pytest
+from conftest import run_on, summary_of
+from flwr.app import MetricRecord
+from flwr.clientapp import ClientApp
+
+from fedtune import wire
+from fedtune.cli import main
+from fedtune.config import build, choices, compose
+from fedtune.errors import ConfigError, DataError
+from fedtune.party import Party
+from fedtune.protocol import Update
+from fedtune.runtime.app import make_client_app
+from fedtune.runtime.local import LocalGrid
+from fedtune.traits import traits_of
+
+NOWHERE = "model.path=/nowhere/at/all"  # loading it is another error
+MIXED = [
+    name
+    for name in choices("method")
+    if traits_of(build(compose([f"method={name}"]).method.strategy, name)).mixed_ranks
+]
+
+
+@pytest.mark.parametrize("method", sorted(set(choices("method")) - set(MIXED)))
+def test_mixed_ranks_with_a_same_rank_method_stop_the_run_before_a_model_is_loaded(method):
+    with pytest.raises(
+        ConfigError, match=rf"method={method} needs the same rank everywhere: leave out population.ranks"
+    ):
+        Party(compose([f"method={method}", "population.ranks=[8,4]", NOWHERE]))
+
+
+def test_the_command_says_so_in_one_line_and_leaves_no_folder(tmp_path, capsys):
+    words = ["run", "method=fedit", "population.ranks=[8,4]", NOWHERE, f"out={tmp_path / 'run'}"]
+    assert main(words) != 0
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert "needs the same rank everywhere" in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", MIXED)
+def test_methods_for_mixed_ranks_take_them(method):
+    assert Party(compose([f"method={method}", "population.ranks=[8,4]", NOWHERE])).strategy
+
+
+def with_alpha_halved(index, reply):
+    """Client 1 multiplied B A by half of what it was told, and says so."""
+    if index == 1:
+        raw = Party(compose(["model=tiny"])).codec_up
+        update = wire.unpack_update(reply.content, wire.blob_of(reply.content), raw)
+        metrics = {**update.metrics, "scaling": update.metrics["scaling"] / 2}
+        reply.content = wire.pack_update(Update(update.tensors, update.examples, metrics), raw, 0)
+    return reply
+
+
+def app_with(tamper):
+    app, inner = ClientApp(), make_client_app()
+    app.query()(lambda message, context: inner(message, context))
+    app.train()(lambda message, context: tamper(context.node_config["partition-id"], inner(message, context)))
+    return app
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["method=fedit"], "alpha / r = 1, expected 2"),
+        (["method=ffa_lora"], "alpha / r = 1, expected 2"),
+        (["method=zero_pad", "population.ranks=[8,4]", "population.scaling=per_rank"], "alpha / r = 2, expected 4"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_client_with_another_alpha_is_left_out_and_both_are_named(overrides, said, tmp_path):
+    """alpha is 16, so alpha / r is 2 at rank 8 and 4 at rank 4; the result is that without this client."""
+
+    def drop(index, reply):
+        if index == 1:
+            raise ConnectionError("gone")
+        return reply
+
+    words = [*overrides, "rounds=1", "population.cohort=4"]
+    run_on(LocalGrid, app_with(with_alpha_halved), tmp_path / "run", *words)
+    with (tmp_path / "run" / "failures.csv").open(newline="") as stream:
+        failures = list(csv.DictReader(stream))
+    assert [(row["round"], row["peer"]) for row in failures] == [("1", "1")]
+    assert said in failures[0]["error"]
+    run_on(LocalGrid, app_with(drop), tmp_path / "without", *words)
+    assert summary_of(tmp_path / "run")["state_sha256"] == summary_of(tmp_path / "without")["state_sha256"]
+
+
+def test_a_client_that_claims_no_samples_is_left_out(tmp_path):
+    def none(index, reply):
+        if index == 1:
+            record = reply.content["metrics"]
+            reply.content["metrics"] = MetricRecord({**record, "examples": 0})
+        return reply
+
+    run_on(LocalGrid, app_with(none), tmp_path / "run", "rounds=1", "population.cohort=4")
+    with (tmp_path / "run" / "failures.csv").open(newline="") as stream:
+        failures = list(csv.DictReader(stream))
+    assert len(failures) == 1
+    assert "'examples' should be a positive integer, got 0" in failures[0]["error"]
+
+
+def test_no_samples_for_anybody_is_said_before_a_round(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    with pytest.raises(DataError, match="3 examples are too few for 4 clients"):
+        run_on(LocalGrid, make_client_app(), tmp_path / "run", f"data.path={rows}")
+    assert not (tmp_path / "run").exists()
