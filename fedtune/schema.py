@@ -301,9 +301,12 @@ class Experiment:
         together = replace(population, clients=1, cohort=1, pooled=population.clients)
         object.__setattr__(self, "population", together)
         object.__setattr__(self, "train", replace(self.train, steps=self.train.steps * cohort))
-        if "steps" in method.client:
-            client = {**method.client, "steps": method.client["steps"] * cohort}
-            object.__setattr__(self, "method", replace(method, client=client))
+        client, strategy = dict(method.client), dict(method.strategy)
+        if "steps" in client:
+            client["steps"] *= cohort
+        if "clients" in strategy:  # as SCAFFOLD's, which follows population.clients
+            strategy["clients"] = 1
+        object.__setattr__(self, "method", replace(method, client=client, strategy=strategy))
 
     @property
     def method_name(self) -> str:
