@@ -39,7 +39,7 @@ class State:
 
 @dataclass(frozen=True)
 class RoLoRA:
-    traits: ClassVar[Traits] = Traits(mixed_ranks=True, needs_low_rank=True)
+    traits: ClassVar[Traits] = Traits(mixed_ranks=True, needs_low_rank=True, averages=True)
 
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial), layout.scaling)

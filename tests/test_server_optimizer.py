@@ -137,6 +137,22 @@ def test_a_tensor_that_nobody_trained_stays_to_the_last_bit_and_keeps_its_moment
     assert not torch.equal(after.base.adapter[B], state.base.adapter[B])
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rolora_s_frozen_factor_stays_to_the_last_bit(name):
+    party = Party(compose([*SMALL, "method=rolora", f"server_optimizer={name}", "population.cohort=4"]))
+    state = party.strategy.init(party.model.layout)
+    for round in range(1, 5):
+        peers = [Peer(index, party.samples(index)) for index in range(2)]
+        replies = [
+            (peer, party.turn("0" * 16, peer.index, round, party.strategy.configure(state, round, peer)))
+            for peer in peers
+        ]
+        before, state = state, party.strategy.aggregate(state, round, replies)
+        for tensor_name, tensor in state.base.adapter.items():
+            trained = ("lora_B" if round % 2 else "lora_A") in tensor_name
+            assert torch.equal(tensor, before.base.adapter[tensor_name]) is not trained
+
+
 @pytest.mark.parametrize("cls", [FedAvgM, FedAdam, FedYogi, FedAdagrad])
 def test_the_order_of_clients_changes_nothing_but_rounding(cls):
     method = cls(FedIT())
