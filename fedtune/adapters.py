@@ -1,11 +1,10 @@
-"""LoRA adapters on a base model, addressed by name.
+"""Adapters on a base model, addressed by name.
 
 A `LocalModel` is what a party trains and evaluates: one frozen base and one set of trainable tensors that are swapped
 in place. However many clients share a process, there is one base.
 """
 
 import math
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from fedtune.base_change import BaseChange
 from fedtune.errors import ModelError
 from fedtune.keys import fold, uniform
+from fedtune.kinds import RESIZABLE, attach, constants, origin_shift, public_name, slot_of, starting_values
 from fedtune.lowrank import name_of, pairs
 from fedtune.models import Base
-from fedtune.protocol import Layout, Slot, Tensors, describe
+from fedtune.protocol import Layout, Tensors, describe
 from fedtune.schema import AdapterSpec
 
 
@@ -31,6 +31,8 @@ class LocalModel:
         layout: names, shapes and starting values of the trainable tensors, in PEFT's own naming, so that an exported
             adapter has the names that PEFT looks for.
         base_change: what was merged into the base.
+        origin_shift: what is added to the base from the start and for good; nothing for most kinds (fedtune/kinds.py).
+        constants: what an exported adapter needs besides, by such names: VeRA's projections; nothing for other kinds.
     """
 
     def __init__(self, base: Base, spec: AdapterSpec, seed: int, requantize: bool = False):
@@ -40,38 +42,24 @@ class LocalModel:
             requantize: what is merged into the base is rounded as the base is held, instead of kept beside it.
 
         Raises:
-            ModelError: if a target names no layer that can be adapted.
+            ModelError: if a target names no layer that can be adapted, or this kind can't adapt this base.
         """
-        from peft import LoraConfig, get_peft_model
-
-        targets = check_targets(base.model, spec.targets)
-        config = LoraConfig(
-            r=spec.rank,
-            lora_alpha=spec.alpha,
-            lora_dropout=spec.dropout,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        )
-        # PEFT draws a start of its own from torch's generator; ours replaces it below
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            try:
-                self.module: Any = get_peft_model(base.model, config)
-            except ValueError as error:
-                raise ModelError(
-                    f"PEFT does not know which layers of {type(base.model).__name__} to adapt "
-                    f"({str(error).splitlines()[0]}). Set adapter.targets to some of {adaptable(base.model)}"
-                ) from error
+        self.module: Any = attach(base.model, spec)
         self.tokenizer = base.tokenizer
         self.origin = base.origin
         self.device: torch.device = next(base.model.parameters()).device
-        self._live = {_public_name(name): p for name, p in self.module.named_parameters() if p.requires_grad}
-        self.layout = Layout(tuple(self._slot(name, p) for name, p in self._live.items()), _initial(self._live, seed))
+        self._live = {public_name(name): p for name, p in self.module.named_parameters() if p.requires_grad}
+        slots = tuple(slot_of(self.module, name, p) for name, p in self._live.items())
+        self.layout = Layout(slots, starting_values(self.module, self._live, spec, seed))
+        self.constants = constants(self.module, seed)
         self._tensors: list[Tensor] = list(self._live.values())
         self._start = list(self.layout.initial.values())
         self._lora = {slot.module: slot.scaling for slot in self.layout.slots if slot.role == "lora_A"}
         self._changed = False  # ranks, scaling or what is trained differ from the layout's
+        self._resizable = spec.kind in RESIZABLE
         self.base_change = BaseChange(self._base_layer, requantize)
+        self.origin_shift = origin_shift(self.layout, spec)
+        BaseChange(self._base_layer).set(self.origin_shift)
         self.reset()
 
     def reset(self) -> None:
@@ -91,7 +79,7 @@ class LocalModel:
         """Copy `tensors` into the trainable tensors of those names; the others keep their values.
 
         Args:
-            tensors: a LoRA layer's A and B may come with another rank than the layout's, if both come.
+            tensors: A and B of a LoRA or rsLoRA layer may come with another rank than the layout's, if both come.
             scaling: what B A is multiplied by from here on; None leaves it.
 
         Raises:
@@ -104,7 +92,12 @@ class LocalModel:
                 raise ModelError(f"this model has no trainable tensor '{name}'")
             if live.shape == tensor.shape and live.dtype == tensor.dtype:
                 fitting.append(name)
-            elif _is_lora(name) and live.dtype == tensor.dtype and _outer(name, live) == _outer(name, tensor):
+            elif (
+                self._resizable
+                and _is_lora(name)
+                and live.dtype == tensor.dtype
+                and _outer(name, live) == _outer(name, tensor)
+            ):
                 resized[name] = tensor
             else:
                 raise ModelError(f"tensor '{name}': expected {describe(live)}, got {describe(tensor)}")
@@ -125,7 +118,16 @@ class LocalModel:
             self._scale(dict.fromkeys(self._lora, scaling))
 
     def start_at(self, rank: int, scaling: float | None, key: int) -> None:
-        """A fresh LoRA adapter: B zero, A uniform in +-1/sqrt(in), drawn by key."""
+        """A fresh LoRA adapter: B zero, A uniform in +-1/sqrt(in), drawn by key.
+
+        Raises:
+            ModelError: in PiSSA, whose base lacks what its own A and B start as.
+        """
+        if self.origin_shift:
+            raise ModelError(
+                "adapter=pissa starts from the base's own factors, and this method starts from fresh ones again and "
+                "again: take adapter=lora"
+            )
         fresh = {}
         for module, product in pairs(self.layout.initial).items():
             (out, _), (_, width) = product.b.shape, product.a.shape
@@ -183,43 +185,6 @@ class LocalModel:
         """How many trainable numbers there are, at the layout's ranks."""
         return sum(start.numel() for start in self._start)
 
-    def _slot(self, name: str, parameter: Tensor) -> Slot:
-        module, role = name.removesuffix(".weight").rsplit(".", 1)
-        scaling = self.module.get_submodule(module).scaling["default"]
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        return Slot(name, tuple(parameter.shape), dtype, role, module, float(scaling))
-
-
-def check_targets(model: nn.Module, targets: list[str] | None) -> list[str] | str | None:
-    """The targets as PEFT takes them.
-
-    Raises:
-        ModelError: if a target is not the name of any layer, listing those that are.
-    """
-    if targets is None or targets == ["all-linear"]:
-        return targets[0] if targets else None
-    known = adaptable(model)
-    modules = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            raise ModelError(
-                f"adapter.targets: {type(model).__name__} has no layer '{target}'; it has {', '.join(known)}"
-            )
-    return list(targets)
-
-
-def adaptable(model: nn.Module) -> list[str]:
-    """The last names of the layers that LoRA can adapt, e.g. ['down_proj', ..., 'v_proj']."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
-    return sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if type(module).__name__ in kinds and module is not head
-        }
-    )
-
 
 def _is_lora(name: str) -> bool:
     return name.endswith((".lora_A.weight", ".lora_B.weight"))
@@ -228,20 +193,3 @@ def _is_lora(name: str) -> bool:
 def _outer(name: str, tensor: Tensor) -> int:
     """The size that a LoRA factor shares with its layer."""
     return tensor.shape[1 if name.endswith(".lora_A.weight") else 0]
-
-
-def _public_name(name: str) -> str:
-    # PEFT keeps "lora_A.default.weight" in memory and "lora_A.weight" on disk
-    return name.replace(".default.", ".")
-
-
-def _initial(live: dict[str, nn.Parameter], seed: int) -> Tensors:
-    """A uniform in +-1/sqrt(in), as PEFT's Kaiming start, but drawn by key; B zero."""
-    start = {}
-    for name, parameter in live.items():
-        if ".lora_A." in name:
-            bound = 1 / math.sqrt(parameter.shape[1])
-            start[name] = uniform(fold(seed, "adapter", name), parameter.shape, bound).to(parameter.dtype)
-        else:
-            start[name] = torch.zeros(parameter.shape, dtype=parameter.dtype)
-    return start

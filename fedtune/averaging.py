@@ -7,7 +7,7 @@ zero. Where alpha / r differs too, its B A counts s_k times and the global one s
     up:    (s_k / s) B_k and A_k, so that s times their product is s_k B_k A_k
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fedtune.protocol import Instruction, Peer, Setting, Tensors, Update, share
 
 Replies = Sequence[tuple[Peer, Update]]
+BLOCK = 1 << 15  # numbers of each tensor that are summed at a time
+PORTION_BYTES = 1 << 30  # of updates that are held at a time
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
 
@@ -30,14 +32,59 @@ def average(
         weights: one per reply, summing to one, or such for each name; None takes p_k = n_k / sum(n).
         scaling: the global adapter's alpha / r, where clients may have their own.
     """
-    total = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in like.items()}
     weights = weights or share(replies)
-    for place, (peer, update) in enumerate(replies):
-        for name, tensor in total.items():
-            part = update.tensors[name]
-            weight = weights[name][place] if isinstance(weights, Mapping) else weights[place]
-            tensor[tuple(map(slice, part.shape))].add_(part, alpha=weight * carried(name, peer, scaling))
-    return {name: total[name].to(tensor.dtype) for name, tensor in like.items()}
+    means: Tensors = {}
+    sums: Tensors = {}  # of what was passed over, where the updates are too many to be looked up at once
+    for start, portion in _portions(replies):
+        last = start + len(portion) == len(replies)
+        for name, tensor in like.items():
+            own = weights[name] if isinstance(weights, Mapping) else weights
+            factors = [own[start + place] * carried(name, peer, scaling) for place, (peer, _) in enumerate(portion)]
+            part = weighted_sum([update.tensors[name] for _, update in portion], factors, tensor.shape)
+            if name in sums:
+                part += sums.pop(name)
+            if last:
+                means[name] = part.to(tensor.dtype)
+            else:
+                sums[name] = part
+    return means
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], shape: torch.Size) -> Tensor:
+    """sum_k w_k theta_k in float64; narrower tensors count as padded with zeros up to `shape`.
+
+    A plain sum that widens each tensor as a whole spends most of its time on moving float64 to memory and back. Here
+    they are widened in blocks, side by side, small enough for the sum over all of them to find them in the cache.
+    """
+    total = torch.zeros(shape, dtype=torch.float64)
+    full = [(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if tensor.shape == shape]
+    if full:
+        factors = torch.tensor([weight for _, weight in full], dtype=torch.float64)
+        blocks = [torch.split(tensor.reshape(-1), BLOCK) for tensor, _ in full]
+        rows = torch.empty(len(full), min(BLOCK, total.numel()), dtype=torch.float64)
+        for place, part in enumerate(torch.split(total.view(-1), BLOCK)):
+            wide = rows[:, : len(part)]
+            for row, own in zip(wide, blocks, strict=True):
+                row.copy_(own[place])
+            part.addmv_(wide.T, factors)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        if tensor.shape != shape:
+            total[tuple(map(slice, tensor.shape))].add_(tensor, alpha=weight)
+    return total
+
+
+def _portions(replies: Replies) -> Iterator[tuple[int, Replies]]:
+    """The replies, as many at a time as take little memory once they are looked up, and the place of the first."""
+    start, room = 0, PORTION_BYTES
+    held: list[tuple[Peer, Update]] = []
+    for place, reply in enumerate(replies):
+        size = sum(tensor.nbytes for tensor in reply[1].tensors.values())
+        if held and size > room:
+            yield start, held
+            start, held, room = place, [], PORTION_BYTES
+        held.append(reply)
+        room -= size
+    yield start, held
 
 
 def carried(name: str, peer: Peer, scaling: float) -> float:

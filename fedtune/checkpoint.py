@@ -99,7 +99,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "run": checkpoint.run,
         "state": json.dumps(tree),
     }
-    write_atomically(path, save(tensors, metadata=header))
+    apart, same = _apart(tensors)
+    if same:
+        header["same"] = json.dumps(same)
+    write_atomically(path, save(apart, metadata=header))
 
 
 def load_checkpoint(path: Path, template: Any) -> Checkpoint:
@@ -112,12 +115,31 @@ def load_checkpoint(path: Path, template: Any) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors |= {name: tensors[first] for name, first in json.loads(header.get("same", "{}")).items()}
         state = unflatten(json.loads(header["state"]), tensors, template)
         return Checkpoint(int(header["round"]), header["config_sha256"], state, header["run"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunFolderError(
             f"{path} is no checkpoint of this method: {error}. Start anew with another out="
         ) from error
+
+
+def _apart(tensors: Tensors) -> tuple[Tensors, dict[str, str]]:
+    """Tensors that share no memory, as safetensors wants them; and under whose name the others are, which are equal to
+    one of these: what stands twice in a state is written once."""
+    apart: Tensors = {}
+    same: dict[str, str] = {}
+    known: dict[tuple[object, ...], str] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        first = known.setdefault((tensor.data_ptr(), tensor.dtype, tensor.shape), name)
+        if first != name:
+            same[name] = first
+            continue
+        storage = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return apart, same
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -4,6 +4,7 @@ import argparse
 import ast
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ Run a federated experiment and write it to a folder.
   fedtune run experiment=demo
   fedtune run model=smollm2 data=chatterbot rounds=10 train.lr=1e-3 out=runs/first
   fedtune run model.path=Qwen/Qwen2.5-0.5B-Instruct data.path=mine.jsonl population.clients=8
+  fedtune run model=smollm2 method=fedprox server_optimizer=fedadam
   fedtune run model=smollm2 model.quantization=nf4 population.clients=300 population.cohort=30
   fedtune run runtime=ray runtime.cpus=1 experiment=hundreds
   fedtune run runtime=flower runtime.superlink=site population.clients=3 model=smollm2
@@ -131,13 +133,18 @@ def print_run_help() -> None:
     print("Groups: swap a whole section")
     for group in groups():
         if group != "codec":
-            print(f"  {group + '=':<14} {', '.join(choices(group))}")
-    print(f"  {'codec_up=':<14} {', '.join(choices('codec'))}   (codec_down= likewise; codec= sets both)")
+            _print_wrapped(f"  {group + '=':<17} ", ", ".join(choices(group)), 100)
+    offered = f"{', '.join(choices('codec'))}   (codec_down= likewise; codec= sets both)"
+    _print_wrapped(f"  {'codec_up=':<17} ", offered, 100)
     print("\nSettings: change one value                    default      meaning")
     for key, default, help in describe_keys():
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-        print(f"  {key + '=':<28} {shown:>26}   {help}")
+        _print_wrapped(f"  {key + '=':<28} {shown:>26}   ", help, 140)
     print("\nA data or model group may set another default; the composed whole is in the run's config.yaml.")
+
+
+def _print_wrapped(head: str, text: str, width: int) -> None:
+    print(textwrap.fill(text, width, initial_indent=head, subsequent_indent=" " * len(head)))
 
 
 def _start(experiment: "Experiment", resume: str | None) -> None:

@@ -42,17 +42,21 @@ def aggregation_error(
     sums: dict[str, Sum] = defaultdict(Sum)
     for weight, (peer, update) in zip(share(replies), replies, strict=True):
         told = strategy.configure(before, round, peer)
-        _add_adapter(sums, layout, {**told.tensors, **update.tensors}, told.settings, weight)
+        held = _parted(told.tensors)[0] | update.tensors
+        _add_adapter(sums, layout, held, told.settings, weight)
     ideal = norm_of(sums.values())
     if ideal == 0:
         return None
     for state, number, weight in ((after, round + 1, -1.0), (before, round, 1.0)):
         told = strategy.configure(state, number, server)
         residual, rest = update_residual(told, {})
+        adapter, dense = _parted(rest)
         for module, product in from_residual(residual).items():
             sums[module].add(product, weight)
+        for name, matrix in dense.items():
+            sums[name.removesuffix(DENSE)].add_dense(matrix, weight)
         if state is after:
-            _add_adapter(sums, layout, rest, told.settings, weight)
+            _add_adapter(sums, layout, adapter, told.settings, weight)
     return norm_of(sums.values()) / ideal
 
 
@@ -72,3 +76,9 @@ def _add_adapter(
                 sums[module].add(start, -weight * layout.scaling)
         elif (matrix := tensors.get(module + DENSE)) is not None:
             sums[module].add_dense(matrix, weight)
+
+
+def _parted(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """What is no dense change of the base, and what is."""
+    dense = {name: tensor for name, tensor in tensors.items() if name.endswith(DENSE)}
+    return {name: tensor for name, tensor in tensors.items() if name not in dense}, dense

@@ -12,13 +12,13 @@ from safetensors.torch import save
 from fedtune.adapters import LocalModel
 from fedtune.base_change import DENSE
 from fedtune.lowrank import LowRank, pairs, stack, unpair
-from fedtune.merging import from_residual
+from fedtune.merging import from_residual, joined
 from fedtune.protocol import Tensors
 
 
 def adapter_weights(model: LocalModel) -> bytes:
     """The content of adapter_model.safetensors: the adapter that `model` holds now."""
-    return save(_tensors(model), metadata={"format": "pt"})
+    return save({**_tensors(model), **model.constants}, metadata={"format": "pt"})
 
 
 def adapter_config(model: LocalModel) -> bytes:
@@ -30,7 +30,7 @@ def adapter_config(model: LocalModel) -> bytes:
     config["base_model_name_or_path"] = model.origin.hub_id or model.origin.path
     config["inference_mode"] = True
     ranks = {module: product.rank for module, product in pairs(_tensors(model)).items()}
-    scaling = 1.0 if model.base_change.tensors else model.scaling
+    scaling = 1.0 if _change(model) else model.scaling
     if ranks and scaling is not None and (set(ranks.values()) != {config["r"]} or scaling != model.layout.scaling):
         config |= {"r": max(ranks.values()), "use_rslora": False, "lora_alpha": max(ranks.values()) * scaling}
         narrow = {_inner(module): rank for module, rank in ranks.items() if rank != config["r"]}
@@ -40,7 +40,7 @@ def adapter_config(model: LocalModel) -> bytes:
 
 def _tensors(model: LocalModel) -> Tensors:
     adapter = model.adapter()
-    change = model.base_change.tensors
+    change = _change(model)
     if not change:
         return adapter
     assert model.scaling is not None, "only methods on LoRA change the base"
@@ -48,7 +48,8 @@ def _tensors(model: LocalModel) -> Tensors:
     wider = from_residual(change)
     for name, matrix in change.items():
         if name.endswith(DENSE):
-            wider[name.removesuffix(DENSE)] = LowRank(matrix, torch.eye(matrix.shape[1]))
+            module, dense = name.removesuffix(DENSE), LowRank(matrix, torch.eye(matrix.shape[1]))
+            wider[module] = stack([wider[module], dense]) if module in wider else dense
     for module, part in wider.items():
         own = LowRank(products[module].b * model.scaling, products[module].a)
         # B = 0, as in a fresh adapter, adds nothing but width
@@ -56,6 +57,10 @@ def _tensors(model: LocalModel) -> Tensors:
     for module in products.keys() - wider.keys():
         products[module] = LowRank(products[module].b * model.scaling, products[module].a)
     return {**adapter, **unpair(products, torch.float32)}
+
+
+def _change(model: LocalModel) -> Tensors:
+    return joined([model.origin_shift, model.base_change.tensors])
 
 
 def _inner(module: str) -> str:

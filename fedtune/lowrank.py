@@ -4,7 +4,7 @@ Everything is computed in float64. A product, never a factor, is what has a mean
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,32 +62,81 @@ def stack(terms: Sequence[LowRank], weights: Sequence[float] | None = None) -> L
     return LowRank(b, a)
 
 
-def svd(product: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+def svd(product: LowRank, kept: Callable[[Tensor], int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The singular value decomposition of B A, at the cost of its inner width: QR of both factors, SVD of the core.
 
+    Args:
+        kept: how many of the leading singular vectors are wanted, given all singular values; None wants all. The others
+            are never brought to full size.
+
     Returns:
-        u: (m, k) with orthonormal columns, k = min(m, n, r).
-        s: (k,) singular values, descending.
+        u: (m, k) with orthonormal columns; k, where all are wanted, is min(m, n, r).
+        s: all singular values, descending.
         v: (k, n) with orthonormal rows.
     """
-    left, r_left = torch.linalg.qr(product.b.double())
-    right, r_right = torch.linalg.qr(product.a.double().T)
-    u, s, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    return left @ u, s, v @ right.T
+    # Householder QR, not Cholesky: stacked factors of like clients are as good as rank-deficient
+    left, right = torch.geqrf(product.b.double()), torch.geqrf(product.a.double().T)
+    u, s, v = torch.linalg.svd(_triangle(left[0]) @ _triangle(right[0]).T, full_matrices=False)
+    rank = len(s) if kept is None else kept(s)
+    # Q stays in reflectors, which are applied to what is kept: half the work of forming Q
+    return _rotated(left, u[:, :rank]), s, _rotated(right, v[:rank].T).T
+
+
+def _triangle(reflectors: Tensor) -> Tensor:
+    """R, which geqrf leaves above the reflectors."""
+    return reflectors[: reflectors.shape[1]].triu()
+
+
+def _rotated(factored: tuple[Tensor, Tensor], columns: Tensor) -> Tensor:
+    """Q times `columns`."""
+    reflectors, tau = factored
+    padded = columns.new_zeros(reflectors.shape[0], columns.shape[1])
+    padded[: columns.shape[0]] = columns
+    return torch.ormqr(reflectors[:, : len(tau)], tau, padded)
 
 
 def truncated(product: LowRank, rank: int) -> LowRank:
-    """The nearest matrix of that rank (Eckart and Young): B = U_r S_r, A = V_r.
+    """The nearest matrix of that rank (Eckart and Young), or of less where there is no more: B = U_r S_r, A = V_r."""
+    u, s, v = svd(product, lambda s: min(rank, len(s)))
+    return LowRank(u * s[: v.shape[0]], v)
 
-    A has orthonormal rows, B the singular values. If `rank` is more than there is, the rest is zero.
+
+def by_energy(product: LowRank, energy: float) -> LowRank:
+    """B = U_r S_r and A = V_r of the smallest rank, at least 1, whose squared singular values make up the fraction
+    `energy` of all. With 1 that is the numerical rank."""
+
+    def rank(s: Tensor) -> int:
+        tail = s.square().flip(0).cumsum(0).flip(0)  # from the small end: beside the large values they would be lost
+        noise = s[0] * max(product.b.shape[0], product.a.shape[1]) * torch.finfo(s.dtype).eps
+        return max(1, int(((tail > (1 - energy) * tail[0]) & (s > noise)).sum()))
+
+    u, s, v = svd(product, rank)
+    return LowRank(u * s[: v.shape[0]], v)
+
+
+def widened(product: LowRank, rank: int, rows: Tensor) -> LowRank:
+    """The same matrix with an inner width of `rank`: B goes on in zeros and A, whose rows are orthonormal, in more such
+    as far as there are any. Were both zero there, no gradient would ever reach these components.
+
+    Args:
+        rows: (rank, n), what the new rows of A are made of.
     """
-    u, s, v = svd(product)
-    kept = min(rank, len(s))
-    b, a = (u * s)[:, :kept], v[:kept]
-    if kept < rank:
-        b = torch.cat([b, b.new_zeros(b.shape[0], rank - kept)], 1)
-        a = torch.cat([a, a.new_zeros(rank - kept, a.shape[1])])
-    return LowRank(b, a)
+    missing = rank - product.rank
+    if missing <= 0:
+        return product
+    basis = torch.linalg.qr(torch.cat([product.a, rows.double()]).T).Q.T
+    a = torch.cat([product.a, basis[product.rank :], rows.double()])[:rank]
+    return LowRank(torch.nn.functional.pad(product.b, (0, missing)), a)
+
+
+def narrowest(product: LowRank) -> LowRank:
+    """The same matrix, no wider inside than its sides: where it would be, as the matrix itself times the identity."""
+    m, n = product.b.shape[0], product.a.shape[1]
+    if product.rank <= min(m, n):
+        return product
+    matrix = product.b.double() @ product.a.double()
+    identity = torch.eye(min(m, n), dtype=matrix.dtype, device=matrix.device)
+    return LowRank(identity, matrix) if m <= n else LowRank(matrix, identity)
 
 
 def norm(product: LowRank) -> float:

@@ -6,13 +6,14 @@ change. Merges are counted; a client keeps the residual and its version, and is 
 of the residual where that is less.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from fedtune.errors import ClientError
-from fedtune.lowrank import LowRank, norm, stack, truncated
+from fedtune.lowrank import LowRank, narrowest, stack, svd
 from fedtune.protocol import Instruction, Setting, Tensors
 
 B, A = ".residual_B", ".residual_A"  # MODULE.residual_B (out, R) and MODULE.residual_A (R, in), float32
@@ -37,19 +38,25 @@ class Merged:
             limit: the residual's rank. When stacking passes twice as much, it is cut back to this by SVD, and every
                 client is sent it whole: so it happens once in a while, and all hold the same bits.
         """
-        increment = as_residual(change)
-        total = joined([self.total, increment])
+        increment = as_residual({module: narrowest(product) for module, product in change.items()})
         version = self.version + 1
-        if rank_of(total) <= 2 * limit:
+        held, added = from_residual(self.total), from_residual(increment)
+        if max((_width(module, held, added) for module in held | added), default=0) <= 2 * limit:
+            total = joined([self.total, increment])
             recent = [*self.recent, increment]
-            while len(recent) > 1 and sum(map(rank_of, recent)) > rank_of(total):
+            while len(recent) > 1 and sum(map(size_of, recent)) > size_of(total):
                 recent = recent[1:]  # who lacks more than these is better off with the whole
             return Merged(version, total, recent, 0.0)
-        products = from_residual(total)
-        cut = {module: truncated(product, min(limit, *_sides(product))) for module, product in products.items()}
-        lost = sum(norm(stack([products[m], cut[m]], [1.0, -1.0])) ** 2 for m in cut) ** 0.5
-        whole = sum(norm(product) ** 2 for product in products.values()) ** 0.5
-        return Merged(version, as_residual(cut), [], lost / whole if whole else 0.0)
+        cut: dict[str, LowRank] = {}
+        lost = whole = 0.0
+        for module in held | added:
+            u, s, v = svd(
+                stack([part[module] for part in (held, added) if module in part]), lambda s: min(limit, len(s))
+            )
+            cut[module] = LowRank((u * s[: v.shape[0]]).float(), v.float())
+            lost += float(s[v.shape[0] :].square().sum())
+            whole += float(s.square().sum())
+        return Merged(version, as_residual(cut), [], math.sqrt(lost / whole) if whole else 0.0)
 
     def lacking(self, installed: int) -> Instruction:
         """What brings a client that holds version `installed` (0: the plain base) up to date."""
@@ -59,7 +66,7 @@ class Merged:
             return Instruction({}, settings)
         if 0 < behind <= len(self.recent):
             merges = self.recent[-behind:]
-            if sum(map(rank_of, merges)) <= rank_of(self.total):
+            if sum(map(size_of, merges)) <= size_of(self.total):
                 first = self.version - behind + 1
                 return Instruction(
                     {f"{name}.{first + place}": t for place, merge in enumerate(merges) for name, t in merge.items()},
@@ -99,9 +106,9 @@ def joined(residuals: list[Tensors]) -> Tensors:
     }
 
 
-def rank_of(residual: Tensors) -> int:
-    """The widest layer's rank."""
-    return max((tensor.shape[0] for name, tensor in residual.items() if name.endswith(A)), default=0)
+def size_of(residual: Tensors) -> int:
+    """How many numbers it takes."""
+    return sum(tensor.numel() for tensor in residual.values())
 
 
 def update_residual(instruction: Instruction, memory: Tensors) -> tuple[Tensors, Tensors]:
@@ -142,5 +149,6 @@ def installed_version(memory: Tensors) -> int:
     return int(memory[KEPT]) if KEPT in memory else 0
 
 
-def _sides(product: LowRank) -> tuple[int, int]:
-    return product.b.shape[0], product.a.shape[1]
+def _width(module: str, *residuals: Mapping[str, LowRank]) -> int:
+    """The inner width of one module in the sum of the residuals."""
+    return sum(residual[module].rank for residual in residuals if module in residual)

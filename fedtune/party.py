@@ -35,7 +35,7 @@ class Party:
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
         self.training_seconds = 0.0
-        self.strategy: Strategy[Any] = build(experiment.method.strategy, "method.strategy")
+        self.strategy: Strategy[Any] = build(experiment.strategy, "method.strategy")
         self.client: Client = build(experiment.method.client, "method.client")
         check_traits(experiment, traits_of(self.strategy))
         self.codec_up: Codec = build(experiment.codec_up, "codec_up")
@@ -53,7 +53,10 @@ class Party:
     @cached_property
     def data(self) -> FederatedData:
         experiment = self.experiment
-        return load_data(experiment.data, experiment.population.clients, self.model.tokenizer, experiment.seed)
+        population = experiment.population
+        clients = population.pooled or population.clients
+        data = load_data(experiment.data, clients, self.model.tokenizer, experiment.seed)
+        return data.pooled() if population.pooled else data
 
     @cached_property
     def memory(self) -> Memory:

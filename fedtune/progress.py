@@ -207,16 +207,29 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 def headline(experiment: Experiment, party: Party, folder: Path) -> list[str]:
     """What is about to run, on what."""
-    model, data, population = party.model, party.data, experiment.population
+    model, data = party.model, party.data
     held = experiment.model.quantization if experiment.model.quantization != "none" else str(model.module.dtype)
     return [
-        f"{experiment.name}: {experiment.method_name}, {population.clients} clients, {population.per_round} a round, "
-        f"{experiment.rounds} rounds",
+        f"{experiment.name}: {method_of(experiment)}, {clients_of(experiment)}, {experiment.rounds} rounds",
         f"base     {experiment.model.name} from {model.origin.source}, {held.removeprefix('torch.')} "
         f"on {model.device}, {model.trainable:,} trainable parameters",
         f"data     {experiment.data.name}, {len(data.corpus):,} examples, {experiment.data.partition} partition",
         f"writing  {folder}",
     ]
+
+
+def method_of(experiment: Experiment) -> str:
+    """The method, and what the server adds to it."""
+    added = experiment.server_optimizer_name
+    return experiment.method_name + (f" with {added}" if added else "")
+
+
+def clients_of(experiment: Experiment) -> str:
+    """Who trains."""
+    population = experiment.population
+    if population.pooled:
+        return f"1 client that holds the data of all {population.pooled}, {experiment.train.steps} steps a round"
+    return f"{population.clients} clients, {population.per_round} a round"
 
 
 def closing(summary: Mapping[str, Any], folder: Path) -> list[str]:

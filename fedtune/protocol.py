@@ -106,6 +106,11 @@ class Layout:
         return next((slot.scaling for slot in self.slots if slot.role == "lora_A"), 1.0)
 
     @cached_property
+    def rank(self) -> int:
+        """r of the layers' B A; 0 for adapters that have none."""
+        return max((slot.shape[0] for slot in self.slots if slot.role == "lora_A"), default=0)
+
+    @cached_property
     def is_low_rank(self) -> bool:
         """Whether all that is trained is the A and B of W = W0 + s B A."""
         return {slot.role for slot in self.slots} == {"lora_A", "lora_B"}

@@ -109,6 +109,7 @@ class Server:
         self.folder = folder
         self.view = view
         self.strategy = party.strategy
+        self.adapter_config = b""  # as last written
         self.told: dict[int, Mapping[str, Setting]] = {}  # the settings of each client's last instruction
         self.state: Any = None
         self.run_id = secrets.token_hex(8)  # a resumed run has the one it began with
@@ -249,7 +250,8 @@ class Server:
             # Nobody knows what it kept of this turn: next time it is sent everything
             self.roster.peers[index] = replace(peer, installed_version=0)
         else:
-            self.roster.peers[index] = replace(peer, installed_version=int(told.get(VERSION, 0)))
+            if (version := int(told.get(VERSION, 0))) != peer.installed_version:
+                self.roster.peers[index] = replace(peer, installed_version=version)
             replies.add(peer, update, blob)
             played.count(update)
             part, size = "train", wire.update_bytes(blob, update)
@@ -308,7 +310,9 @@ class Server:
         self.folder.append_ledger(entries)
         self.folder.append_failures(played.failures)
         self.folder.append_metrics(row)
-        self.folder.write_adapter("adapter_config.json", adapter_config(self.party.model))
+        if (config := adapter_config(self.party.model)) != self.adapter_config:  # it changes with the ranks alone
+            self.folder.write_adapter("adapter_config.json", config)
+            self.adapter_config = config
         self.folder.write_adapter("adapter_model.safetensors", adapter_weights(self.party.model))
         self.folder.save_checkpoint(Checkpoint(number, self.experiment.sha256, self.state, self.run_id))
         self.done, self.state_sha256 = number, state_sha256(self.state)

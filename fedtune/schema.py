@@ -50,6 +50,7 @@ def fraction(key: str, value: float) -> None:
 class MethodSpec:
     strategy: dict[str, Any] = option({}, "the server's side: a class and its hyper-parameters")
     client: dict[str, Any] = option({}, "the client's side: a class and its hyper-parameters")
+    pooled: bool = option(False, "one client gets the data of all, and takes the steps of a whole cohort")
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,50 @@ class ModelSpec:
         one_of("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
 
 
+_LAYERED = ("rank", "dropout", "targets")
+
+# The kinds of adapter, and which settings each has
+ADAPTERS: dict[str, tuple[str, ...]] = {
+    "lora": ("alpha", *_LAYERED),
+    "rslora": ("alpha", *_LAYERED),
+    "dora": ("alpha", *_LAYERED),
+    "pissa": ("alpha", *_LAYERED),
+    "ia3": ("targets",),
+    "vera": _LAYERED,
+    "oft": ("block_size", "targets"),
+    "bone": _LAYERED,
+    "adaption_prompt": ("tokens", "layers"),
+    "prompt_tuning": ("tokens",),
+    "prefix_tuning": ("tokens",),
+}
+
+
 @dataclass(frozen=True)
 class AdapterSpec:
-    rank: int = option(8, "r: inner width of B A")
-    alpha: float = option(16.0, "B A is multiplied by alpha / r")
+    kind: str = option("lora", "what is trained; adapter=NAME sets it, and the rest as suits it")
+    rank: int = option(8, "r: inner width of B A, and of VeRA's and Bone's matrices")
+    alpha: float = option(16.0, "B A is multiplied by alpha / r; by alpha / sqrt(r) in rslora")
     dropout: float = option(0.0, "dropout on the adapter's input while training")
     targets: list[str] | None = option(None, "names of the layers to adapt; null lets PEFT choose by architecture")
+    tokens: int = option(10, "adaption_prompt, prompt_tuning, prefix_tuning: how many virtual tokens")
+    layers: int | None = option(None, "adaption_prompt: how many of the topmost layers; null takes all")
+    block_size: int = option(16, "oft: width of a rotated block; has to divide a layer's inputs")
 
     def __post_init__(self) -> None:
+        one_of("adapter.kind", self.kind, tuple(ADAPTERS))
+        for item in fields(self):
+            value, takes = getattr(self, item.name), ADAPTERS[self.kind]
+            if item.name not in ("kind", *takes) and value != item.default:
+                raise ConfigError(
+                    f"adapter.{item.name}={value} means nothing to adapter.kind={self.kind}, "
+                    f"which has {', '.join(takes)}"
+                )
         at_least("adapter.rank", self.rank, 1)
         above_zero("adapter.alpha", self.alpha)
         fraction("adapter.dropout", self.dropout)
+        at_least("adapter.tokens", self.tokens, 1)
+        at_least("adapter.layers", 1 if self.layers is None else self.layers, 1)
+        at_least("adapter.block_size", self.block_size, 2)
 
 
 @dataclass(frozen=True)
@@ -122,8 +156,14 @@ class PopulationSpec:
         "most adapter.rank; null: adapter.rank for all",
     )
     scaling: str = option("equal", "with ranks: equal (one alpha / r for all) or per_rank (one alpha for all)")
+    pooled: int = option(0, "how many clients' data the only client holds, as method=centralized has it; 0: its own")
 
     def __post_init__(self) -> None:
+        at_least("population.pooled", self.pooled, 0)
+        if self.pooled and self.clients != 1:
+            raise ConfigError(
+                f"population.pooled={self.pooled} puts all data with one client, and population.clients={self.clients}"
+            )
         one_of("population.scaling", self.scaling, ("equal", "per_rank"))
         if isinstance(self.ranks, Sequence) and not isinstance(self.ranks, str):
             if not self.ranks or any(not isinstance(r, int) or isinstance(r, bool) or r < 1 for r in self.ranks):
@@ -232,6 +272,9 @@ class Experiment:
     train: TrainSpec = field(default_factory=TrainSpec)
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
+    server_optimizer: dict[str, Any] = option(
+        {}, "how the server steps towards the clients' average; empty: all the way"
+    )
     codec_up: dict[str, Any] = option({}, "what an update looks like on the wire")
     codec_down: dict[str, Any] = option({}, "what a broadcast looks like on the wire")
     rounds: int = option(3, "rounds to run")
@@ -243,16 +286,43 @@ class Experiment:
     def __post_init__(self) -> None:
         at_least("rounds", self.rounds, 1)
         at_least("seed", self.seed, 0)
-        if isinstance(self.population.ranks, list):
-            # The global adapter is as wide as the widest; where alpha / r is equal for all, its alpha grows with it
+        if self.method.pooled and not self.population.pooled:  # else it was pooled already: this is a run's own config
+            self._pool()
+        if isinstance(self.population.ranks, list) and "alpha" in ADAPTERS[self.adapter.kind]:
+            # The global adapter is as wide as the widest; where the scaling is equal for all, its alpha grows with it
             adapter, rank = self.adapter, max(self.population.ranks)
-            grown = adapter.alpha * rank / adapter.rank if self.population.scaling == "equal" else adapter.alpha
+            wider = math.sqrt(rank / adapter.rank) if adapter.kind == "rslora" else rank / adapter.rank
+            grown = adapter.alpha * wider if self.population.scaling == "equal" else adapter.alpha
             object.__setattr__(self, "adapter", replace(adapter, rank=rank, alpha=grown))
+
+    def _pool(self) -> None:
+        """Make all clients one, which takes as many steps a round as a cohort would have taken together."""
+        population, method, cohort = self.population, self.method, self.population.per_round
+        together = replace(population, clients=1, cohort=1, pooled=population.clients)
+        object.__setattr__(self, "population", together)
+        object.__setattr__(self, "train", replace(self.train, steps=self.train.steps * cohort))
+        client, strategy = dict(method.client), dict(method.strategy)
+        if "steps" in client:
+            client["steps"] *= cohort
+        if "clients" in strategy:  # as SCAFFOLD's, which follows population.clients
+            strategy["clients"] = 1
+        object.__setattr__(self, "method", replace(method, client=client, strategy=strategy))
 
     @property
     def method_name(self) -> str:
         """The strategy's module, which is also its name under `method=`."""
         return str(self.method.strategy["_target_"]).split(".")[-2]
+
+    @property
+    def server_optimizer_name(self) -> str | None:
+        """The name under `server_optimizer=`, or None."""
+        return str(self.server_optimizer["_target_"]).split(".")[-2] if self.server_optimizer else None
+
+    @property
+    def strategy(self) -> dict[str, Any]:
+        """The server's whole side: the method's, within the server optimizer's if there is one."""
+        inner = self.method.strategy
+        return {**self.server_optimizer, "base": inner} if self.server_optimizer else inner
 
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share with its beginning: they decide the result's bits, or where

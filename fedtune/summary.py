@@ -29,6 +29,12 @@ def summarise(
     return {
         "name": experiment.name,
         "method": experiment.method_name,
+        "server_optimizer": experiment.server_optimizer_name,
+        "population": {
+            "clients": experiment.population.clients,
+            "cohort": experiment.population.per_round,
+            "pooled": experiment.population.pooled,
+        },
         "status": status,
         "rounds": max(done, 0),
         "seed": experiment.seed,

@@ -29,7 +29,7 @@ def learnt_logits(module: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     counts = batch.targets[:, 1:]
 
     def keep(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0][:, :-1][counts], *inputs[1:])
+        return (inputs[0][:, -batch.tokens.shape[1] : -1][counts], *inputs[1:])  # virtual tokens come first
 
     handle = module.get_output_embeddings().register_forward_pre_hook(keep)
     try:

@@ -32,6 +32,11 @@ def check_traits(experiment: Experiment, traits: Traits) -> None:
             f"method={name} leaves part of the model with each client, so it is evaluated there: data.client_heldout=0 "
             "leaves nothing to do that with. Set it above 0, or evaluate.every=0"
         )
+    if kind == "pissa" and ranks is not None:
+        raise ConfigError(
+            f"population.ranks={ranks}: adapter=pissa takes as many factors out of the base as the widest client has, "
+            "and one with fewer couldn't put them back. Take adapter=lora or rslora"
+        )
     if kind not in LOW_RANK and (traits.needs_low_rank or ranks is not None):
         why = f"method={name} works on B A" if traits.needs_low_rank else f"population.ranks={ranks} is about B A"
         raise ConfigError(f"{why}, which adapter={kind} hasn't got: take adapter={', '.join(LOW_RANK)}")

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.config import choices, compose
+from fedtune.party import Party
+from fedtune.traits import traits_of
+
 ROOT = Path(__file__).resolve().parent.parent
 CORE = sorted((ROOT / "fedtune").rglob("*.py"))
 
@@ -41,7 +45,8 @@ def test_strategies_know_nothing_of_flower_codecs_or_config():
 def test_every_strategy_opens_with_its_source_and_its_bytes():
     for path in (ROOT / "strategies").glob("[a-z]*.py"):
         text = ast.get_docstring(ast.parse(path.read_text()))
-        for word in ("arXiv", "Down", "p_k", "Departs"):
+        control = "control" in text.partition("\n")[0]  # which compares with a paper and comes from none
+        for word in ("Down", "p_k", *(() if control else ("arXiv", "Departs"))):
             assert word in text, f"{path.name} lacks {word}"
 
 
@@ -54,3 +59,17 @@ def test_no_pickle_and_no_tensor_files_that_can_hold_code():
 def test_rooms_stay_small():
     for path in CORE:
         assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_the_docs_tell_of_every_method_what_its_class_says():
+    """A line per method in docs/methods.md, whose column on mixed ranks is the trait."""
+    table = {}
+    for line in (ROOT / "docs" / "methods.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and cells[0].startswith("`"):
+            table |= {name.strip("` "): cells for name in cells[0].split(",") if "=" not in name}
+    assert table.keys() == set(choices("method"))
+    for name, cells in table.items():
+        strategy = Party(compose(["model=tiny", f"method={name}"])).strategy
+        if not hasattr(strategy, "base"):  # else it is as what it is put around
+            assert cells[5].startswith("yes" if traits_of(strategy).mixed_ranks else "no"), name

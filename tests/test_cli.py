@@ -32,7 +32,16 @@ class _nothing:
 def test_run_help_lists_every_group_and_setting(capsys):
     code, out, _ = said(capsys, "run", "--help")
     assert code == 0
-    for word in ("model=", "smollm2", "train.lr=", "population.cohort=", "codec_up=", "resume="):
+    for word in (
+        "model=",
+        "smollm2",
+        "train.lr=",
+        "population.cohort=",
+        "codec_up=",
+        "resume=",
+        "server_optimizer=",
+        "fedyogi",
+    ):
         assert word in out
     assert max(map(len, out.splitlines())) <= 150
 

@@ -16,7 +16,7 @@ def test_every_experiment_composes(name):
     assert compose([f"experiment={name}"]).name == name
 
 
-@pytest.mark.parametrize("group", ["model", "data", "adapter", "population", "runtime", "method"])
+@pytest.mark.parametrize("group", ["model", "data", "adapter", "population", "runtime", "method", "server_optimizer"])
 def test_every_choice_of_a_group_composes_and_reads_back(group):
     for name in choices(group):
         experiment = compose([f"{group}={name}"])
@@ -73,6 +73,9 @@ def test_what_depends_on_the_machine_is_recorded():
         ("experiment=dmo", ["did you mean demo?"]),
         ("methd=fedit", ["'methd'", "did you mean method?"]),
         ("codec_up=rw", ["expected raw", "did you mean raw?"]),
+        ("server_optimizer=fedadm", ["expected fedadagrad, fedadam", "none", "did you mean fedadam"]),
+        ("server_optimiser=fedadam", ["did you mean server_optimizer?"]),
+        ("server_optimizer.lr=1", ["'lr' in 'server_optimizer'"]),
         ("method.strategy.mu=1", ["'mu' in 'method.strategy'"]),
         ("rounds=abc", ["rounds=abc", "could not be converted to Integer"]),
         ("rounds=0", ["rounds=0 is too small: expected at least 1"]),
@@ -122,7 +125,7 @@ def test_every_setting_is_described():
     described = {key for key, _, help in describe_keys() if help}
     schema = yaml.safe_load(compose([]).text())
     for section, values in schema.items():
-        if section in ("overrides", "codec_up", "codec_down", "method"):
+        if section in ("overrides", "codec_up", "codec_down", "method", "server_optimizer"):
             continue
         for key in values if isinstance(values, dict) else [None]:
             assert (f"{section}.{key}" if key else section) in described
@@ -136,3 +139,14 @@ def test_a_class_that_cannot_be_made_is_named():
 def test_the_defaults_in_code_are_those_in_use():
     assert compose([]).train == Experiment().train
     assert (CONF / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in choices("server_optimizer") if name != "none"])
+def test_a_server_optimizers_yaml_lists_all_hyper_parameters_and_reads_back(name):
+    experiment = compose([f"server_optimizer={name}", "method=krum"])
+    module, _, cls = experiment.server_optimizer["_target_"].rpartition(".")
+    fields = {item.name for item in dataclasses.fields(getattr(importlib.import_module(module), cls))}
+    assert fields == experiment.server_optimizer.keys() - {"_target_"} | {"base"}
+    assert experiment.server_optimizer_name == name
+    assert load(experiment.text()) == experiment
+    assert experiment.sha256 != compose(["method=krum"]).sha256

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,11 +25,17 @@ from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.traits import traits_of
 
 METHODS = choices("method")
+PAIRS = Path(__file__).with_name("pairs.jsonl")
 pytestmark = pytest.mark.parametrize("method", METHODS)
 
 
+def of(method):
+    """The words for a method, on few and short examples: most of a small run is tokenising."""
+    return f"method={method}", f"data.path={PAIRS}"
+
+
 def personal(method):
-    return traits_of(Party(compose(["model=tiny", f"method={method}"])).strategy).personal
+    return traits_of(Party(compose(["model=tiny", *of(method)])).strategy).personal
 
 
 def rows(folder, name):
@@ -41,7 +48,7 @@ def without_times(table):
 
 
 def test_two_rounds_learn_and_leave_a_whole_folder(method, small_run):
-    folder = small_run(f"method={method}")
+    folder = small_run(*of(method))
     metrics = rows(folder, "metrics.csv")
     assert [row["round"] for row in metrics] == ["0", "1", "2"]
     assert float(metrics[2]["eval_loss"]) < float(metrics[0]["eval_loss"])
@@ -52,18 +59,18 @@ def test_two_rounds_learn_and_leave_a_whole_folder(method, small_run):
 
 
 def test_one_seed_has_one_result(method, small_run):
-    one, again = small_run(f"method={method}", name="one"), small_run(f"method={method}", name="again")
+    one, again = small_run(*of(method), name="one"), small_run(*of(method), name="again")
     assert summary_of(one)["state_sha256"] == summary_of(again)["state_sha256"]
     assert without_times(rows(one, "metrics.csv")) == without_times(rows(again, "metrics.csv"))
     assert without_times(rows(one, "ledger.csv")) == without_times(rows(again, "ledger.csv"))
-    other = small_run(f"method={method}", "seed=1", name="other")
+    other = small_run(*of(method), "seed=1", name="other")
     assert summary_of(other)["state_sha256"] != summary_of(one)["state_sha256"]
 
 
 def test_resume_equals_uninterrupted(method, tmp_path, small_run):
-    whole = small_run(f"method={method}", name="whole", rounds=4)
-    parts = small_run(f"method={method}", name="parts", rounds=2)
-    run_local(compose([*SMALL, "rounds=4", f"method={method}", f"out={parts}"]), resume=str(parts))
+    whole = small_run(*of(method), name="whole", rounds=4)
+    parts = small_run(*of(method), name="parts", rounds=2)
+    run_local(compose([*SMALL, "rounds=4", *of(method), f"out={parts}"]), resume=str(parts))
     assert summary_of(whole)["state_sha256"] == summary_of(parts)["state_sha256"]
     assert without_times(rows(whole, "metrics.csv")) == without_times(rows(parts, "metrics.csv"))
     assert (whole / "adapter/adapter_model.safetensors").read_bytes() == (
@@ -98,7 +105,7 @@ class CapturingGrid(LocalGrid):
 
 
 def test_the_ledger_is_what_crossed_the_grid(method, tmp_path):
-    grid = run_on(CapturingGrid, make_client_app(), tmp_path / "run", f"method={method}", "rounds=3")
+    grid = run_on(CapturingGrid, make_client_app(), tmp_path / "run", *of(method), "rounds=3")
     booked = [
         (int(r["round"]), int(r["peer"]), r["direction"], int(r["wire_bytes"]), int(r["payload_bytes"]))
         for r in rows(tmp_path / "run", "ledger.csv")
@@ -132,7 +139,7 @@ def test_a_round_goes_on_without_a_client_that_drops_out(method, tmp_path):
             raise ConnectionError("the battery is flat")
         return reply
 
-    overrides = [f"method={method}", "rounds=2", "population.cohort=4"]
+    overrides = [*of(method), "rounds=2", "population.cohort=4"]
     run_on(LocalGrid, tampering_app(drop_the_first), tmp_path / "run", *overrides)
     failures = rows(tmp_path / "run", "failures.csv")
     assert [(r["round"], r["peer"]) for r in failures] == [("1", "0"), ("2", "0")]
@@ -183,7 +190,7 @@ def test_a_lying_client_changes_nothing(method, lie, tmp_path):
             raise ConnectionError("gone")
         return reply
 
-    overrides = [f"method={method}", "rounds=1", "population.cohort=4"]
+    overrides = [*of(method), "rounds=1", "population.cohort=4"]
     run_on(LocalGrid, tampering_app(tamper), tmp_path / "lied", *overrides)
     run_on(LocalGrid, tampering_app(drop), tmp_path / "dropped", *overrides)
     lied, dropped = summary_of(tmp_path / "lied"), summary_of(tmp_path / "dropped")
@@ -207,7 +214,7 @@ def test_fewer_replies_than_the_quorum_stop_the_run_and_keep_what_was_done(metho
             LocalGrid,
             tampering_app(fail_in_round_two),
             tmp_path / "run",
-            f"method={method}",
+            *of(method),
             "rounds=3",
             "population.cohort=4",
         )
@@ -216,15 +223,15 @@ def test_fewer_replies_than_the_quorum_stop_the_run_and_keep_what_was_done(metho
     assert [r["round"] for r in rows(tmp_path / "run", "metrics.csv")] == ["0", "1"]
     assert len(rows(tmp_path / "run", "failures.csv")) == 3
     run_local(
-        compose([*SMALL, f"method={method}", "rounds=3", "population.cohort=4", f"out={tmp_path / 'run'}"]),
+        compose([*SMALL, *of(method), "rounds=3", "population.cohort=4", f"out={tmp_path / 'run'}"]),
         str(tmp_path / "run"),
     )
-    run_local(compose([*SMALL, f"method={method}", "rounds=3", "population.cohort=4", f"out={tmp_path / 'never'}"]))
+    run_local(compose([*SMALL, *of(method), "rounds=3", "population.cohort=4", f"out={tmp_path / 'never'}"]))
     assert summary_of(tmp_path / "run")["state_sha256"] == summary_of(tmp_path / "never")["state_sha256"]
 
 
 def first_updates(method):
-    party = Party(compose([*SMALL, f"method={method}"]))
+    party = Party(compose([*SMALL, *of(method)]))
     state = party.strategy.init(party.model.layout)
     peers = [Peer(index, party.samples(index)) for index in range(4)]
     updates = [party.turn(RUN, peer.index, 1, party.strategy.configure(state, 1, peer)) for peer in peers]
@@ -238,7 +245,7 @@ def test_identical_clients_are_a_fixed_point(method):
     together = strategy.aggregate(state, 1, [(Peer(index, peer.samples), update) for index in range(7)])
     if traits_of(strategy).averages:
         assert state_sha256(alone.adapter) == state_sha256(together.adapter)
-    party = Party(compose([*SMALL, f"method={method}"]))
+    party = Party(compose([*SMALL, *of(method)]))
     one, seven = (change_of(party, strategy.configure(after, 2, Peer(SERVER, 1))) for after in (alone, together))
     assert one.keys() == seven.keys()
     for module, matrix in one.items():
@@ -268,7 +275,7 @@ def test_aggregating_changes_neither_the_old_state_nor_the_updates(method):
 def test_a_turn_leaves_no_trace_in_the_next(method):
     """A client's update is the same whether it goes first or after all others."""
     _, _, forward = first_updates(method)
-    party = Party(compose([*SMALL, f"method={method}"]))
+    party = Party(compose([*SMALL, *of(method)]))
     state = party.strategy.init(party.model.layout)
     backward = {
         index: party.turn(RUN, index, 1, party.strategy.configure(state, 1, Peer(index, 1)))

@@ -7,9 +7,10 @@ import torch
 from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
 
-from fedtune.adapters import LocalModel, adaptable
+from fedtune.adapters import LocalModel
 from fedtune.errors import ClientError, ModelError
 from fedtune.export import adapter_config, adapter_weights
+from fedtune.kinds import adaptable
 from fedtune.models import PACKAGED, _packaged_file, converted, load_base, pick_device, pick_dtype
 from fedtune.protocol import Batch
 from fedtune.schema import AdapterSpec, ModelSpec

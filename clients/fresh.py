@@ -1,0 +1,32 @@
+"""First-order training of a LoRA adapter that begins anew at each turn: A drawn by the client's key, B = 0.
+
+The server's settings: `rank` and `scaling` of the adapter where they are this client's own, and the change of the base
+(fedtune/merging.py), which is what the client goes on from.
+"""
+
+from dataclasses import dataclass
+
+from clients.first_order import FirstOrder
+from fedtune.adapters import LocalModel
+from fedtune.base_change import DENSE
+from fedtune.installing import RANK, SCALING
+from fedtune.lowrank import pairs
+from fedtune.protocol import Batches, Instruction, Tensors, Update
+
+
+@dataclass(frozen=True)
+class Fresh(FirstOrder):
+    dense: bool = False  # answer with the matrix s B A of each layer instead of its factors
+
+    def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
+        settings = instruction.settings
+        scaling = settings.get(SCALING)
+        rank = int(settings.get(RANK, model.layout.rank))
+        model.start_at(rank, None if scaling is None else float(scaling), key)
+        update = super().train(model, batches, instruction, memory, key)
+        if not self.dense:
+            return update
+        factor = update.metrics[SCALING]
+        products = pairs(update.tensors)
+        matrices = {m + DENSE: (p.b.double() @ p.a.double() * factor).float() for m, p in products.items()}
+        return Update(matrices, update.examples, update.metrics)

@@ -1,0 +1,21 @@
+"""Training alone: first-order steps from where this client's last turn ended, with an answer that holds no tensors."""
+
+from dataclasses import dataclass
+
+from clients.first_order import FirstOrder
+from fedtune.adapters import LocalModel
+from fedtune.averaging import narrowed
+from fedtune.installing import install
+from fedtune.protocol import Batches, Instruction, Tensors, Update
+
+
+@dataclass(frozen=True)
+class LocalOnly(FirstOrder):
+    def receive(self, model: LocalModel, instruction: Instruction, memory: Tensors) -> None:
+        own = memory or narrowed(model.layout.initial, int(instruction.settings["rank"]))
+        install(model, Instruction(own, instruction.settings), {})
+
+    def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
+        update = super().train(model, batches, instruction, memory, key)
+        memory.update(update.tensors)
+        return Update({}, update.examples, update.metrics)

@@ -1,0 +1,43 @@
+"""FedAdagrad: a server with Adagrad, around any method that averages.
+
+Reddi, Charles, Zaheer, Garrett, Rush, Konečný, Kumar and McMahan 2021, "Adaptive Federated Optimization",
+arXiv:2003.00295, Algorithm 2.
+
+Let delta_t be the average of the round less the adapter x_t that it began with, as sum_k p_k theta_k - x_t with
+p_k = n_k / sum(n) for FedIT's; the average is the business of the method inside. Number by number,
+
+    m_t = beta1 m_t-1 + (1 - beta1) delta_t        m_-1 = 0
+    v_t = v_t-1 + delta_t^2        v_-1 = tau^2
+    x_t+1 = x_t + lr m_t / (sqrt(v_t) + tau)
+
+Without Adam's bias correction: the paper has none, so early steps are short.
+Down and up: what the method inside sends, nothing more. m and v stay at the server.
+Inexact by intent: the server goes elsewhere than to the mean of its clients, and aggregation_error says how far.
+Mixed ranks, and what lives on the client: as the method inside.
+method=fedadagrad is around FedIT, server_optimizer=fedadagrad around any other; fedtune/server_optimizer.py does both.
+Departs from the paper: both sides' rates are tuned for each task there; lr here suits adapters that clients train by
+AdamW at about 1e-3. A tensor that nobody trained in a round (RoLoRA's frozen factor) neither moves nor changes its m
+and v in it.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedtune.protocol import Tensors
+from fedtune.server_optimizer import ServerOptimizer
+
+
+@dataclass(frozen=True)
+class FedAdagrad(ServerOptimizer):
+    lr: float = 0.01
+    beta1: float = 0.0
+    tau: float = 1e-3  # in units of the adapter: what changes by much less counts little
+
+    def start(self, zeros: Tensor) -> Tensors:
+        return {"m": zeros, "v": zeros + self.tau**2}
+
+    def step(self, delta: Tensor, moments: Tensors) -> tuple[Tensor, Tensors]:
+        m = self.beta1 * moments["m"] + (1 - self.beta1) * delta
+        v = moments["v"] + delta.square()
+        return self.lr * m / (v.sqrt() + self.tau), {"m": m, "v": v}

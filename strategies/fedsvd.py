@@ -1,0 +1,68 @@
+"""FedSVD: clients train B alone, and after each round the SVD of B A gives all a new orthonormal A.
+
+Lee et al. 2025, "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA", arXiv:2505.12805.
+
+    B' = sum_k p_k B_k        U S V^T = B' A        A <- V_r^T      B <- U_r S_r        A: (r, in)   B_k: (out, r)
+
+Up: B of every adapted layer, bytes per scalar times r out a layer.
+Down: A and B, r (in + out) a layer.
+Exact: at one A the product is linear in B, and the SVD of a matrix of rank r keeps it whole.
+Mixed ranks: no. Clients keep nothing.
+The steps: clients/first_order.py. The SVD: fedtune/lowrank.py.
+Where the text is silent: A's first value. Here its rows are orthonormal from the start, those of the layout's A by QR;
+B is 0, so the product doesn't change.
+Departs from the paper: no noise is added to gradients and none is clipped by example, which is what it is made for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedtune.averaging import average
+from fedtune.errors import ConfigError
+from fedtune.installing import TRAIN
+from fedtune.lowrank import LowRank, name_of, pairs, truncated, unpair, widened
+from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+
+
+@dataclass(frozen=True)
+class State:
+    adapter: Tensors  # A and B of every layer, A's rows orthonormal
+
+
+@dataclass(frozen=True)
+class FedSVD:
+    traits: ClassVar[Traits] = Traits(needs_low_rank=True)
+
+    def init(self, layout: Layout) -> State:
+        for module, start in pairs(layout.initial).items():
+            if start.rank > start.a.shape[1]:
+                raise ConfigError(
+                    f"method=fedsvd: layer '{module}' takes {start.a.shape[1]} numbers, so there are no {start.rank} "
+                    f"orthonormal rows: set adapter.rank to {start.a.shape[1]} or less"
+                )
+        return State(orthonormal(layout.initial))
+
+    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+        return Instruction(state.adapter, {TRAIN: "lora_B"})
+
+    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+        expect_like(update.tensors, trained(state.adapter))
+
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+        return State(orthonormal(state.adapter | average(replies, trained(state.adapter))))
+
+
+def trained(adapter: Tensors) -> Tensors:
+    """B of every layer."""
+    ending = name_of("", "lora_B")
+    return {name: tensor for name, tensor in adapter.items() if name.endswith(ending)}
+
+
+def orthonormal(adapter: Tensors) -> Tensors:
+    """The same products with orthonormal rows in A."""
+    products = {}
+    for module, old in pairs(adapter).items():
+        new = widened(truncated(old, old.rank), old.rank, old.a)
+        products[module] = LowRank(new.b.to(old.b.dtype), new.a.to(old.a.dtype))
+    return unpair(products)

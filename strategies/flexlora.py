@@ -1,0 +1,54 @@
+"""FlexLoRA: one global adapter from the SVD of the ideal update, of which each client takes what its rank holds.
+
+Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
+arXiv:2402.11505.
+
+    U S V^T = dW* = sum_k p_k s_k B_k A_k           s_k = alpha / r_k
+    A = V_r^T      B = U_r S_r / s                  at client k's rank and scaling: its first r_k, B times s / s_k
+
+Down and up: A and B of every adapted layer, bytes per scalar times r_k (in + out) a layer.
+Inexact: |dW* - s B A|_F^2 = sum_{i>r} S_i^2, the least possible at rank r (Eckart and Young); 0 where r >= sum_k r_k.
+r is the widest client's. Components come in order of S, so the first r_k of r are the best of rank r_k too.
+Mixed ranks: yes, and mixed s_k. Clients keep nothing.
+The steps: clients/first_order.py. The SVD: fedtune/lowrank.py.
+Departs from the authors' code: the SVD is that of the small core between the stacked factors' QR decompositions, in
+float64, instead of dW* itself, which is never formed. Where dW* has less than rank r, A goes on in orthonormal rows
+made of those it had, and B in zeros.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from fedtune.averaging import for_peer, narrowed
+from fedtune.lowrank import LowRank, pairs, truncated, unpair, widened
+from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.stacking import stacked
+
+
+@dataclass(frozen=True)
+class State:
+    adapter: Tensors  # A and B of every layer at the widest client's rank, components in order of S
+    scaling: float  # s of this adapter
+
+
+@dataclass(frozen=True)
+class FlexLoRA:
+    traits: ClassVar[Traits] = Traits(mixed_ranks=True, needs_low_rank=True)
+
+    def init(self, layout: Layout) -> State:
+        return State(dict(layout.initial), layout.scaling)
+
+    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+        return for_peer(state.adapter, peer, state.scaling)
+
+    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+        expect_like(update.tensors, narrowed(state.adapter, peer.rank))
+
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+        held, products = pairs(state.adapter), {}
+        for module, ideal in stacked(replies, state.scaling):
+            old = held[module]
+            best = widened(truncated(ideal, old.rank), old.rank, old.a)
+            products[module] = LowRank((best.b / state.scaling).to(old.b.dtype), best.a.to(old.a.dtype))
+        return replace(state, adapter=unpair(products))
