@@ -7,10 +7,11 @@ zero. Where alpha / r differs too, its B A counts s_k times and the global one s
     up:    (s_k / s) B_k and A_k, so that s times their product is s_k B_k A_k
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedtune.protocol import Instruction, Peer, Setting, Tensors, Update, share
 
@@ -102,17 +103,30 @@ def own_width(peer: Peer) -> dict[str, Setting]:
 
 
 def for_peer(adapter: Tensors, peer: Peer, scaling: float = 0, rank: int = 0) -> Instruction:
-    """The adapter, or as much of it as `peer` takes.
+    """The adapter, or as much of it as `peer` takes. Peers that take the same are handed the same tensors.
 
     Args:
+        adapter: as the strategy's state holds it: tensors that nobody changes.
         scaling: the adapter's own alpha / r, where the peer's may be another.
         rank: how many components it takes, if not the peer's own number.
     """
-    part = narrowed(adapter, rank or peer.rank)
-    ratios = {name: carried(name, peer, scaling) for name in part}
-    if any(ratio != 1 for ratio in ratios.values()):
-        part = {name: tensor if ratios[name] == 1 else tensor / ratios[name] for name, tensor in part.items()}
-    return Instruction(part, own_width(peer))
+    rank = rank or peer.rank
+    part = {name: _part(name, tensor, rank, carried(name, peer, scaling)) for name, tensor in adapter.items()}
+    return Instruction(adapter if all(part[name] is adapter[name] for name in part) else part, own_width(peer))
+
+
+# What was cut from a tensor, for as long as it lives: made once for all clients of a rank, it is also encoded once
+_parts: MutableMapping[Tensor, dict[tuple[int, float], Tensor]] = WeakTensorKeyDictionary()
+
+
+def _part(name: str, tensor: Tensor, rank: int, ratio: float) -> Tensor:
+    known = _parts.setdefault(tensor, {})
+    if (rank, ratio) not in known:
+        first = _first(name, tensor, rank) if rank else tensor
+        if first is tensor and ratio == 1:
+            return tensor  # kept, it would keep itself alive
+        known[rank, ratio] = first if ratio == 1 else first / ratio
+    return known[rank, ratio]
 
 
 def _first(name: str, tensor: Tensor, rank: int) -> Tensor:

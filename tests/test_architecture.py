@@ -67,7 +67,7 @@ def test_the_docs_tell_of_every_method_what_its_class_says():
     for line in (ROOT / "docs" / "methods.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 7 and cells[0].startswith("`"):
-            table |= {name.strip("` "): cells for name in cells[0].split(",")}
+            table |= {name.strip("` "): cells for name in cells[0].split(",") if "=" not in name}
     assert table.keys() == set(choices("method"))
     for name, cells in table.items():
         strategy = Party(compose(["model=tiny", f"method={name}"])).strategy

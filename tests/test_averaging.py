@@ -7,6 +7,9 @@ multiplies B A by 8; client 1 has rank 2 and multiplies by 2, as does the global
     B   = 1/4 (8/2) [[4, 0], [0, 0], [-4, 0]] + 3/4 [[8, 0], [4, 4], [0, 8]]   = [[10, 0], [3, 3], [-4, 6]]
 """
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +24,7 @@ from fedtune.errors import WireError
 from fedtune.installing import install
 from fedtune.lowrank import pairs
 from fedtune.party import Party
-from fedtune.protocol import Instruction, Peer, Update, share
+from fedtune.protocol import Instruction, Peer, Update, same_instruction, share
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 LIKE = {A: torch.zeros(2, 2), B: torch.zeros(3, 2)}
@@ -117,6 +120,22 @@ def test_who_takes_all_is_handed_the_same_tensors_object():
     wide = for_peer(adapter, Peer(0, 1, rank=4, scaling=SCALING), SCALING).tensors
     assert all(wide[name] is adapter[name] for name in adapter)
     assert narrowed(adapter, 0) is adapter
+
+
+def test_peers_that_take_the_same_part_are_handed_the_same_tensors_for_as_long_as_they_live():
+    adapter = factors(4, 0)
+    peers = [Peer(k, 1, rank=2, scaling=s) for k, s in enumerate((8.0, 8.0, 4.0))]
+    same, again, other = (for_peer(adapter, peer, SCALING) for peer in peers)
+    assert same_instruction(same, again)
+    assert not same_instruction(same, other)
+    halved = "one.lora_B.weight"
+    assert torch.equal(2 * same.tensors[halved], other.tensors[halved])
+    alone = for_peer({halved: adapter[halved]}, peers[0], SCALING)
+    assert alone.tensors[halved] is same.tensors[halved]
+    part = weakref.ref(same.tensors[halved])
+    del same, again, other, alone, adapter
+    gc.collect()
+    assert part() is None
 
 
 def test_narrowing_hands_out_copies_that_hold_no_more_than_they_show():
