@@ -81,7 +81,8 @@ def _portions(replies: Replies) -> Iterator[tuple[int, Replies]]:
         size = sum(tensor.nbytes for tensor in reply[1].tensors.values())
         if held and size > room:
             yield start, held
-            start, held, room = place, [], PORTION_BYTES
+            held.clear()  # it is done with: without this, two portions would be held
+            start, room = place, PORTION_BYTES
         held.append(reply)
         room -= size
     yield start, held

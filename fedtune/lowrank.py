@@ -124,7 +124,10 @@ def widened(product: LowRank, rank: int, rows: Tensor) -> LowRank:
     missing = rank - product.rank
     if missing <= 0:
         return product
-    basis = torch.linalg.qr(torch.cat([product.a, rows.double()]).T).Q.T
+    # What of the rows A doesn't span yet, the most of it first: QR would make something up for what it does span
+    beyond = rows.double() - rows.double() @ product.a.T @ product.a
+    leading = torch.linalg.svd(beyond, full_matrices=False).Vh
+    basis = torch.linalg.qr(torch.cat([product.a, leading]).T).Q.T
     a = torch.cat([product.a, basis[product.rank :], rows.double()])[:rank]
     return LowRank(torch.nn.functional.pad(product.b, (0, missing)), a)
 

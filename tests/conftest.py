@@ -19,12 +19,16 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # several test files run at a time
 )
 
+import hypothesis
 import pytest
 from flwr.clientapp import ClientApp
 
 from fedtune.config import compose
 from fedtune.runtime.app import make_server_app
 from fedtune.runtime.local import LocalGrid, run_local, server_context
+
+hypothesis.settings.register_profile("fedtune", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("fedtune")
 
 # A few small clients on the toy model: a run takes under a second once everything is imported
 SMALL = (

@@ -7,7 +7,10 @@ multiplies B A by 8; client 1 has rank 2 and multiplies by 2, as does the global
     B   = 1/4 (8/2) [[4, 0], [0, 0], [-4, 0]] + 3/4 [[8, 0], [4, 4], [0, 8]]   = [[10, 0], [3, 3], [-4, 6]]
 """
 
+<<<<<<< HEAD
 import gc
+=======
+>>>>>>> h-svd
 import weakref
 
 import numpy as np
@@ -56,6 +59,40 @@ def test_weights_may_be_given_for_all_or_by_name():
     assert by_name[A].tolist() == [[4, 8], [0, 0]]
     assert torch.equal(by_name[B], REPLIES[1][1].tensors[B])
     assert average(REPLIES, LIKE, [0.5, 0.5])[A].tolist() == [[2, 6], [2, 0]]
+
+
+@pytest.mark.parametrize("room", [1, 3000, 1 << 30])
+@pytest.mark.parametrize("block", [1, 7, 1 << 15])
+def test_blocks_and_portions_change_nothing(monkeypatch, room, block):
+    """Updates of 8 * 19 and 4 * 19 float32 numbers: one at a time, several, or all."""
+    replies = [reply(k, 4 - k % 2 * 2, 1.0 + k, 1 + k) for k in range(7)]
+    expected = average(replies, layout().initial, scaling=SCALING)
+    monkeypatch.setattr("fedtune.averaging.BLOCK", block)
+    monkeypatch.setattr("fedtune.averaging.PORTION_BYTES", room)
+    found = average(replies, layout().initial, scaling=SCALING)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-13, atol=1e-13)
+
+
+def test_updates_are_looked_up_once_and_no_more_at_a_time_than_there_is_room_for(monkeypatch):
+    looked_up, alive = [], []
+
+    class Stored(list):
+        def __iter__(self):
+            for place in range(len(self)):
+                peer, update = super().__getitem__(place)
+                fresh = Update({name: t.clone() for name, t in update.tensors.items()}, update.examples)
+                looked_up.append(place)
+                alive.append(weakref.ref(fresh))
+                assert sum(ref() is not None for ref in alive) <= 2 + 1
+                yield peer, fresh
+                del fresh
+
+    size = sum(t.nbytes for t in reply(0)[1].tensors.values())
+    monkeypatch.setattr("fedtune.averaging.PORTION_BYTES", 2 * size)
+    replies = [reply(k) for k in range(6)]
+    average(Stored(replies), layout().initial, [1 / 6] * 6)
+    assert looked_up == list(range(6))
 
 
 def test_only_what_is_asked_for_is_averaged():

@@ -118,6 +118,13 @@ def test_the_narrowest_form_is_the_same_matrix(shape):
     np.testing.assert_allclose(whole(found), whole(product), atol=1e-12)
 
 
+def test_new_rows_stay_within_what_the_old_ones_span():
+    """A matrix of zeros, whose singular vectors are the first of the rows themselves."""
+    rows = drawn(1, 9, 4, 5).a
+    wide = widened(truncated(LowRank(torch.zeros(2, 4, dtype=torch.float64), rows), 4), 4, rows)
+    np.testing.assert_allclose(rows @ wide.a.T @ wide.a, rows, atol=1e-12)
+
+
 @pytest.mark.parametrize(("rank", "n"), [(5, 9), (9, 9), (12, 9)])
 def test_widening_keeps_the_product_and_leaves_no_dead_component(rank, n):
     product, rows = truncated(drawn(6, n, 3), 3), drawn(1, n, rank, 5).a

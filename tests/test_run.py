@@ -240,6 +240,16 @@ def test_any_state_comes_back_from_its_tree(value, shape):
     assert state_sha256(back) == state_sha256(state)
 
 
+def test_what_stands_twice_in_a_state_is_written_once_and_comes_back_twice(tmp_path):
+    """A first merge is the whole residual too. Parts of one tensor are kept apart."""
+    big, path = torch.randn(1000, 10), tmp_path / "state.safetensors"
+    state = State({"a": big, "more": [{"a": big, "rows": big[500:], "again": big[:500]}]})
+    save_checkpoint(path, Checkpoint(1, "x", state, "0" * 16))
+    assert path.stat().st_size < 2.2 * big.nbytes
+    back = load_checkpoint(path, State({})).state
+    assert state_sha256(back) == state_sha256(state)
+
+
 def test_a_state_that_cannot_be_kept_exactly_is_refused_by_place():
     with pytest.raises(TypeError, match="state/adapter/x: a checkpoint can't hold a set"):
         flatten(State({"x": {1, 2}}))
