@@ -7,10 +7,7 @@ multiplies B A by 8; client 1 has rank 2 and multiplies by 2, as does the global
     B   = 1/4 (8/2) [[4, 0], [0, 0], [-4, 0]] + 3/4 [[8, 0], [4, 4], [0, 8]]   = [[10, 0], [3, 3], [-4, 6]]
 """
 
-<<<<<<< HEAD
 import gc
-=======
->>>>>>> h-svd
 import weakref
 
 import numpy as np
