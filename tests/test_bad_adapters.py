@@ -1,6 +1,7 @@
 """Adapters that don't fit together: each mismatch has an error that names it, before it costs anything."""
 
 import csv
+from pathlib import Path
 
 import pytest
 from conftest import run_on, summary_of
@@ -9,6 +10,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune import wire
 from fedtune.cli import main
+from fedtune.codecs.raw import Raw
 from fedtune.config import build, choices, compose
 from fedtune.errors import ConfigError, DataError
 from fedtune.party import Party
@@ -17,6 +19,7 @@ from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
 from fedtune.traits import traits_of
 
+FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples
 NOWHERE = "model.path=/nowhere/at/all"  # loading it is another error
 MIXED = [
     name
@@ -50,10 +53,9 @@ def test_methods_for_mixed_ranks_take_them(method):
 def with_alpha_halved(index, reply):
     """Client 1 multiplied B A by half of what it was told, and says so."""
     if index == 1:
-        raw = Party(compose(["model=tiny"])).codec_up
-        update = wire.unpack_update(reply.content, wire.blob_of(reply.content), raw)
+        update = wire.unpack_update(reply.content, wire.blob_of(reply.content), Raw())
         metrics = {**update.metrics, "scaling": update.metrics["scaling"] / 2}
-        reply.content = wire.pack_update(Update(update.tensors, update.examples, metrics), raw, 0)
+        reply.content = wire.pack_update(Update(update.tensors, update.examples, metrics), Raw(), 0)
     return reply
 
 
@@ -81,7 +83,7 @@ def test_a_client_with_another_alpha_is_left_out_and_both_are_named(overrides, s
             raise ConnectionError("gone")
         return reply
 
-    words = [*overrides, "rounds=1", "population.cohort=4"]
+    words = [*overrides, FEW, "rounds=1", "population.cohort=4"]
     run_on(LocalGrid, app_with(with_alpha_halved), tmp_path / "run", *words)
     with (tmp_path / "run" / "failures.csv").open(newline="") as stream:
         failures = list(csv.DictReader(stream))
@@ -98,7 +100,7 @@ def test_a_client_that_claims_no_samples_is_left_out(tmp_path):
             reply.content["metrics"] = MetricRecord({**record, "examples": 0})
         return reply
 
-    run_on(LocalGrid, app_with(none), tmp_path / "run", "rounds=1", "population.cohort=4")
+    run_on(LocalGrid, app_with(none), tmp_path / "run", FEW, "rounds=1", "population.cohort=4")
     with (tmp_path / "run" / "failures.csv").open(newline="") as stream:
         failures = list(csv.DictReader(stream))
     assert len(failures) == 1

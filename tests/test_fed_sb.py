@@ -5,6 +5,7 @@ moves W by -lr s^2 B0 B0^T G A0^T A0.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from fedtune.training import loss_of
 from strategies.fed_sb import FedSB
 
 RUN = "0" * 16
+FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples
 GOLDEN = [-0.138051972, 0.672917306, -0.605895519]
 
 
@@ -93,7 +95,7 @@ def test_a_base_that_needs_its_b_and_a_is_refused():
 
 
 def party_with(*overrides):
-    return Party(compose([*SMALL, "method=fed_sb", *overrides]))
+    return Party(compose([*SMALL, "method=fed_sb", FEW, *overrides]))
 
 
 def some_core(party, scale=0.05):
@@ -185,7 +187,7 @@ def test_the_exported_adapter_is_a_plain_lora_with_the_evaluated_weights(small_r
     """Loaded by PEFT alone onto the base alone, it scores as the run's last round did."""
     from peft import PeftModel
 
-    folder = small_run("method=fed_sb", "train.lr=1e-2")
+    folder = small_run("method=fed_sb", FEW, "train.lr=1e-2")
     party = party_with("train.lr=1e-2")
     plain = load_base(party.experiment.model, pick_device("cpu")).model
     module = PeftModel.from_pretrained(plain, str(folder / "adapter")).eval()
@@ -198,6 +200,6 @@ def test_the_exported_adapter_is_a_plain_lora_with_the_evaluated_weights(small_r
 
 
 def test_the_runs_own_meter_says_exact(small_run):
-    lines = (small_run("method=fed_sb", rounds=3) / "metrics.csv").read_text().splitlines()
+    lines = (small_run("method=fed_sb", FEW, rounds=3) / "metrics.csv").read_text().splitlines()
     place = lines[0].split(",").index("aggregation_error")
     assert all(float(line.split(",")[place]) < 1e-6 for line in lines[2:])

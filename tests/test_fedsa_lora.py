@@ -4,6 +4,7 @@ Two clients with 1 and 3 examples: A = 1/4 A_0 + 3/4 A_1. Up and down r in a lay
 """
 
 import csv
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fedtune.runtime.local import run_local
 from strategies.fedsa_lora import FedSALoRA
 
 RUN = "0" * 16
+FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples
 
 
 def test_a_alone_travels_and_is_averaged_by_samples():
@@ -42,7 +44,7 @@ def test_an_update_with_b_in_it_is_refused():
 
 
 def party_in(folder):
-    return Party(compose([*SMALL, "method=fedsa_lora", f"out={folder}"]))
+    return Party(compose([*SMALL, "method=fedsa_lora", FEW, f"out={folder}"]))
 
 
 def bs(party):
@@ -98,7 +100,7 @@ def test_a_turn_that_fails_leaves_the_b_from_before(tmp_path, monkeypatch):
 
 
 def test_a_run_with_partial_cohorts_resumes_to_the_same_models(small_run):
-    words = ["method=fedsa_lora", "population.cohort=2"]
+    words = ["method=fedsa_lora", FEW, "population.cohort=2"]
     whole = small_run(*words, name="whole", rounds=4)
     parts = small_run(*words, name="parts", rounds=2)
     run_local(compose([*SMALL, *words, "rounds=4", f"out={parts}"]), resume=str(parts))

@@ -1,5 +1,7 @@
 """FFA-LoRA: exact, at equal and at mixed ranks and scalings, and A stays where it starts."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import SMALL
@@ -15,6 +17,7 @@ from fedtune.protocol import Instruction, Peer
 from strategies.ffa_lora import FFALoRA
 
 RUN = "0" * 16
+FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples
 
 
 def test_b_is_averaged_by_samples_and_scaling():
@@ -52,7 +55,7 @@ def test_bytes_are_those_of_b_alone(rank):
 
 
 def party_with(*overrides):
-    return Party(compose([*SMALL, "method=ffa_lora", "train.weight_decay=0.1", *overrides]))
+    return Party(compose([*SMALL, "method=ffa_lora", FEW, "train.weight_decay=0.1", *overrides]))
 
 
 @pytest.mark.parametrize("overrides", [(), ("population.ranks=[8,3]", "population.scaling=per_rank")])
@@ -89,6 +92,6 @@ def test_the_next_client_can_train_all_again():
 def test_the_runs_own_meter_says_exact(small_run):
     words = ("population.ranks=[8,4,2]", "population.scaling=per_rank", "rounds=3")
     for name, overrides in (("equal", ()), ("mixed", words)):
-        lines = (small_run("method=ffa_lora", *overrides, name=name) / "metrics.csv").read_text().splitlines()
+        lines = (small_run("method=ffa_lora", FEW, *overrides, name=name) / "metrics.csv").read_text().splitlines()
         place = lines[0].split(",").index("aggregation_error")
         assert all(float(line.split(",")[place]) < 1e-6 for line in lines[2:])

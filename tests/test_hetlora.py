@@ -14,6 +14,7 @@ norms are 5.
 """
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from strategies.hetlora import HetLoRA, State, _weights, rank_of
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 RUN = "0" * 16
+FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples
 
 
 def by_hand():
@@ -141,7 +143,7 @@ def test_a_tail_of_zeros_has_no_gradient_rather_than_nan():
 
 
 def party_with(*overrides):
-    return Party(compose([*SMALL, "method=hetlora", "adapter.rank=4", *overrides]))
+    return Party(compose([*SMALL, "method=hetlora", FEW, "adapter.rank=4", *overrides]))
 
 
 def turn(party, state, **hyper):
@@ -235,7 +237,7 @@ def test_tensors_of_another_rank_than_the_one_that_is_named_are_refused():
 
 def test_a_run_in_which_ranks_shrink_resumes_to_the_same_state(small_run):
     """With this lam every client gives up half its rank once it has one to lose, so bytes fall from round to round."""
-    words = ["method=hetlora", "adapter.rank=8", "method.strategy.gamma=0.5", "method.strategy.lam=100.0",
+    words = ["method=hetlora", FEW, "adapter.rank=8", "method.strategy.gamma=0.5", "method.strategy.lam=100.0",
              "population.cohort=4", "train.lr=5e-3"]  # fmt: skip
     whole = small_run(*words, name="whole", rounds=4)
     parts = small_run(*words, name="parts", rounds=2)

@@ -5,6 +5,7 @@ P(r) is the sum over layers of r (in + out); the tiny model's layers are not squ
 """
 
 import csv
+from pathlib import Path
 
 import pytest
 from conftest import SMALL
@@ -14,11 +15,12 @@ from fedtune.lowrank import pairs
 from fedtune.party import Party
 
 HEADER = 128
+FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples
 
 
 def sides():
     """(out, in) of every adapted layer."""
-    model = Party(compose(SMALL)).model
+    model = Party(compose([*SMALL, FEW])).model
     return [(p.b.shape[0], p.a.shape[1]) for p in pairs(model.layout.initial).values()]
 
 
@@ -59,7 +61,7 @@ def check(payload, count, tensors):
 def test_with_equal_ranks(method, small_run):
     layers = sides()
     up, down = EQUAL[method]
-    for _, _, direction, payload in payloads(small_run(f"method={method}")):
+    for _, _, direction, payload in payloads(small_run(f"method={method}", FEW)):
         check(payload, sum((up if direction == "up" else down)(m, n) for m, n in layers), 2 * len(layers))
 
 
@@ -68,7 +70,7 @@ def test_with_equal_ranks(method, small_run):
 )
 def test_with_mixed_ranks_each_client_pays_for_its_own(method, numbers, small_run):
     layers, ranks = sides(), [8, 4, 2]
-    words = (f"method={method}", "population.ranks=[8,4,2]", "population.cohort=4")
+    words = (f"method={method}", FEW, "population.ranks=[8,4,2]", "population.cohort=4")
     seen = set()
     for _, peer, _, payload in payloads(small_run(*words)):
         check(payload, sum(numbers(ranks[peer % 3])(m, n) for m, n in layers), 2 * len(layers))
@@ -81,5 +83,5 @@ def test_rolora_moves_one_factor_each_way_once_everybody_is_there(small_run):
     a, b = (sum(each(8)(m, n) for m, n in layers) for each in (only_a, only_b))
     up = {1: b, 2: a, 3: b, 4: a}
     down = {1: 0, 2: b, 3: a, 4: b}
-    for number, _, direction, payload in payloads(small_run("method=rolora", "population.cohort=4", rounds=4)):
+    for number, _, direction, payload in payloads(small_run("method=rolora", FEW, "population.cohort=4", rounds=4)):
         check(payload, (up if direction == "up" else down)[number], len(layers))

@@ -11,6 +11,7 @@ and one that missed round t - 1 both, 76.
 import csv
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from fedtune.runtime.local import run_local
 from strategies.rolora import RoLoRA, active
 
 RUN = "0" * 16
+FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples
 METHOD = RoLoRA()
 
 
@@ -100,7 +102,7 @@ def test_all_who_lack_the_same_are_handed_the_same_tensors():
 
 
 def party_with(*overrides):
-    return Party(compose([*SMALL, "method=rolora", *overrides]))
+    return Party(compose([*SMALL, "method=rolora", FEW, *overrides]))
 
 
 @cache
@@ -165,7 +167,7 @@ WHOLE = "method.strategy._target_=remembering_nothing.Whole"
 
 @pytest.mark.parametrize("ranks", [(), ("population.ranks=[8,4,2]", "population.scaling=per_rank")])
 def test_a_run_with_partial_cohorts_ends_as_one_that_sends_all_and_costs_less(ranks, small_run):
-    words = ["method=rolora", "population.cohort=2", *ranks]
+    words = ["method=rolora", FEW, "population.cohort=2", *ranks]
     spared, whole = (
         small_run(*words, *more, name=name, rounds=6) for name, more in (("spared", []), ("whole", [WHOLE]))
     )
@@ -179,7 +181,7 @@ def test_a_run_with_partial_cohorts_ends_as_one_that_sends_all_and_costs_less(ra
 
 
 def test_a_run_that_is_resumed_ends_the_same_and_moves_the_same_bytes(small_run):
-    words = ["method=rolora", "population.cohort=2"]
+    words = ["method=rolora", FEW, "population.cohort=2"]
     whole = small_run(*words, name="whole", rounds=6)
     parts = small_run(*words, name="parts", rounds=3)
     run_local(compose([*SMALL, *words, "rounds=6", f"out={parts}"]), resume=str(parts))
