@@ -254,3 +254,11 @@ def test_hyper_parameters_out_of_range_are_named():
     for wrong in ({"gamma": 1.5}, {"lam": -1.0}, {"r_min": 0}, {"norm": "rows"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             HetLoRA(**wrong)
+
+
+def test_an_adapter_that_holds_a_part_of_the_base_is_not_pruned():
+    """PiSSA's W0 is the weight less s B A."""
+    start = layout()
+    moved = Layout(start.slots, {name: t + 1 for name, t in start.initial.items()})
+    with pytest.raises(ConfigError, match="have to start as nothing"):
+        HetLoRA().init(moved)
