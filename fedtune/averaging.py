@@ -16,7 +16,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fedtune.protocol import Instruction, Peer, Setting, Tensors, Update, share
 
 Replies = Sequence[tuple[Peer, Update]]
-BLOCK = 1 << 15  # numbers of each tensor that are summed at a time
 PORTION_BYTES = 1 << 30  # of updates that are held at a time
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
@@ -34,43 +33,22 @@ def average(
     """
     weights = weights or share(replies)
     means: Tensors = {}
-    sums: Tensors = {}  # of what was passed over, where the updates are too many to be looked up at once
+    sums: Tensors = {}  # of what was passed over, where the updates are too many to be held at once
     for start, portion in _portions(replies):
         last = start + len(portion) == len(replies)
+        # Name by name: one sum stays in the processor's cache, where all of them in turn would not
         for name, tensor in like.items():
+            total = sums.pop(name) if start else torch.zeros(tensor.shape, dtype=torch.float64)
             own = weights[name] if isinstance(weights, Mapping) else weights
-            factors = [own[start + place] * carried(name, peer, scaling) for place, (peer, _) in enumerate(portion)]
-            part = weighted_sum([update.tensors[name] for _, update in portion], factors, tensor.shape)
-            if name in sums:
-                part += sums.pop(name)
+            for place, (peer, update) in enumerate(portion, start):
+                part = update.tensors[name]
+                into = total if part.shape == total.shape else total[tuple(map(slice, part.shape))]
+                into.add_(part, alpha=own[place] * carried(name, peer, scaling))
             if last:
-                means[name] = part.to(tensor.dtype)
+                means[name] = total.to(tensor.dtype)
             else:
-                sums[name] = part
+                sums[name] = total
     return means
-
-
-def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], shape: torch.Size) -> Tensor:
-    """sum_k w_k theta_k in float64; narrower tensors count as padded with zeros up to `shape`.
-
-    A plain sum that widens each tensor as a whole spends most of its time on moving float64 to memory and back. Here
-    they are widened in blocks, side by side, small enough for the sum over all of them to find them in the cache.
-    """
-    total = torch.zeros(shape, dtype=torch.float64)
-    full = [(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if tensor.shape == shape]
-    if full:
-        factors = torch.tensor([weight for _, weight in full], dtype=torch.float64)
-        blocks = [torch.split(tensor.reshape(-1), BLOCK) for tensor, _ in full]
-        rows = torch.empty(len(full), min(BLOCK, total.numel()), dtype=torch.float64)
-        for place, part in enumerate(torch.split(total.view(-1), BLOCK)):
-            wide = rows[:, : len(part)]
-            for row, own in zip(wide, blocks, strict=True):
-                row.copy_(own[place])
-            part.addmv_(wide.T, factors)
-    for tensor, weight in zip(tensors, weights, strict=True):
-        if tensor.shape != shape:
-            total[tuple(map(slice, tensor.shape))].add_(tensor, alpha=weight)
-    return total
 
 
 def _portions(replies: Replies) -> Iterator[tuple[int, Replies]]:

@@ -58,17 +58,14 @@ def test_weights_may_be_given_for_all_or_by_name():
     assert average(REPLIES, LIKE, [0.5, 0.5])[A].tolist() == [[2, 6], [2, 0]]
 
 
-@pytest.mark.parametrize("room", [1, 3000, 1 << 30])
-@pytest.mark.parametrize("block", [1, 7, 1 << 15])
-def test_blocks_and_portions_change_nothing(monkeypatch, room, block):
-    """Updates of 8 * 19 and 4 * 19 float32 numbers: one at a time, several, or all."""
+@pytest.mark.parametrize("room", [1, 3000])
+def test_portions_change_nothing(monkeypatch, room):
+    """Updates of 4 * 19 or 2 * 19 float64 numbers: one at a time, or several."""
     replies = [reply(k, 4 - k % 2 * 2, 1.0 + k, 1 + k) for k in range(7)]
     expected = average(replies, layout().initial, scaling=SCALING)
-    monkeypatch.setattr("fedtune.averaging.BLOCK", block)
     monkeypatch.setattr("fedtune.averaging.PORTION_BYTES", room)
     found = average(replies, layout().initial, scaling=SCALING)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-13, atol=1e-13)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_updates_are_looked_up_once_and_no_more_at_a_time_than_there_is_room_for(monkeypatch):
@@ -81,7 +78,7 @@ def test_updates_are_looked_up_once_and_no_more_at_a_time_than_there_is_room_for
                 fresh = Update({name: t.clone() for name, t in update.tensors.items()}, update.examples)
                 looked_up.append(place)
                 alive.append(weakref.ref(fresh))
-                assert sum(ref() is not None for ref in alive) <= 2 + 1
+                assert sum(ref() is not None for ref in alive) <= 2 + 2  # this one, and the last of those before
                 yield peer, fresh
                 del fresh
 
