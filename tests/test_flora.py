@@ -241,6 +241,17 @@ def test_a_client_begins_anew_with_a_rank_and_a_draw_of_its_own():
         assert not torch.equal(tensor, later.tensors[name])
 
 
+def test_a_is_drawn_by_the_clients_key():
+    """Steps so small that A stays where it began: uniform in +-1/sqrt(48)."""
+    started = []
+    for index in (0, 1):
+        _, update = turn("method=flora", "train.lr=1e-9", peer=Peer(index, 9))
+        started.append([product.a for product in pairs(update.tensors).values()])
+    for one, other in zip(*started, strict=True):
+        assert (one - other).abs().mean() > 0.3 / 48**0.5  # of two independent draws: 2/3 of the bound
+        assert 0.9 / 48**0.5 < one.abs().max() < 1.001 / 48**0.5
+
+
 @pytest.mark.parametrize("scaling", [2.0, 5.0])
 def test_the_control_sends_what_flora_sends_multiplied_out(scaling):
     peer = Peer(1, 9, rank=3, scaling=scaling)

@@ -112,28 +112,29 @@ def test_who_was_away_is_sent_what_it_lacks_and_holds_the_servers_bits(method, s
 
 @pytest.mark.parametrize("method", ["flora", "fedex_lora"])
 def test_after_a_turn_that_failed_everything_is_sent_again(method, states, tmp_path):
-    """Client 0 answers rubbish in round 2, having kept what it was sent: nobody but itself knows that."""
+    """Client 0, known to hold version 1, answers rubbish in round 3, having kept what it was sent: nobody but itself
+    knows that."""
     inner, app = make_client_app(), ClientApp()
     app.query()(lambda message, context: inner(message, context))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         reply = inner(message, context)
-        if context.node_config["partition-id"] == 0 and message.metadata.group_id == "2":
+        if context.node_config["partition-id"] == 0 and message.metadata.group_id == "3":
             del reply.content["metrics"]
         return reply
 
     folder = tmp_path / "run"
-    words = [f"method={method}", "rounds=4", "adapter.rank=1", "population.cohort=4"]
+    words = [f"method={method}", "rounds=5", "adapter.rank=1", "population.cohort=4"]
     grid = run_on(Listening, app, folder, *words)
-    assert [(r["round"], r["peer"]) for r in rows(folder, "failures.csv")] == [("2", "0")]
+    assert [(r["round"], r["peer"]) for r in rows(folder, "failures.csv")] == [("3", "0")]
     built_on = {place: settings[FROM] for place, (settings, _) in grid.sent.items()}
-    assert [built_on[number, 0] for number in (1, 2, 3, 4)] == [0, 0, 0, 2]
-    assert [built_on[number, 1] for number in (1, 2, 3, 4)] == [0, 0, 1, 2]
-    whole, last = (load(grid.sent[3, index][1]) for index in (0, 1))
+    assert [built_on[number, 0] for number in range(1, 6)] == [0, 0, 1, 0, 3]
+    assert [built_on[number, 1] for number in range(1, 6)] == [0, 0, 1, 2, 3]
+    whole, last = (load(grid.sent[4, index][1]) for index in (0, 1))
     assert size_of(whole) > size_of(last)
-    memory = kept_by(folder, 0, 4)
-    assert all(torch.equal(memory[name], tensor) for name, tensor in states[2].merged.total.items())
+    memory = kept_by(folder, 0, 5)
+    assert all(torch.equal(memory[name], tensor) for name, tensor in states[3].merged.total.items())
 
 
 @pytest.mark.parametrize("limit", [256, 3])
