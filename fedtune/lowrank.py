@@ -62,47 +62,36 @@ def stack(terms: Sequence[LowRank], weights: Sequence[float] | None = None) -> L
     return LowRank(b, a)
 
 
-def svd(product: LowRank, kept: Callable[[Tensor], int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of B A, at the cost of its inner width: QR of both factors, SVD of the core.
+def principal(product: LowRank, kept: Callable[[Tensor], int]) -> tuple[LowRank, Tensor]:
+    """The leading part of the singular value decomposition U S V^T of B A, at the cost of its inner width: QR of both
+    factors, SVD of the small core between them.
 
     Args:
-        kept: how many of the leading singular vectors are wanted, given all singular values; None wants all. The others
-            are never brought to full size.
+        kept: how many singular values to keep, given all of them in descending order.
 
     Returns:
-        u: (m, k) with orthonormal columns; k, where all are wanted, is min(m, n, r).
-        s: all singular values, descending.
-        v: (k, n) with orthonormal rows.
+        B = U_r S_r (m, r) and A = V_r^T (r, n), whose rows are orthonormal; and all min(m, n, r) singular values.
     """
+    b = product.b.double()
     # Householder QR, not Cholesky: stacked factors of like clients are as good as rank-deficient
-    left, right = torch.geqrf(product.b.double()), torch.geqrf(product.a.double().T)
-    u, s, v = torch.linalg.svd(_triangle(left[0]) @ _triangle(right[0]).T, full_matrices=False)
-    rank = len(s) if kept is None else kept(s)
-    # Q stays in reflectors, which are applied to what is kept: half the work of forming Q
-    return _rotated(left, u[:, :rank]), s, _rotated(right, v[:rank].T).T
-
-
-def _triangle(reflectors: Tensor) -> Tensor:
-    """R, which geqrf leaves above the reflectors."""
-    return reflectors[: reflectors.shape[1]].triu()
-
-
-def _rotated(factored: tuple[Tensor, Tensor], columns: Tensor) -> Tensor:
-    """Q times `columns`."""
-    reflectors, tau = factored
-    padded = columns.new_zeros(reflectors.shape[0], columns.shape[1])
-    padded[: columns.shape[0]] = columns
-    return torch.ormqr(reflectors[:, : len(tau)], tau, padded)
+    reflectors, tau = torch.geqrf(product.a.double().T)
+    triangle = reflectors[: reflectors.shape[1]].triu()
+    _, s, v = torch.linalg.svd(torch.linalg.qr(b, mode="r").R @ triangle.T, full_matrices=False)
+    v = v[: kept(s)]
+    # U S = (B A) V, and A V is small: of the two Q, only A's is needed, and it stays in its reflectors
+    padded = v.new_zeros(reflectors.shape[0], len(v))
+    padded[: v.shape[1]] = v.T
+    rows = torch.ormqr(reflectors[:, : len(tau)], tau, padded).T.contiguous()
+    return LowRank(b @ (triangle.T @ v.T), rows), s
 
 
 def truncated(product: LowRank, rank: int) -> LowRank:
-    """The nearest matrix of that rank (Eckart and Young), or of less where there is no more: B = U_r S_r, A = V_r."""
-    u, s, v = svd(product, lambda s: min(rank, len(s)))
-    return LowRank(u * s[: v.shape[0]], v)
+    """The nearest matrix of that rank (Eckart and Young), or of less where there is no more: B = U_r S_r, A = V_r^T."""
+    return principal(product, lambda s: min(rank, len(s)))[0]
 
 
 def by_energy(product: LowRank, energy: float) -> LowRank:
-    """B = U_r S_r and A = V_r of the smallest rank, at least 1, whose squared singular values make up the fraction
+    """B = U_r S_r and A = V_r^T of the smallest rank, at least 1, whose squared singular values make up the fraction
     `energy` of all. With 1 that is the numerical rank."""
 
     def rank(s: Tensor) -> int:
@@ -110,8 +99,7 @@ def by_energy(product: LowRank, energy: float) -> LowRank:
         noise = s[0] * max(product.b.shape[0], product.a.shape[1]) * torch.finfo(s.dtype).eps
         return max(1, int(((tail > (1 - energy) * tail[0]) & (s > noise)).sum()))
 
-    u, s, v = svd(product, rank)
-    return LowRank(u * s[: v.shape[0]], v)
+    return principal(product, rank)[0]
 
 
 def widened(product: LowRank, rank: int, rows: Tensor) -> LowRank:

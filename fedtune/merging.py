@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedtune.errors import ClientError
-from fedtune.lowrank import LowRank, narrowest, stack, svd
+from fedtune.lowrank import LowRank, narrowest, principal, stack
 from fedtune.protocol import Instruction, Setting, Tensors
 
 B, A = ".residual_B", ".residual_A"  # MODULE.residual_B (out, R) and MODULE.residual_A (R, in), float32
@@ -50,11 +50,10 @@ class Merged:
         cut: dict[str, LowRank] = {}
         lost = whole = 0.0
         for module in held | added:
-            u, s, v = svd(
-                stack([part[module] for part in (held, added) if module in part]), lambda s: min(limit, len(s))
-            )
-            cut[module] = LowRank((u * s[: v.shape[0]]).float(), v.float())
-            lost += float(s[v.shape[0] :].square().sum())
+            product = stack([part[module] for part in (held, added) if module in part])
+            best, s = principal(product, lambda s: min(limit, len(s)))
+            cut[module] = LowRank(best.b.float(), best.a.float())
+            lost += float(s[best.rank :].square().sum())
             whole += float(s.square().sum())
         return Merged(version, as_residual(cut), [], math.sqrt(lost / whole) if whole else 0.0)
 
