@@ -23,7 +23,7 @@ from typing import ClassVar
 from fedtune.averaging import for_peer, narrowed
 from fedtune.lowrank import LowRank, pairs, truncated, unpair, widened
 from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
-from fedtune.stacking import stacked
+from fedtune.stacking import each_layer, stacked
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,11 @@ class FlexLoRA:
         expect_like(update.tensors, narrowed(state.adapter, peer.rank))
 
     def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
-        held, products = pairs(state.adapter), {}
-        for module, ideal in stacked(replies, state.scaling):
+        held = pairs(state.adapter)
+
+        def best(module: str, ideal: LowRank) -> LowRank:
             old = held[module]
-            best = widened(truncated(ideal, old.rank), old.rank, old.a)
-            products[module] = LowRank((best.b / state.scaling).to(old.b.dtype), best.a.to(old.a.dtype))
-        return replace(state, adapter=unpair(products))
+            found = widened(truncated(ideal, old.rank), old.rank, old.a)
+            return LowRank(found.b / state.scaling, found.a).to(old.a.dtype)
+
+        return replace(state, adapter=unpair(each_layer(stacked(replies, state.scaling), best)))

@@ -22,10 +22,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedtune.lowrank import LowRank
+import torch
+
 from fedtune.protocol import Instruction, Layout, Peer, Traits, Update
 from fedtune.schema import at_least
-from fedtune.stacking import State, begin, check_factors, instruct, stacked
+from fedtune.stacking import State, begin, check_factors, each_layer, instruct, stacked
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,5 @@ class FLoRA:
         check_factors(state, peer, update)
 
     def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
-        # To float32 layer by layer: the float64 stacks of all layers at once would take twice the updates' room
-        change = {m: LowRank(product.b.float(), product.a.float()) for m, product in stacked(replies, state.scaling)}
+        change = each_layer(stacked(replies, state.scaling), lambda _, stack: stack.to(torch.float32))
         return replace(state, merged=state.merged.merge(change, self.residual_rank))

@@ -22,11 +22,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+
 from fedtune.errors import ConfigError
 from fedtune.lowrank import LowRank, by_energy
 from fedtune.protocol import Instruction, Layout, Peer, Traits, Update
 from fedtune.schema import at_least
-from fedtune.stacking import State, begin, check_factors, instruct, stacked
+from fedtune.stacking import State, begin, check_factors, each_layer, instruct, stacked
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class FLoRIST:
         check_factors(state, peer, update)
 
     def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
-        change = {}
-        for module, product in stacked(replies, state.scaling):
-            cut = by_energy(product, self.energy)
-            change[module] = LowRank(cut.b.float(), cut.a.float())
+        def cut(module: str, stack: LowRank) -> LowRank:
+            return by_energy(stack, self.energy).to(torch.float32)
+
+        change = each_layer(stacked(replies, state.scaling), cut)
         return replace(state, merged=state.merged.merge(change, self.residual_rank))

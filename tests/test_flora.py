@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from layers import SCALING, SHAPES, dense, distance, factors, ideal, layout, reply
 
 from clients.fresh import Fresh
+from fedtune.checkpoint import state_sha256
 from fedtune.config import compose
 from fedtune.errors import ConfigError, WireError
 from fedtune.lowrank import pairs
@@ -80,8 +81,22 @@ def test_the_base_changes_by_the_weighted_sum_with_each_scaling_once(method):
 def test_the_stack_is_the_ideal_update(clients):
     """B_s A_s = dW* in float64, at mixed ranks and scalings."""
     replies = [reply(k, rank, scaling, n) for k, (rank, scaling, n) in enumerate(clients)]
-    found = {module: product.b @ product.a for module, product in stacked(replies, SCALING)}
+    found = {module: product().b @ product().a for module, product in stacked(replies, SCALING).items()}
     assert distance(found, ideal(replies)) < 1e-12
+
+
+@pytest.mark.parametrize("method", [FLoRA(), FLoRIST(0.9)], ids=["flora", "florist"])
+def test_threads_change_no_bit_and_are_given_back(method):
+    replies = [reply(k, 1 + k % 4, 1.0 + k, 1 + k) for k in range(5)]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(state_sha256(method.aggregate(method.init(layout()), 1, replies)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("method", EXACT, ids=NAMES)

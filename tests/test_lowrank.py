@@ -73,6 +73,17 @@ def test_the_svd_of_equal_clients_has_no_rank_but_theirs():
     assert float(s[2]) < 1e-14 * float(s[0])
 
 
+@pytest.mark.parametrize("apart", [1.0, 1e-3, 1e-6, 1e-9, 1e-15, 0.0])
+def test_rows_stay_orthonormal_however_alike_the_clients_are(apart):
+    """A_k = A_0 + apart * noise: from well-conditioned stacks to singular ones."""
+    first, other = drawn(12, 20, 3, 1), drawn(12, 20, 3, 2)
+    stacked = stack([first, LowRank(other.b, first.a + apart * other.a)])
+    found, s = principal(stacked, len)
+    np.testing.assert_allclose(found.a @ found.a.T, np.eye(6), atol=3e-12)
+    np.testing.assert_allclose(whole(found), whole(stacked), atol=1e-11)
+    np.testing.assert_allclose(s, np.linalg.svd(whole(stacked), compute_uv=False)[:6], atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("energy", "rank"),
     [(0.5, 1), (0.64, 1), (0.65, 2), (0.92, 2), (0.93, 3), (1.0, 3)],
