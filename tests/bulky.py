@@ -45,6 +45,7 @@ class BulkyClient:
     optimizer: str = ""
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
+    mu: float = 0.0
 
     def receive(self, model, instruction, memory):
         pass
