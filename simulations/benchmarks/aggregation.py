@@ -6,7 +6,9 @@
 FlexLoRA, FLoRIST and FLoRA get ranks 4 to 64, FedEx-LoRA and FedIT rank 16 from everybody. Each method has a process to
 itself, which holds the updates when the clock starts; what it needs beyond them, its new state included, is the rise of
 its resident memory. It is compared with the singular value decomposition of dW* as a matrix, of one layer, times the
-number of layers. The factors are random: their spectrum is flat, and FLoRIST keeps nearly all of it. Ratios are taken within one run. Seconds are this machine's and are printed to give them scale.
+number of layers. The factors are random: their spectrum is flat, and FLoRIST keeps nearly all of it.
+
+Ratios are taken within one run. Seconds are this machine's and are printed to give them scale.
 """
 
 import argparse
