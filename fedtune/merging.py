@@ -49,7 +49,7 @@ class Merged:
             return Merged(version, total, recent, 0.0)
         cut: dict[str, LowRank] = {}
         lost = whole = 0.0
-        for module in held | added:
+        for module in sorted(held | added):  # the error's last bits depend on the order
             product = stack([part[module] for part in (held, added) if module in part])
             best, s = principal(product, lambda s: min(limit, len(s)))
             cut[module] = LowRank(best.b.float(), best.a.float())

@@ -78,7 +78,10 @@ def stacked(replies: Sequence[tuple[Peer, Update]], scaling: float) -> dict[str,
     held = list(replies)
     weights = [weight * (peer.scaling or scaling) for weight, (peer, _) in zip(share(held), held, strict=True)]
     adapters = [pairs(update.tensors) for _, update in held]
-    return {module: partial(stack, [adapter[module] for adapter in adapters], weights) for module in adapters[0]}
+    # Sorted: safetensors hands out tensors in another order each time, and a sum over layers keeps the order's bits
+    return {
+        module: partial(stack, [adapter[module] for adapter in adapters], weights) for module in sorted(adapters[0])
+    }
 
 
 def each_layer(
