@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from clients.first_order import FirstOrder
 from fedtune.adapters import LocalModel
+from fedtune.lowrank import factors
 from fedtune.protocol import Batches, Instruction, Tensors, Update
 
 
@@ -17,6 +18,5 @@ class KeepsB(FirstOrder):
 
     def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
         update = super().train(model, batches, instruction, memory, key)
-        own = {slot.name for slot in model.layout.slots if slot.role == "lora_B"}
-        memory.update({name: update.tensors[name] for name in own})
-        return replace(update, tensors={name: t for name, t in update.tensors.items() if name not in own})
+        memory.update(factors(update.tensors, "lora_B"))
+        return replace(update, tensors=factors(update.tensors, "lora_A"))

@@ -51,6 +51,11 @@ def average(
     return means
 
 
+def cast_like(tensors: Tensors, reference: Mapping[str, Tensor]) -> Tensors:
+    """The tensors that `reference` names, in its dtypes."""
+    return {name: tensors[name].to(tensor.dtype) for name, tensor in reference.items()}
+
+
 def _portions(replies: Replies) -> Iterator[tuple[int, Replies]]:
     """The replies, as many at a time as take little memory once they are looked up, and the place of the first."""
     start, room = 0, PORTION_BYTES

@@ -72,7 +72,7 @@ def _add_adapter(
             rank = b.shape[1] if b is not None else a.shape[0]  # type: ignore[union-attr]
             held = LowRank(start.b[:, :rank] if b is None else b, start.a[:rank] if a is None else a)
             sums[module].add(held, weight * scaling)
-            if start.b.any():
+            if not layout.starts_at_zero:
                 sums[module].add(start, -weight * layout.scaling)
         elif (matrix := tensors.get(module + DENSE)) is not None:
             sums[module].add_dense(matrix, weight)

@@ -16,26 +16,25 @@ from fedtune.merging import from_residual, joined
 from fedtune.protocol import Tensors
 
 
-def adapter_weights(model: LocalModel) -> bytes:
-    """The content of adapter_model.safetensors: the adapter that `model` holds now."""
-    return save({**_tensors(model), **model.constants}, metadata={"format": "pt"})
-
-
-def adapter_config(model: LocalModel) -> bytes:
-    """The content of adapter_config.json.
+def adapter_files(model: LocalModel) -> dict[str, bytes]:
+    """adapter_config.json and adapter_model.safetensors of the adapter that `model` holds now.
 
     The base is named by its hub id where it has one, because a path on this machine means nothing elsewhere.
     """
+    tensors = _tensors(model)
     config: dict[str, Any] = model.module.peft_config["default"].to_dict()
     config["base_model_name_or_path"] = model.origin.hub_id or model.origin.path
     config["inference_mode"] = True
-    ranks = {module: product.rank for module, product in pairs(_tensors(model)).items()}
+    ranks = {module: product.rank for module, product in pairs(tensors).items()}
     scaling = 1.0 if _change(model) else model.scaling
     if ranks and scaling is not None and (set(ranks.values()) != {config["r"]} or scaling != model.layout.scaling):
         config |= {"r": max(ranks.values()), "use_rslora": False, "lora_alpha": max(ranks.values()) * scaling}
         narrow = {_inner(module): rank for module, rank in ranks.items() if rank != config["r"]}
         config |= {"rank_pattern": narrow, "alpha_pattern": {module: rank * scaling for module, rank in narrow.items()}}
-    return (json.dumps(_json_ready(config), indent=2, sort_keys=True) + "\n").encode()
+    return {
+        "adapter_config.json": (json.dumps(_json_ready(config), indent=2, sort_keys=True) + "\n").encode(),
+        "adapter_model.safetensors": save({**tensors, **model.constants}, metadata={"format": "pt"}),
+    }
 
 
 def _tensors(model: LocalModel) -> Tensors:

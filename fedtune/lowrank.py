@@ -37,6 +37,12 @@ def name_of(module: str, role: str) -> str:
     return f"{module}.{role}.weight"
 
 
+def factors(adapter: Tensors, *roles: str) -> Tensors:
+    """The tensors of these roles, as "lora_B"."""
+    endings = tuple(name_of("", role) for role in roles)
+    return {name: tensor for name, tensor in adapter.items() if name.endswith(endings)}
+
+
 def pairs(adapter: Tensors) -> dict[str, LowRank]:
     """B and A of each layer, told apart by name, by the module that they adapt."""
     ending = name_of("", "lora_A")

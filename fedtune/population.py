@@ -33,7 +33,7 @@ def scaling_at(rank: int, experiment: Experiment, layout: Layout) -> float:
     if experiment.population.scaling == "equal":
         return whole
     wider = experiment.adapter.rank / rank
-    return whole * (math.sqrt(wider) if getattr(experiment.adapter, "kind", "lora") == "rslora" else wider)
+    return whole * (math.sqrt(wider) if experiment.adapter.kind == "rslora" else wider)
 
 
 def server_peer(experiment: Experiment, layout: Layout) -> Peer:

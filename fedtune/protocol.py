@@ -116,6 +116,11 @@ class Layout:
         return {slot.role for slot in self.slots} == {"lora_A", "lora_B"}
 
     @cached_property
+    def starts_at_zero(self) -> bool:
+        """Whether every B is zero at first, and so B A adds nothing to the base."""
+        return not any(self.initial[slot.name].any() for slot in self.slots if slot.role == "lora_B")
+
+    @cached_property
     def sha256(self) -> str:
         """The manifest's hash: names, shapes, dtypes, roles, scaling and order, but no values."""
         return hashlib.sha256(repr(self.slots).encode()).hexdigest()

@@ -25,7 +25,7 @@ from fedtune.errors import DivergedError, FedtuneError, Interrupted, QuorumError
 from fedtune.evaluate import Score, mean_score
 from fedtune.exactness import aggregation_error
 from fedtune.exchange import Arrival, Exchange
-from fedtune.export import adapter_config, adapter_weights
+from fedtune.export import adapter_files
 from fedtune.flower import content_bytes
 from fedtune.installing import SCALING, check_scaling
 from fedtune.keys import fold
@@ -109,7 +109,7 @@ class Server:
         self.folder = folder
         self.view = view
         self.strategy = party.strategy
-        self.adapter_config = b""  # as last written
+        self.written: dict[str, bytes] = {}  # the adapter's files, as they are in the run folder
         self.told: dict[int, Mapping[str, Setting]] = {}  # the settings of each client's last instruction
         self.state: Any = None
         self.run_id = secrets.token_hex(8)  # a resumed run has the one it began with
@@ -255,11 +255,20 @@ class Server:
             replies.add(peer, update, blob)
             played.count(update)
             part, size = "train", wire.update_bytes(blob, update)
+        self._book_arrival(played.number, index, part, arrival, payload, size)
+
+    def _book_arrival(
+        self, number: int, index: int, part: str, arrival: Arrival, payload: int = 0, size: int | None = None
+    ) -> None:
+        """Args:
+        payload: bytes of the blob.
+        size: bytes of the message's content, where they are known; else they are measured.
+        """
         sent = framing = 0
         if arrival.message is not None and arrival.crossed:
             sent = wire.wire_bytes(arrival.message, size)
             framing = self.exchange.lines.up(arrival.node, arrival.message, sent)
-        self._book(Entry(played.number, index, "up", part, payload, sent, framing, arrival.seconds))
+        self._book(Entry(number, index, "up", part, payload, sent, framing, arrival.seconds))
 
     def _miss(self, index: int, played: Round) -> None:
         """A client of the cohort whose node isn't there to be asked."""
@@ -310,10 +319,11 @@ class Server:
         self.folder.append_ledger(entries)
         self.folder.append_failures(played.failures)
         self.folder.append_metrics(row)
-        if (config := adapter_config(self.party.model)) != self.adapter_config:  # it changes with the ranks alone
-            self.folder.write_adapter("adapter_config.json", config)
-            self.adapter_config = config
-        self.folder.write_adapter("adapter_model.safetensors", adapter_weights(self.party.model))
+        files = adapter_files(self.party.model)
+        for name, content in files.items():
+            if content != self.written.get(name):  # the config changes with the ranks alone
+                self.folder.write_adapter(name, content)
+        self.written = files
         self.folder.save_checkpoint(Checkpoint(number, self.experiment.sha256, self.state, self.run_id))
         self.done, self.state_sha256 = number, state_sha256(self.state)
         self._summarise()
@@ -335,11 +345,7 @@ class Server:
             except FedtuneError as error:
                 part = "failed"
                 self.view.note(f"client {index} could not be evaluated: {error}")
-            sent = framing = 0
-            if arrival.message is not None and arrival.crossed:
-                sent = wire.wire_bytes(arrival.message)
-                framing = self.exchange.lines.up(arrival.node, arrival.message, sent)
-            self._book(Entry(number, index, "up", part, 0, sent, framing, arrival.seconds))
+            self._book_arrival(number, index, part, arrival)
         self.folder.append_clients(number, scores)
         return mean_score({index: self.roster.peers[index].samples for index in scores}, scores)
 

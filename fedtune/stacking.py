@@ -42,13 +42,12 @@ def fresh_layers(layout: Layout) -> dict[str, LowRank]:
     Raises:
         ConfigError: if it doesn't.
     """
-    start = pairs(layout.initial)
-    if any(product.b.any() for product in start.values()):
+    if not layout.starts_at_zero:
         raise ConfigError(
             "this method begins each round with B = 0, and this adapter begins with a part of the base in B A: take "
             "adapter=lora or adapter=rslora"
         )
-    return start
+    return pairs(layout.initial)
 
 
 def instruct(state: State, peer: Peer) -> Instruction:

@@ -20,7 +20,7 @@ def check_traits(experiment: Experiment, traits: Traits) -> None:
     """Raises:
     ConfigError: if the method can't take the population's ranks or the kind of adapter.
     """
-    name, kind = experiment.method_name, getattr(experiment.adapter, "kind", "lora")
+    name, kind = experiment.method_name, experiment.adapter.kind
     ranks = experiment.population.ranks
     if ranks is not None and not traits.mixed_ranks:
         raise ConfigError(

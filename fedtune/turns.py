@@ -7,7 +7,7 @@ from flwr.app import MessageType, RecordDict
 
 from fedtune.errors import ConfigError, WireError
 from fedtune.keys import fold
-from fedtune.party import Party, party_of
+from fedtune.party import party_of
 from fedtune.protocol import Capability, Peer
 from fedtune.wire import pack_greeting, pack_score, pack_update, unpack_instruction, unpack_question
 
@@ -40,16 +40,12 @@ def take_turn(
         raise WireError(f"message type '{kind}' is not known: expected query, train or evaluate")
     if not round.isdecimal():
         raise WireError(f"expected the round's number as the message's group, got {round!r}")
-    if kind == MessageType.EVALUATE:
-        instruction, run = unpack_instruction(content, party.codec_down)
-        return pack_score(party.examine(run, index, int(round), instruction))
-    return _train(party, index, int(round), content)
-
-
-def _train(party: Party, index: int, round: int, content: RecordDict) -> RecordDict:
+    number = int(round)
     instruction, run = unpack_instruction(content, party.codec_down)
-    update = party.turn(run, index, round, instruction)
-    return pack_update(update, party.codec_up, fold(party.experiment.seed, "up", round, index))
+    if kind == MessageType.EVALUATE:
+        return pack_score(party.examine(run, index, number, instruction))
+    update = party.turn(run, index, number, instruction)
+    return pack_update(update, party.codec_up, fold(party.experiment.seed, "up", number, index))
 
 
 def index_of(node_config: Mapping[str, Any]) -> int:

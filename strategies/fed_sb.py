@@ -25,7 +25,6 @@ from typing import ClassVar
 from fedtune.averaging import average
 from fedtune.errors import ConfigError
 from fedtune.frozen_basis import SEED, zero_core
-from fedtune.lowrank import pairs
 from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 
 
@@ -41,7 +40,7 @@ class FedSB:
     basis_seed: int = 0  # what B0 is drawn from
 
     def init(self, layout: Layout) -> State:
-        if any(product.b.any() for product in pairs(layout.initial).values()):
+        if not layout.starts_at_zero:
             raise ConfigError("method=fed_sb puts its own B0 and A0 beside W0, so B has to start at zero: adapter=lora")
         return State(zero_core(layout))
 

@@ -19,31 +19,8 @@ clips the sum of both. Clients are drawn uniformly and weighted by samples; the 
 takes a plain mean.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from strategies.fedit import FedIT, State
 
-from fedtune.averaging import average
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+__all__ = ["FedProx", "State"]
 
-
-@dataclass(frozen=True)
-class State:
-    adapter: Tensors  # A and B of every layer, as trained
-
-
-@dataclass(frozen=True)
-class FedProx:
-    traits: ClassVar[Traits] = Traits(averages=True)
-
-    def init(self, layout: Layout) -> State:
-        return State(dict(layout.initial))
-
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
-        return Instruction(state.adapter)
-
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
-        expect_like(update.tensors, state.adapter)
-
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
-        return State(average(replies, state.adapter))
+FedProx = FedIT

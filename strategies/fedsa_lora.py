@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.averaging import average
+from fedtune.lowrank import factors
 from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 
 
@@ -33,7 +34,7 @@ class FedSALoRA:
     traits: ClassVar[Traits] = Traits(needs_low_rank=True, averages=True, personal=True)
 
     def init(self, layout: Layout) -> State:
-        return State({slot.name: layout.initial[slot.name] for slot in layout.slots if slot.role == "lora_A"})
+        return State(factors(layout.initial, "lora_A"))
 
     def configure(self, state: State, round: int, peer: Peer) -> Instruction:
         return Instruction(state.adapter)

@@ -21,7 +21,7 @@ from typing import ClassVar
 from fedtune.averaging import average
 from fedtune.errors import ConfigError
 from fedtune.installing import TRAIN
-from fedtune.lowrank import LowRank, name_of, pairs, truncated, unpair, widened
+from fedtune.lowrank import LowRank, factors, pairs, truncated, unpair, widened
 from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 
 
@@ -47,16 +47,10 @@ class FedSVD:
         return Instruction(state.adapter, {TRAIN: "lora_B"})
 
     def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
-        expect_like(update.tensors, trained(state.adapter))
+        expect_like(update.tensors, factors(state.adapter, "lora_B"))
 
     def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
-        return State(orthonormal(state.adapter | average(replies, trained(state.adapter))))
-
-
-def trained(adapter: Tensors) -> Tensors:
-    """B of every layer."""
-    ending = name_of("", "lora_B")
-    return {name: tensor for name, tensor in adapter.items() if name.endswith(ending)}
+        return State(orthonormal(state.adapter | average(replies, factors(state.adapter, "lora_B"))))
 
 
 def orthonormal(adapter: Tensors) -> Tensors:

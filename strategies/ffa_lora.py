@@ -21,6 +21,7 @@ from typing import ClassVar
 
 from fedtune.averaging import average, for_peer, narrowed
 from fedtune.installing import TRAIN
+from fedtune.lowrank import factors
 from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 
 
@@ -35,7 +36,7 @@ class FFALoRA:
     traits: ClassVar[Traits] = Traits(mixed_ranks=True, needs_low_rank=True, averages=True)
 
     def init(self, layout: Layout) -> State:
-        return State({s.name: layout.initial[s.name] for s in layout.slots if s.role == "lora_B"}, layout.scaling)
+        return State(factors(layout.initial, "lora_B"), layout.scaling)
 
     def configure(self, state: State, round: int, peer: Peer) -> Instruction:
         told = for_peer(state.adapter, peer, state.scaling)

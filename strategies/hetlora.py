@@ -62,7 +62,7 @@ class HetLoRA:
             raise ConfigError(f"norm={self.norm} is not known: expected model or layer")
 
     def init(self, layout: Layout) -> State:
-        if any(product.b.any() for product in pairs(layout.initial).values()):
+        if not layout.starts_at_zero:
             raise ConfigError("method=hetlora prunes components of B A, which have to start as nothing: adapter=lora")
         return State(dict(layout.initial), layout.scaling)
 

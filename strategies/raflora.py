@@ -33,7 +33,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.averaging import average, carried, for_peer, narrowed
+from fedtune.averaging import average, carried, cast_like, for_peer, narrowed
 from fedtune.errors import ConfigError
 from fedtune.lowrank import LowRank, name_of, pairs, stack, truncated, unpair
 from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like, share
@@ -74,7 +74,7 @@ class RaFLoRA:
         if self.form == "factors":
             mean = pairs(average(replies, {n: t.double() for n, t in state.adapter.items()}, scaling=state.scaling))
             new = {module: _spread(old[module], mean[module], covered[module]) for module in old}
-            return State(_like(unpair(new), state.adapter), state.scaling)
+            return State(cast_like(unpair(new), state.adapter), state.scaling)
         terms: dict[str, list[LowRank]] = {module: [] for module in old}
         for weight, (peer, update) in zip(share(replies), replies, strict=True):
             for module, product in pairs(update.tensors).items():
@@ -85,7 +85,7 @@ class RaFLoRA:
             kept = covered[module] == 0
             terms[module].append(LowRank(product.b[:, kept], product.a[kept]))
         new = {module: truncated(stack(terms[module]), width[module]) for module in old}
-        return State(_like(unpair(new), state.adapter), state.scaling)
+        return State(cast_like(unpair(new), state.adapter), state.scaling)
 
 
 def _spread(old: LowRank, mean: LowRank, covered: Tensor) -> LowRank:
@@ -94,7 +94,3 @@ def _spread(old: LowRank, mean: LowRank, covered: Tensor) -> LowRank:
     over = torch.where(trained, covered, 1.0)
     b = torch.where(trained, mean.b / over, old.b.double())
     return LowRank(b, torch.where(trained[:, None], mean.a / over[:, None], old.a.double()))
-
-
-def _like(adapter: Tensors, reference: Tensors) -> Tensors:
-    return {name: adapter[name].to(tensor.dtype) for name, tensor in reference.items()}

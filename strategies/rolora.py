@@ -26,6 +26,7 @@ from typing import ClassVar
 
 from fedtune.averaging import average, for_peer, narrowed
 from fedtune.installing import TRAIN
+from fedtune.lowrank import factors
 from fedtune.merging import FROM, VERSION
 from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 
@@ -50,23 +51,17 @@ class RoLoRA:
         lacking = [role for role, changed in state.changed.items() if changed > held]
         if len(lacking) == len(state.changed):
             held = 0  # nothing is built on: all who lack everything are sent the same
-        told = for_peer(_of(state.adapter, lacking), peer, state.scaling)
+        told = for_peer(factors(state.adapter, *lacking), peer, state.scaling)
         return Instruction(told.tensors, {**told.settings, TRAIN: active(round), FROM: held, VERSION: version})
 
     def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
-        expect_like(update.tensors, narrowed(_of(state.adapter, [active(round)]), peer.rank))
+        expect_like(update.tensors, narrowed(factors(state.adapter, active(round)), peer.rank))
 
     def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
-        trained = average(replies, _of(state.adapter, [active(round)]), scaling=state.scaling)
+        trained = average(replies, factors(state.adapter, active(round)), scaling=state.scaling)
         return replace(state, adapter=state.adapter | trained, changed=state.changed | {active(round): round})
 
 
 def active(round: int) -> str:
     """The factor that is trained in `round`."""
     return "lora_B" if round % 2 else "lora_A"
-
-
-def _of(adapter: Tensors, roles: Sequence[str]) -> Tensors:
-    return {
-        name: tensor for name, tensor in adapter.items() if name.endswith(tuple(f".{role}.weight" for role in roles))
-    }

@@ -27,6 +27,7 @@ from typing import ClassVar
 
 import torch
 
+from fedtune.averaging import cast_like
 from fedtune.control import CHANGE, CONTROL, COUNTED, tag
 from fedtune.merging import FROM, VERSION
 from fedtune.protocol import Instruction, Layout, Peer, Setting, Tensors, Traits, Update, expect_like, share
@@ -71,8 +72,4 @@ class Scaffold:
                 x[name].add_(update.tensors[name], alpha=weight)
                 c[name].add_(update.tensors[CHANGE + name], alpha=1 / self.clients)
             counted[str(peer.index)] = round
-        return State(_like(state.adapter, x), _like(state.control, c), counted)
-
-
-def _like(reference: Tensors, tensors: Tensors) -> Tensors:
-    return {name: tensors[name].to(tensor.dtype) for name, tensor in reference.items()}
+        return State(cast_like(x, state.adapter), cast_like(c, state.control), counted)

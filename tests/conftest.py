@@ -1,5 +1,6 @@
 """What the tests share: an offline, quiet environment and small real runs."""
 
+import csv
 import json
 import os
 import subprocess
@@ -90,3 +91,12 @@ def run_on(grid_class: type[LocalGrid], app: ClientApp, folder: Path, *overrides
 
 def summary_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "summary.json").read_text()))
+
+
+def rows(folder: Path, name: str) -> list[dict[str, str]]:
+    """The lines of a run folder's table; none if it hasn't been written yet."""
+    path = folder / name
+    if not path.exists():
+        return []
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))

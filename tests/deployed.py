@@ -1,8 +1,9 @@
 """What the tests on real nodes share."""
 
-import csv
 import subprocess
 import sys
+
+from conftest import rows
 
 
 def call(fleet, *arguments):
@@ -21,14 +22,6 @@ def run(fleet, *arguments, seconds=240):
     process = call(fleet, *arguments)
     out, _ = process.communicate(timeout=seconds)
     return process.returncode, out
-
-
-def rows(folder, name):
-    path = folder / name
-    if not path.exists():
-        return []
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def failures(folder):

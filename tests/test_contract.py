@@ -1,12 +1,11 @@
 """What every method promises, on the real engine: a new file in conf/method is taken up here by itself."""
 
-import csv
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, run_on, summary_of
+from conftest import SMALL, rows, run_on, summary_of
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
@@ -41,11 +40,6 @@ def among_several(method):
 
 def personal(method):
     return traits_of(Party(compose(["model=tiny", *of(method)])).strategy).personal
-
-
-def rows(folder, name):
-    with (folder / name).open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def without_times(table):

@@ -9,8 +9,8 @@ from pathlib import Path
 import mischief
 import pytest
 import remembering
-from conftest import SMALL, summary_of
-from deployed import call, failures, rows, run
+from conftest import SMALL, rows, summary_of
+from deployed import call, failures, run
 
 from fedtune.config import compose
 from fedtune.runtime.local import run_local

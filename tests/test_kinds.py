@@ -13,7 +13,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, OPTConfig, O
 from fedtune.adapters import LocalModel
 from fedtune.config import choices, compose
 from fedtune.errors import ConfigError, ModelError
-from fedtune.export import adapter_config, adapter_weights
+from fedtune.export import adapter_files
 from fedtune.keys import bits, fold, uniform
 from fedtune.models import load_base
 from fedtune.protocol import Batch, Peer, Traits, Update
@@ -63,8 +63,8 @@ def stirred(kind, **adapter):
 
 
 def exported(model, folder):
-    (folder / "adapter_config.json").write_bytes(adapter_config(model))
-    (folder / "adapter_model.safetensors").write_bytes(adapter_weights(model))
+    for name, content in adapter_files(model).items():
+        (folder / name).write_bytes(content)
     torch.manual_seed(3)  # whatever PEFT still draws for itself
     return PeftModel.from_pretrained(tiny_model(), str(folder)).eval()
 
@@ -99,7 +99,7 @@ def test_names_and_values_are_those_that_peft_saves(kind):
     model, _ = stirred(kind)
     saved = get_peft_model_state_dict(model.module, save_embedding_layers=False)
     ours = {**model.read(), **model.constants}
-    assert saved.keys() == ours.keys() == set(names_in(adapter_weights(model)))
+    assert saved.keys() == ours.keys() == set(names_in(adapter_files(model)["adapter_model.safetensors"]))
     assert all(torch.equal(saved[name], ours[name]) for name in saved)
     assert {slot.dtype for slot in model.layout.slots} == {"float32"}
 

@@ -4,11 +4,9 @@ With one client, or with a cohort of which each client has always been alone, th
 average is the client's own update. That is the oracle here, to the last bit.
 """
 
-import csv
-
 import pytest
 import torch
-from conftest import SMALL, summary_of
+from conftest import SMALL, rows, summary_of
 from safetensors.torch import load_file
 
 from fedtune.checkpoint import state_sha256
@@ -26,11 +24,6 @@ ALL = ("method=local_only", "population.cohort=4")
 
 def kept(folder, round):
     return {int(file.parent.name): load_file(file) for file in folder.glob(f"clients/*/*/{round}.safetensors")}
-
-
-def rows(folder, name):
-    with (folder / name).open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def test_each_client_ends_where_it_would_have_ended_alone(small_run, tmp_path):

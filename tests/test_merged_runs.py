@@ -4,12 +4,11 @@ Ranks 1 and 2 keep the residuals narrower than the tiny model's layers, 48 -> 48
 of rank R takes R (96 + 72) 2 = 336 R numbers. Two of four clients take part in a round, so most of them miss some.
 """
 
-import csv
 import json
 
 import pytest
 import torch
-from conftest import SMALL, run_on, summary_of
+from conftest import SMALL, rows, run_on, summary_of
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from layers import distance
@@ -62,11 +61,6 @@ def states(monkeypatch):
 
         monkeypatch.setattr(method, "aggregate", aggregate)
     return made
-
-
-def rows(folder, name):
-    with (folder / name).open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def kept_by(folder, index, round):

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
 
 from fedtune.adapters import LocalModel
 from fedtune.errors import ClientError, ModelError
-from fedtune.export import adapter_config, adapter_weights
+from fedtune.export import adapter_files
 from fedtune.kinds import adaptable
 from fedtune.models import PACKAGED, _packaged_file, converted, load_base, pick_device, pick_dtype
 from fedtune.protocol import Batch
@@ -268,8 +268,8 @@ def test_a_device_that_is_not_there_is_named():
 def test_an_exported_adapter_is_the_model_in_plain_peft(tmp_path):
     model = local()
     train(model)
-    (tmp_path / "adapter_config.json").write_bytes(adapter_config(model))
-    (tmp_path / "adapter_model.safetensors").write_bytes(adapter_weights(model))
+    for name, content in adapter_files(model).items():
+        (tmp_path / name).write_bytes(content)
     loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path)).eval()
     with torch.no_grad():
         assert torch.allclose(loaded(batch().tokens).logits, model.module(batch().tokens).logits, atol=1e-6)

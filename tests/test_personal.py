@@ -1,9 +1,7 @@
 """Models of which a part stays with its client: who evaluates them, with what weight, and what that costs."""
 
-import csv
-
 import pytest
-from conftest import SMALL, run_on, summary_of
+from conftest import SMALL, rows, run_on, summary_of
 from flwr.clientapp import ClientApp
 
 from fedtune import wire
@@ -15,11 +13,6 @@ from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 
 WORDS = ("method=fedsa_lora", "population.cohort=2")
-
-
-def rows(folder, name):
-    with (folder / name).open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def test_the_mean_is_weighted_by_samples():

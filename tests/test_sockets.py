@@ -12,8 +12,8 @@ import bulky
 import mischief
 import psutil
 import pytest
-from conftest import SMALL, summary_of
-from deployed import failures, rows, run
+from conftest import SMALL, rows, summary_of
+from deployed import failures, run
 from flwr.cli.build import build_fab_from_disk
 
 from fedtune.config import compose
