@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import summary_of
+from conftest import rows, summary_of
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,3 +38,24 @@ def test_a_run_learns_and_its_adapter_answers_in_plain_peft(tmp_path):
     after = answer(PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")))
     assert after
     assert after != before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "quantization"), [("flora", "nf4"), ("fedex_lora", "int8")])
+def test_methods_that_change_the_base_are_exact_on_a_quantized_one(tmp_path, method, quantization):
+    overrides = ["population.cohort=3", "rounds=2", "train.steps=2", "evaluate.examples=24", "runtime.threads=1"]
+    run_local(
+        compose(
+            [
+                "experiment=demo",
+                f"method={method}",
+                f"model.quantization={quantization}",
+                f"out={tmp_path}/run",
+                *overrides,
+            ]
+        )
+    )
+    before, first, second = rows(tmp_path / "run", "metrics.csv")
+    for after in (first, second):
+        assert 0 < float(after["aggregation_error"]) < 1e-6
+    assert float(second["eval_loss"]) < float(before["eval_loss"])
