@@ -6,6 +6,7 @@ in place. However many clients share a process, there is one base.
 
 import math
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fedtune.lowrank import name_of, pairs
 from fedtune.models import Base
 from fedtune.protocol import Layout, Tensors, describe
 from fedtune.schema import AdapterSpec
+from fedtune.seeded import SeededWeights
 
 
 class LocalModel:
@@ -164,6 +166,11 @@ class LocalModel:
     def parameters(self) -> list[nn.Parameter]:
         """The tensors that are being trained, for an optimizer."""
         return list(self.trained().values())
+
+    @cached_property
+    def seeded(self) -> SeededWeights:
+        """The trainable tensors as sums of seeded directions, for methods that move them in such; it outlasts turns."""
+        return SeededWeights(self._live, self.layout.initial)
 
     @property
     def scaling(self) -> float | None:

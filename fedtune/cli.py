@@ -117,7 +117,8 @@ def print_methods() -> None:
     names = choices("method")
     width = max(map(len, names))
     for name in names:
-        target = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())["strategy"]["_target_"]
+        chosen = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
+        target = chosen.get("method", chosen)["strategy"]["_target_"]
         source = CONF.parent.joinpath(*target.split(".")[:-1]).with_suffix(".py")
         title, _, rest = (ast.get_docstring(ast.parse(source.read_text())) or "").partition("\n\n")
         print(f"{name:<{width}} {title}")

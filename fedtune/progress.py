@@ -228,7 +228,9 @@ def clients_of(experiment: Experiment) -> str:
     """Who trains."""
     population = experiment.population
     if population.pooled:
-        return f"1 client that holds the data of all {population.pooled}, {experiment.train.steps} steps a round"
+        rules = experiment.method.strategy.get("rules", {})
+        steps = rules.get("local_steps", experiment.train.steps)
+        return f"1 client that holds the data of all {population.pooled}, {steps} steps a round"
     return f"{population.clients} clients, {population.per_round} a round"
 
 

@@ -306,6 +306,8 @@ class Experiment:
             client["steps"] *= cohort
         if "clients" in strategy:  # as SCAFFOLD's, which follows population.clients
             strategy["clients"] = 1
+        if "local_steps" in (rules := strategy.get("rules", {})):
+            strategy["rules"] = {**rules, "local_steps": rules["local_steps"] * cohort}
         object.__setattr__(self, "method", replace(method, client=client, strategy=strategy))
 
     @property

@@ -1,0 +1,66 @@
+"""Zeroth-order local training along directions that are drawn from a pool (strategies/fedkseed.py).
+
+What the server's settings ask for: fedtune.zeroth.Rules; `each`, to answer with every step as it was taken instead of
+with one sum a direction. Its tensors: `slopes`, how far along each direction of the pool the weights are; where there
+are some, `probabilities`, by which directions are drawn.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtune.adapters import LocalModel
+from fedtune.errors import ClientError, ConfigError
+from fedtune.keys import bits, fold
+from fedtune.protocol import Batches, Instruction, Tensors, Update
+from fedtune.seeded import pool
+from fedtune.zeroth import descend, rules_of
+
+
+@dataclass(frozen=True)
+class ZerothOrder:
+    clip: float = 0.0  # a step is skipped if the losses on its two sides differ by more; 0: none is for that
+
+    def __post_init__(self) -> None:
+        if not self.clip >= 0:
+            raise ConfigError(f"method.client.clip={self.clip}: expected 0, or a difference of losses above it")
+
+    def receive(self, model: LocalModel, instruction: Instruction, memory: Tensors) -> None:
+        rules, slopes = rules_of(instruction.settings), instruction.tensors["slopes"].tolist()
+        model.seeded.move_to(rules.space, dict(zip(pool(rules.pool_seed, len(slopes)), slopes, strict=True)))
+
+    def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
+        rules = rules_of(instruction.settings)
+        directions = len(instruction.tensors["slopes"])
+        index = drawn(fold(key, "directions"), rules.slopes, directions, instruction.tensors.get("probabilities"))
+        seeds = pool(rules.pool_seed, directions)
+        by_step = [[seeds[j] for j in step] for step in index.reshape(-1, rules.perturbations)]
+        steps = descend(model, batches, rules, by_step, self.clip)
+        slopes = steps.counts.reshape(-1)
+        gone = slopes != 0
+        index, slopes = index[gone], slopes[gone]
+        if not instruction.settings.get("each"):
+            index, place = np.unique(index, return_inverse=True)
+            slopes = np.bincount(place, slopes, len(index)).astype(np.int64)
+            if len(slopes) and np.abs(slopes).max() > rules.space.limit:
+                raise ClientError(
+                    "the slopes along one direction add up to more than fits: lower method.strategy.rules.lr"
+                )
+        tensors = {
+            "index": torch.from_numpy(index.astype(np.int32)),
+            "slopes": torch.from_numpy(slopes.astype(np.int32)),
+        }
+        return Update(tensors, batches.examples, {"train_loss": steps.loss, "skipped_steps": float(steps.skipped)})
+
+
+def drawn(key: int, count: int, directions: int, probabilities: Tensor | None = None) -> np.ndarray:
+    """`count` places in the pool, int64, with repetition: uniform, or by `probabilities`, (directions,)."""
+    words = bits(key, count)
+    if probabilities is None:
+        return (words % np.uint64(directions)).astype(np.int64)
+    edges = np.cumsum(probabilities.double().numpy())
+    unit = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    found: np.ndarray = np.searchsorted(edges, unit * edges[-1], side="right")
+    return found.clip(max=directions - 1).astype(np.int64)

@@ -1,0 +1,303 @@
+"""Seeded noise: directions that every device regenerates alike from a seed, and arithmetic that never holds one.
+
+A direction z has one value for every element of every parameter. Element i of a parameter with n elements is made from
+word j = i mod h, h = (n + 1) // 2, of a counter-based hash keyed by the seed and the parameter's name, so that it
+depends on nothing else: not on the device, its generator, the number of threads, or how the work is cut up.
+
+    x = j ^ k0;  x = (x ^ x >> 16) * 0x7feb352d;  x = ((x ^ x >> 15) + k1) * 0x846ca68b;  x = x ^ x >> 16
+
+in 32 bits, (k0, k1) = mix(mix(seed) + hash(name)). Two elements share a word, one its low half and one its high, which
+halves the cost of what is otherwise bound by arithmetic. The mixing is that of `lowbias32` (https://nullprogram.com/blog/2018/07/31/)
+with half of the key put in between, as without it two seeds would give the same values in another order; mix is the
+finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+
+Values are small whole numbers times 1 / SIGMA, of mean 0 and variance 1:
+
+    rademacher   the half's top bit: -1 or 1                                    kurtosis 1
+    normal       (bits set in the half - 8) / 2, -4 ... 4: Binomial(16, 1/2)      kurtosis 2.875; at most 0.098 from the
+                 distribution function of N(0, 1), for it has steps of 1/2; odd moments 0
+
+So c z is exact in float32 for a c of 20 bits (`coefficient` rounds to that, by 2^-21 at most), w + c z is rounded once,
+and whether a device fuses multiplication and addition changes nothing. Sums of directions are kept in int32, where
+they are exact and in no order: fedtune/seeded.py.
+
+One source serves all: torch.compile makes a fused kernel of it, on a CPU by a C++ compiler and on CUDA by Triton.
+Where there is none, or with FEDTUNE_COMPILE=0, the same lines run eagerly in pieces that fit the cache: the same bits,
+but slowly (docs/benchmarks.md has the figures).
+"""
+
+import hashlib
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtune.errors import ConfigError
+
+SIGMA = {"normal": 2.0, "rademacher": 1.0}  # the standard deviation of the whole numbers that z is made of
+LARGEST = {"normal": 8, "rademacher": 1}  # the largest of these numbers
+KURTOSIS = {"normal": 2.875, "rademacher": 1.0}
+
+EAGER = 1 << 15  # words at a time without a compiler: a few arrays of that length stay in the cache
+BLOCK = 1 << 19  # words at a time where many directions are added up: read from memory once for all of them
+COMPILED = 1 << 10  # words below which a kernel's call costs more than it saves
+
+_M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
+
+
+def check_kind(kind: str) -> str:
+    """Raises:
+    ConfigError: if there is no such distribution.
+    """
+    if kind not in SIGMA:
+        raise ConfigError(f"noise={kind} is not known: expected {' or '.join(SIGMA)}")
+    return kind
+
+
+def stream_keys(seeds: Sequence[int] | np.ndarray, name: str) -> Tensor:
+    """What the hash is keyed by, (seeds, 2) int32, for the parameter `name`.
+
+    Args:
+        seeds: whole numbers of which the lowest 64 bits count.
+    """
+    given = np.array([int(seed) & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
+    named = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=8).digest(), dtype="<u8")
+    mixed = _mix(_mix(given) + named)
+    return torch.from_numpy(mixed.astype("<u8").view("<i4").reshape(-1, 2).astype(np.int32))
+
+
+def coefficient(value: float) -> float:
+    """`value` to 20 significant bits, so that its product with any value of z is exact in float32."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(math.ldexp(mantissa, 20)), exponent - 20)
+
+
+def values(seed: int, name: str, shape: Sequence[int], kind: str = "normal") -> Tensor:
+    """A direction itself, float32, for those who need to see it."""
+    total = torch.zeros(tuple(shape), dtype=torch.int32)
+    accumulate_(total, stream_keys([seed], name), torch.ones(1, dtype=torch.int32), kind)
+    return total.float() / SIGMA[kind]
+
+
+@torch.no_grad()
+def add_(weight: Tensor, seed: int, name: str, c: float, kind: str = "normal") -> None:
+    """weight += c z, in place.
+
+    Args:
+        weight: contiguous, of any shape; sums run in float32, or in float64 if that is what it is.
+        c: taken to 20 bits (`coefficient`).
+    """
+    c = coefficient(c) / SIGMA[check_kind(kind)]
+    _each(_add, kind, [weight], stream_keys([seed], name)[0], torch.tensor(c, dtype=torch.float64))
+
+
+@torch.no_grad()
+def accumulate_(total: Tensor, keys: Tensor, counts: Tensor, kind: str = "normal") -> None:
+    """total += sum_s counts[s] SIGMA z_s, in place and exact modulo 2^32. One pass over memory for all seeds.
+
+    Args:
+        total: int32, contiguous.
+        keys: (S, 2), of `stream_keys` for this parameter.
+        counts: (S,) int32.
+    """
+    check_kind(kind)
+    flat = total.view(-1)
+    todo = [(key, count) for key, count in zip(keys, counts, strict=True) if count]
+    # A block goes through all seeds before the next is read
+    words = (flat.numel() + 1) // 2
+    for start in range(0, words, BLOCK):
+        for key, count in todo:
+            _each(_accumulate, kind, [flat], key, count, span=(start, min(start + BLOCK, words)))
+
+
+@torch.no_grad()
+def render_(
+    out: Tensor,
+    start: Tensor,
+    total: Tensor,
+    scale: float,
+    key: Tensor | None = None,
+    c: float = 0.0,
+    kind: str = "normal",
+    threshold: float = math.inf,
+) -> None:
+    """out = start + scale total + c z where |start| <= threshold, and start elsewhere.
+
+    Args:
+        out: in any floating dtype; rounded to it once, at the end, from float32 (or from float64, if `start` is).
+        total: int32.
+        scale: a power of two or its negative, so that nothing is rounded by it.
+        key: (2,), of the direction; None leaves the last term out.
+        c: exact to 20 bits already.
+    """
+    factor = torch.tensor(scale, dtype=torch.float64)
+    bound = torch.tensor(threshold, dtype=torch.float64)
+    tensors = [out, start, total]
+    if key is None:
+        _each(_settle, kind, tensors, torch.zeros(2, dtype=torch.int32), factor, bound)
+        return
+    step = torch.tensor(c / SIGMA[check_kind(kind)], dtype=torch.float64)
+    _each(_render, kind, tensors, key, factor, bound, step)
+
+
+@torch.no_grad()
+def project(vector: Tensor, keys: Tensor, kind: str = "normal") -> Tensor:
+    """<z_s, vector> for every seed, (S,) float64. Sums run in float32 by blocks, so its last bits are a device's own.
+
+    Args:
+        vector: floating, contiguous.
+        keys: (S, 2), of `stream_keys` for this parameter.
+    """
+    check_kind(kind)
+    found = torch.zeros(len(keys), dtype=torch.float64)
+    flat = vector.view(-1)
+    words = (flat.numel() + 1) // 2
+    for start in range(0, words, BLOCK):
+        for place, key in enumerate(keys):
+            span = (start, min(start + BLOCK, words))
+            found[place] += sum(float(part) for part in _each(_dot, kind, [flat], key, span=span))
+    return found / SIGMA[kind]
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser, of uint64."""
+    x = x ^ (x >> np.uint64(30))
+    x = x * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+# What follows is traced by torch.compile, and so kept to tensor operations on 32 bits. Every kernel takes a tensor's
+# low elements, then its high ones, which share words, and `at`: (3,) int32, k0, k1 and the place of the first word.
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """x >> by as if x had no sign."""
+    return (x >> by) & ((1 << (32 - by)) - 1)
+
+
+def _numbers(kind: str, count: int, at: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole numbers for `count` low elements and as many high ones, int32."""
+    x = (torch.arange(count, dtype=torch.int32, device=at.device) + at[2]) ^ at[0]
+    x = (x ^ _shifted(x, 16)) * _M1
+    x = ((x ^ _shifted(x, 15)) + at[1]) * _M2
+    x = x ^ _shifted(x, 16)
+    if kind == "rademacher":
+        return ((x << 16) >> 31) | 1, (x >> 31) | 1
+    x = x - (_shifted(x, 1) & 0x55555555)
+    x = (x & 0x33333333) + (_shifted(x, 2) & 0x33333333)
+    x = (x + _shifted(x, 4)) & 0x0F0F0F0F
+    x = x + _shifted(x, 8)
+    return (x & 31) - 8, ((x >> 16) & 31) - 8
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _add(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, c: Tensor) -> None:
+    for (weight,), number in zip((low, high), _numbers(kind, low[0].numel(), at), strict=True):
+        wide = _wide(weight)
+        weight.copy_(weight.to(wide) + number.to(wide) * c.to(wide))
+
+
+def _accumulate(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, count: Tensor) -> None:
+    for (total,), number in zip((low, high), _numbers(kind, low[0].numel(), at), strict=True):
+        total.add_(number * count)
+
+
+def _settle(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, scale: Tensor, bound: Tensor) -> None:
+    for out, start, total in (low, high):
+        wide = _wide(start)
+        moved = start.to(wide) + total.to(wide) * scale.to(wide)
+        out.copy_(torch.where((total == 0) | (start.abs() > bound.to(wide)), start.to(wide), moved))
+
+
+def _render(
+    kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, scale: Tensor, bound: Tensor, c: Tensor
+) -> None:
+    for (out, start, total), number in zip((low, high), _numbers(kind, low[0].numel(), at), strict=True):
+        wide = _wide(start)
+        moved = start.to(wide) + total.to(wide) * scale.to(wide) + number.to(wide) * c.to(wide)
+        out.copy_(torch.where(start.abs() > bound.to(wide), start.to(wide), moved))
+
+
+def _dot(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
+    numbers = _numbers(kind, low[0].numel(), at)
+    one, other = (
+        (vector.to(_wide(vector)) * number.to(_wide(vector))).sum()
+        for (vector,), number in zip((low, high), numbers, strict=True)
+    )
+    return one, other
+
+
+def _each(
+    kernel: Callable[..., Any],
+    kind: str,
+    tensors: Sequence[Tensor],
+    key: Tensor,
+    *scalars: Tensor,
+    span: tuple[int, int] | None = None,
+) -> list[Tensor]:
+    """Run a kernel over all words, or those in `span`, of tensors of one size; what it returned, in order."""
+    device = tensors[0].device
+    flat = [tensor.view(-1) for tensor in tensors]
+    size = flat[0].numel()
+    pairs, half = size // 2, (size + 1) // 2
+    first, last = span or (0, half)
+    scalars = tuple(scalar.to(device) for scalar in scalars)
+    whole = min(last, pairs)
+    fast = _compiled(kernel, kind, device.type) if whole - first >= COMPILED else None
+    step = max(1, whole - first) if fast or device.type != "cpu" else EAGER
+    found: list[Tensor] = []
+    run: Callable[..., Any] = fast or kernel
+    for start in range(first, whole, step):
+        stop = min(start + step, whole)
+        at = torch.tensor([int(key[0]), int(key[1]), start], dtype=torch.int32, device=device)
+        low = [tensor[start:stop] for tensor in flat]
+        high = [tensor[half + start : half + stop] for tensor in flat]
+        found.extend(run(kind, low, high, at, *scalars) or ())
+    if last > pairs:  # an odd one out has a word to itself
+        at = torch.tensor([int(key[0]), int(key[1]), pairs], dtype=torch.int32, device=device)
+        alone = [tensor[pairs:half] for tensor in flat]
+        found.extend((kernel(kind, alone, [tensor.clone() for tensor in alone], at, *scalars) or ())[:1])
+    return found
+
+
+@cache
+def _compiled(kernel: Callable[..., Any], kind: str, device: str) -> Callable[..., Any] | None:
+    """The kernel as machine code; None where nothing can make it."""
+    if os.environ.get("FEDTUNE_COMPILE") == "0" or not _compiler(device):
+        return None
+    made = torch.compile(kernel, dynamic=True, fullgraph=True)
+    failed = False
+
+    def run(*arguments: Any) -> Any:
+        nonlocal failed
+        if not failed:
+            try:
+                return made(*arguments)
+            except Exception as error:  # whatever a compiler can fail with; it does before anything was computed
+                failed = True
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                logging.getLogger("fedtune").warning("noise runs uncompiled, slowly: %s", reason)
+        return kernel(*arguments)
+
+    return run
+
+
+def _compiler(device: str) -> bool:
+    if device == "cuda":
+        import importlib.util
+
+        return importlib.util.find_spec("triton") is not None
+    named = os.environ.get("CXX")
+    return device == "cpu" and any(shutil.which(name) for name in ([named] if named else ["g++", "clang++"]))

@@ -1,0 +1,215 @@
+"""Weights that are a base and a sum of seeded directions, in whole numbers:
+
+    w = w0 - 2^-k T        T = SIGMA sum_s n_s z_s,  int32, modulo 2^32        n_s: how far along direction s
+
+z_s comes from fedtune/noise.py. A step of -lr g z is n = g / quantum of these, rounded, with quantum = SIGMA 2^-k / lr.
+Because T is a sum of whole numbers, it is the same in whatever order, blocks and rounds its terms came, on every
+device: w is a function of w0 and the n_s alone. Who knows an older sum adds what changed; one copy of T takes a model
+back to where it was; perturbing and going back leaves no trace, also in bfloat16, for weights are always made from w0
+and T.
+
+Per parameter that takes w0, w and two T (the shared one, and the one that a client trains on): 12 bytes in bfloat16, 16
+in float32.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedtune.errors import ConfigError, DivergedError
+from fedtune.keys import bits, fold
+from fedtune.noise import LARGEST, SIGMA, accumulate_, check_kind, coefficient, render_, stream_keys
+
+FINEST = 2.0**-16  # what a slope is rounded to at most, loss per unit of z
+SIGMAS = 8  # T stays below its limit with that many standard deviations of its largest elements to spare
+
+Record = Mapping[int, int]  # seed -> n
+
+
+@dataclass(frozen=True)
+class Space:
+    """In which directions weights move, and in what steps.
+
+    Attributes:
+        lr: learning rate, of slopes in loss per unit of z.
+        noise: the distribution of z, "normal" or "rademacher".
+        sparsity: the share of each parameter's weights, those of largest magnitude in w0, that stay as they are
+            (Sparse-MeZO, Liu et al. 2024, arXiv:2402.15751).
+
+    Raises:
+        ConfigError: for a value out of range.
+    """
+
+    lr: float
+    noise: str = "normal"
+    sparsity: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_kind(self.noise)
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"lr={self.lr}: expected a number above 0")
+        if not 0 <= self.sparsity < 1:
+            raise ConfigError(f"sparsity={self.sparsity}: expected a share from 0 up to, but not, 1")
+
+    @cached_property
+    def exponent(self) -> int:
+        """k: one n moves a weight by 2^-k times the whole number that z is made of."""
+        return math.ceil(-math.log2(self.lr * FINEST / SIGMA[self.noise]))
+
+    @cached_property
+    def quantum(self) -> float:
+        """The slope, in loss per unit of z, that is one n."""
+        return math.ldexp(SIGMA[self.noise] / self.lr, -self.exponent)
+
+    @cached_property
+    def limit(self) -> int:
+        """The largest |n| of one slope: nothing larger could be added even once."""
+        return (2**31 - 1) // LARGEST[self.noise]
+
+    def counts(self, slopes: np.ndarray) -> np.ndarray:
+        """Slopes (loss per unit of z) as n, int64, rounded to the nearest and cut to +-limit."""
+        return np.rint(np.clip(np.asarray(slopes, np.float64) / self.quantum, -self.limit, self.limit)).astype(np.int64)
+
+    def slopes(self, counts: np.ndarray) -> np.ndarray:
+        """The inverse of `counts`, float64."""
+        return np.asarray(counts, np.float64) * self.quantum
+
+    def check(self, counts: np.ndarray) -> None:
+        """Raises:
+        DivergedError: if a sum of so many steps might not fit 32 bits.
+        """
+        # An element of T is a sum of independent bounded terms, so Hoeffding's bound holds for it
+        length = float(np.linalg.norm(np.asarray(counts, np.float64)))
+        room = 2**31 / (SIGMAS * SIGMA[self.noise])
+        if not length < room:
+            raise DivergedError(
+                f"the slopes add up to a length of {length * self.quantum:.3g}; at lr={self.lr:g} there is room for "
+                f"{room * self.quantum:.3g}: the run has diverged. Start a new one with a lower lr"
+            )
+
+
+def pool(pool_seed: int, count: int) -> list[int]:
+    """`count` seeds, each a function of `pool_seed` and its place."""
+    return [int(seed) for seed in bits(fold(pool_seed, "pool"), count)]
+
+
+class SeededWeights:
+    """The trainable tensors of one model as w0 - 2^-k T.
+
+    Attributes:
+        passes: how many directions have been added to T so far, for those who count work.
+
+    Args:
+        live: the model's tensors, which are written to.
+        start: w0, by the same names; not copied where it is on their device already.
+    """
+
+    def __init__(self, live: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]):
+        self.live = dict(live)
+        self.start = {name: start[name].to(tensor.device).contiguous() for name, tensor in live.items()}
+        self.passes = 0
+        self.space: Space | None = None
+        self._shared = self._zeros()
+        self._own = self._zeros()
+        self._known: dict[int, int] = {}  # the n that `_shared` is the sum of
+        self._thresholds: tuple[float, dict[str, float]] = (0.0, dict.fromkeys(self.live, math.inf))
+
+    def move_to(self, space: Space, record: Record) -> None:
+        """Make the weights those of `record`, by way of what changed or from w0, whichever is less work.
+
+        Raises:
+            DivergedError: if the sum might not fit.
+        """
+        space.check(np.fromiter(record.values(), np.float64, len(record)))
+        record = {seed: int(count) for seed, count in record.items() if count}
+        if self.space is None or self.space.noise != space.noise:
+            self._known = {}
+            self._fill(self._shared, 0)
+        changed = {
+            seed: delta
+            for seed in record.keys() | self._known.keys()
+            if (delta := record.get(seed, 0) - self._known.get(seed, 0))
+        }
+        if len(changed) > len(record):
+            self._fill(self._shared, 0)
+            changed = record
+        # The same n mean another distance under another lr, but T doesn't depend on it
+        self.space = space
+        self._add(self._shared, changed)
+        self._known = dict(record)
+        self.restore()
+
+    def restore(self) -> None:
+        """Take back all steps since `move_to`."""
+        torch._foreach_copy_(list(self._own.values()), list(self._shared.values()))
+        self.render()
+
+    def step(self, record: Record) -> None:
+        """Go n along each direction. The model's tensors follow at the next `render`."""
+        self._add(self._own, record)
+
+    def render(self, seed: int | None = None, c: float = 0.0) -> None:
+        """Set the model's tensors to w, or to w + c z.
+
+        Args:
+            c: taken to 20 bits (`fedtune.noise.coefficient`).
+        """
+        assert self.space is not None
+        scale = -math.ldexp(1.0, -self.space.exponent)
+        thresholds = self._bounds(self.space.sparsity)
+        for name, live in self.live.items():
+            key = None if seed is None else stream_keys([seed], name)[0]
+            render_(
+                live.data,
+                self.start[name],
+                self._own[name],
+                scale,
+                key,
+                coefficient(c),
+                self.space.noise,
+                thresholds[name],
+            )
+
+    def totals(self) -> dict[str, Tensor]:
+        """T as it stands, (by name) int32; not a copy."""
+        return self._own
+
+    def _add(self, totals: dict[str, Tensor], record: Record) -> None:
+        assert self.space is not None
+        seeds = list(record)
+        counts = torch.tensor([record[seed] for seed in seeds], dtype=torch.int64).to(torch.int32)
+        for name, total in totals.items():
+            accumulate_(total, stream_keys(seeds, name), counts, self.space.noise)
+        self.passes += len(seeds)
+
+    def _bounds(self, sparsity: float) -> dict[str, float]:
+        if self._thresholds[0] != sparsity:
+            self._thresholds = (sparsity, {name: _threshold(start, sparsity) for name, start in self.start.items()})
+        return self._thresholds[1]
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {name: torch.zeros(s.shape, dtype=torch.int32, device=s.device) for name, s in self.start.items()}
+
+    @staticmethod
+    def _fill(totals: dict[str, Tensor], value: int) -> None:
+        for total in totals.values():
+            total.fill_(value)
+
+
+def _threshold(start: Tensor, sparsity: float) -> float:
+    """The magnitude of the largest weight that still moves, which is the k-th smallest of all."""
+    kept = start.numel() - math.floor(sparsity * start.numel())
+    return math.inf if kept == start.numel() else float(start.abs().flatten().float().kthvalue(kept).values)
+
+
+def steps_record(seeds: Sequence[int], counts: Sequence[int]) -> dict[int, int]:
+    """Steps as a record: what was taken along one direction twice is added up."""
+    record: dict[int, int] = {}
+    for seed, count in zip(seeds, counts, strict=True):
+        record[seed] = record.get(seed, 0) + int(count)
+    return record
