@@ -94,8 +94,9 @@ def add_(weight: Tensor, seed: int, name: str, c: float, kind: str = "normal") -
         weight: contiguous, of any shape; sums run in float32, or in float64 if that is what it is.
         c: taken to 20 bits (`coefficient`).
     """
-    c = coefficient(c) / SIGMA[check_kind(kind)]
-    _each(_add, kind, [weight], stream_keys([seed], name)[0], torch.tensor(c, dtype=torch.float64))
+    step = torch.tensor(coefficient(c) / SIGMA[check_kind(kind)], dtype=torch.float64)
+    kernel, tensors = (_add_words, _in_words(weight)) if _has_words(weight) else (_add, [weight])
+    _each(kernel, kind, tensors, stream_keys([seed], name)[0], step)
 
 
 @torch.no_grad()
@@ -139,12 +140,14 @@ def render_(
     """
     factor = torch.tensor(scale, dtype=torch.float64)
     bound = torch.tensor(threshold, dtype=torch.float64)
-    tensors = [out, start, total]
-    if key is None:
-        _each(_settle, kind, tensors, torch.zeros(2, dtype=torch.int32), factor, bound)
-        return
     step = torch.tensor(c / SIGMA[check_kind(kind)], dtype=torch.float64)
-    _each(_render, kind, tensors, key, factor, bound, step)
+    words = _has_words(out) and _has_words(start)
+    tensors = _in_words(out, start, total) if words else [out, start, total]
+    if key is None:
+        nothing = torch.zeros(2, dtype=torch.int32)
+        _each(_settle_words if words else _settle, kind, tensors, nothing, factor, bound)
+    else:
+        _each(_render_words if words else _render, kind, tensors, key, factor, bound, step)
 
 
 @torch.no_grad()
@@ -186,7 +189,11 @@ def _shifted(x: Tensor, by: int) -> Tensor:
 
 def _numbers(kind: str, count: int, at: Tensor) -> tuple[Tensor, Tensor]:
     """The whole numbers for `count` low elements and as many high ones, int32."""
-    x = (torch.arange(count, dtype=torch.int32, device=at.device) + at[2]) ^ at[0]
+    return _numbers_at(kind, torch.arange(count, dtype=torch.int32, device=at.device) + at[2], at)
+
+
+def _numbers_at(kind: str, places: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    x = places ^ at[0]
     x = (x ^ _shifted(x, 16)) * _M1
     x = ((x ^ _shifted(x, 15)) + at[1]) * _M2
     x = x ^ _shifted(x, 16)
@@ -230,6 +237,73 @@ def _render(
         begun = start.to(wide)
         moved = begun + total.to(wide) * scale.to(wide) + number.to(wide) * c.to(wide)
         out.copy_(torch.where(begun.abs() > bound.to(wide), begun, moved))
+
+
+# bfloat16 two at a time, as one word of 32 bits: twice as fast as what the compiler makes of 16 bits beside 32.
+# Elements
+# 2j and 2j + 1 stand in word j, and their numbers in the words 2j and 2j + 1 of the hash.
+
+
+def _has_words(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16 and tensor.numel() % 4 == 0 and tensor.storage_offset() % 2 == 0
+
+
+def _in_words(*tensors: Tensor) -> list[Tensor]:
+    """bfloat16 as int32 and int32 as int64, half as many of each."""
+    return [t.view(-1).view(torch.int32 if t.dtype == torch.bfloat16 else torch.int64) for t in tensors]
+
+
+def _number_pairs(kind: str, count: int, at: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The whole numbers for `count` low words and as many high ones."""
+    places = (torch.arange(count, dtype=torch.int32, device=at.device) + at[2]) * 2
+    one, other = _numbers_at(kind, places, at), _numbers_at(kind, places + 1, at)
+    return (one[0], other[0]), (one[1], other[1])
+
+
+def _opened(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float32 of each word of two bfloat16."""
+    return (words << 16).view(torch.float32), (words & -65536).view(torch.float32)
+
+
+def _closed(one: Tensor, other: Tensor) -> Tensor:
+    """The inverse of `_opened`, rounded to nearest, ties to even."""
+    a, b = one.view(torch.int32), other.view(torch.int32)
+    a = _shifted(a + 0x7FFF + (_shifted(a, 16) & 1), 16)
+    return a | ((b + 0x7FFF + (_shifted(b, 16) & 1)) & -65536)
+
+
+def _halved(total: Tensor) -> tuple[Tensor, Tensor]:
+    """Two int32 of each int64."""
+    return ((total << 32) >> 32).to(torch.int32), (total >> 32).to(torch.int32)
+
+
+def _add_words(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, c: Tensor) -> None:
+    c = c.float()
+    for (weight,), (one, other) in zip((low, high), _number_pairs(kind, low[0].numel(), at), strict=True):
+        a, b = _opened(weight)
+        weight.copy_(_closed(a + one.float() * c, b + other.float() * c))
+
+
+def _settle_words(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, scale: Tensor, bound: Tensor) -> None:
+    scale, bound = scale.float(), bound.float()
+    for out, start, total in (low, high):
+        moved = [
+            torch.where((n == 0) | (w.abs() > bound), w, w + n.float() * scale)
+            for w, n in zip(_opened(start), _halved(total), strict=True)
+        ]
+        out.copy_(_closed(*moved))
+
+
+def _render_words(
+    kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, scale: Tensor, bound: Tensor, c: Tensor
+) -> None:
+    scale, bound, c = scale.float(), bound.float(), c.float()
+    for (out, start, total), numbers in zip((low, high), _number_pairs(kind, low[0].numel(), at), strict=True):
+        moved = [
+            torch.where(w.abs() > bound, w, w + n.float() * scale + number.float() * c)
+            for w, n, number in zip(_opened(start), _halved(total), numbers, strict=True)
+        ]
+        out.copy_(_closed(*moved))
 
 
 def _dot(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
