@@ -20,8 +20,8 @@ The steps: clients/projected.py. Projection, blocks and budgets: fedtune/blocks.
 rho is the variance of z, which is 1 here. scaling=official rebuilds Delta / 3, as the authors' code does: its z have a
 variance of 1 / (3 d), and it divides by 1 / d. Its recipe goes with it: rules.server_lr=10, plain SGD at 1e-4.
 Departs from the authors' code: K is what all blocks have together (theirs is the budget of the block that moved most);
-directions are a client's own (theirs come from a pool of K that all share); what one direction adds to a block isn't cut
-to a length of 10, which it stays far below; noise that is equal on every device; whole quanta.
+directions are a client's own (theirs come from a pool of K that all share); what one direction adds to a block isn't
+cut to a length of 10, which it stays far below; noise that is equal on every device; whole quanta.
 """
 
 from collections.abc import Sequence
