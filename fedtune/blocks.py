@@ -43,6 +43,11 @@ TURN, BUDGET, SLOPES = "turn", "budget", "slopes"  # (n, 2), (n, L) and (n, K) i
 class Projection:
     """What all parties have to agree on.
 
+    By the budget's rule coordinates have one size in all blocks, sum_l |Delta_l| / K. For a gradient of SmolLM2-135M,
+    that is 211 blocks, and K = 4096 it is 0.0027 |Delta|: 2,900 of the default's quanta after 40 steps of SGD at 1e-4
+    along gradients of length 1. Rounding is then lost in what the projection itself costs, even for a hundredth of
+    that, and there is room for weights that wander by 0.5 server_lr / 8.
+
     Raises:
         ConfigError: for a value out of range.
     """
@@ -107,7 +112,8 @@ def budget_of(norms: Sequence[float], directions: int) -> np.ndarray:
 
 def seeds_of(rules: Projection, version: int, client: int) -> list[int]:
     """The seeds of the answer that `client` gives to `version`: (K,), the first K_1 being those of the first block."""
-    return [int(seed) for seed in bits(fold(rules.pool_seed, "ferret", version, client), rules.directions)]
+    seeds: list[int] = bits(fold(rules.pool_seed, "ferret", version, client), rules.directions).tolist()
+    return seeds
 
 
 @torch.no_grad()
