@@ -25,10 +25,11 @@ from fedtune.errors import ConfigError, DivergedError
 from fedtune.keys import bits, fold
 from fedtune.noise import LARGEST, SIGMA, accumulate_, check_kind, coefficient, render_, stream_keys
 
-FINEST = 2.0**-16  # what a slope is rounded to at most, loss per unit of z
+FINEST = 2.0**-16  # what a slope is rounded to at most, loss per unit of z, unless a method needs it otherwise
 SIGMAS = 8  # T stays below its limit with that many standard deviations of its largest elements to spare
 
 Record = Mapping[int, int]  # seed -> n
+Names = tuple[str, ...]  # of parameters
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Space:
         noise: the distribution of z, "normal" or "rademacher".
         sparsity: the share of each parameter's weights, those of largest magnitude in w0, that stay as they are
             (Sparse-MeZO, Liu et al. 2024, arXiv:2402.15751).
+        finest: what a slope is rounded to at most, loss per unit of z.
 
     Raises:
         ConfigError: for a value out of range.
@@ -48,6 +50,7 @@ class Space:
     lr: float
     noise: str = "normal"
     sparsity: float = 0.0
+    finest: float = FINEST
 
     def __post_init__(self) -> None:
         check_kind(self.noise)
@@ -55,11 +58,13 @@ class Space:
             raise ConfigError(f"lr={self.lr}: expected a number above 0")
         if not 0 <= self.sparsity < 1:
             raise ConfigError(f"sparsity={self.sparsity}: expected a share from 0 up to, but not, 1")
+        if not 2.0**-64 <= self.finest <= 1:
+            raise ConfigError(f"finest={self.finest}: expected a number from 2^-64 to 1")
 
     @cached_property
     def exponent(self) -> int:
         """k: one n moves a weight by 2^-k times the whole number that z is made of."""
-        return math.ceil(-math.log2(self.lr * FINEST / SIGMA[self.noise]))
+        return math.ceil(-math.log2(self.lr * self.finest / SIGMA[self.noise]))
 
     @cached_property
     def quantum(self) -> float:
@@ -116,7 +121,7 @@ class SeededWeights:
         self.space: Space | None = None
         self._shared = self._zeros()
         self._own = self._zeros()
-        self._known: dict[int, int] = {}  # the n that `_shared` is the sum of
+        self._known: dict[Names, dict[int, int]] = {}  # the n that `_shared` is the sum of, by what they move
         self._thresholds: tuple[float, dict[str, float]] = (0.0, dict.fromkeys(self.live, math.inf))
 
     def move_to(self, space: Space, record: Record) -> None:
@@ -125,23 +130,35 @@ class SeededWeights:
         Raises:
             DivergedError: if the sum might not fit.
         """
-        space.check(np.fromiter(record.values(), np.float64, len(record)))
-        record = {seed: int(count) for seed, count in record.items() if count}
-        if self.space is None or self.space.noise != space.noise:
-            self._known = {}
+        self.move_blocks(space, {tuple(self.live): record})
+
+    def move_blocks(self, space: Space, records: Mapping[Names, Record]) -> None:
+        """The same where each group of parameters, named by its key, has directions of its own.
+
+        Args:
+            records: of disjoint groups; parameters that are in none are those of w0.
+        """
+        for record in records.values():
+            space.check(np.fromiter(record.values(), np.float64, len(record)))
+        if self.space is None or self.space.noise != space.noise or self._known.keys() != records.keys():
+            self._known = {names: {} for names in records}
             self._fill(self._shared, 0)
-        changed = {
-            seed: delta
-            for seed in record.keys() | self._known.keys()
-            if (delta := record.get(seed, 0) - self._known.get(seed, 0))
-        }
-        if len(changed) > len(record):
-            self._fill(self._shared, 0)
-            changed = record
         # The same n mean another distance under another lr, but T doesn't depend on it
         self.space = space
-        self._add(self._shared, changed)
-        self._known = dict(record)
+        for names, record in records.items():
+            record = {seed: int(count) for seed, count in record.items() if count}
+            known = self._known[names]
+            totals = {name: self._shared[name] for name in names}
+            changed = {
+                seed: delta
+                for seed in record.keys() | known.keys()
+                if (delta := record.get(seed, 0) - known.get(seed, 0))
+            }
+            if len(changed) > len(record):
+                self._fill(totals, 0)
+                changed = record
+            self._add(totals, changed)
+            self._known[names] = dict(record)
         self.restore()
 
     def restore(self) -> None:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,11 @@ from fedtune.protocol import Batch, Setting, describe
 from fedtune.schema import at_least
 from fedtune.seeded import SeededWeights, Space, steps_record
 from fedtune.training import loss_of
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Told = TypeVar("Told", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -64,22 +69,31 @@ class Rules:
         return self.local_steps * self.perturbations
 
 
-def told(rules: Rules) -> dict[str, Setting]:
-    """The rules as an instruction's settings."""
+def told(rules: "DataclassInstance") -> dict[str, Setting]:
+    """The rules, a dataclass of them, as an instruction's settings."""
     return {field.name: getattr(rules, field.name) for field in fields(rules)}
 
 
-def rules_of(settings: Mapping[str, Setting]) -> Rules:
+def as_told(kind: type[Told], settings: Mapping[str, Setting]) -> Told:
     """The inverse of `told`.
 
     Raises:
         ClientError: if these settings are not that.
     """
     try:
-        given: dict[str, Any] = {field.name: settings[field.name] for field in fields(Rules)}
-        return Rules(**given)
+        given: dict[str, Any] = {field.name: settings[field.name] for field in fields(kind)}
+        return kind(**given)
     except (KeyError, TypeError) as error:
         raise ClientError(f"the server's instruction is no seeded method's: {error} is missing or wrong") from error
+
+
+def rules_of(settings: Mapping[str, Setting]) -> Rules:
+    """The `Rules` that these settings are.
+
+    Raises:
+        ClientError: if they are none.
+    """
+    return as_told(Rules, settings)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,45 @@
+"""First-order local training that answers with coordinates of its update (strategies/ferret.py).
+
+The server's settings: fedtune.blocks.Projection; `client`, whose directions these are; `share`, of the update, what the
+server rebuilds in the mean. The client's memory is what all clients have answered so far: `turn`, `budget` and `slopes`
+(fedtune/blocks.py), a row for each answer, and their number.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from clients.first_order import FirstOrder, proximal
+from fedtune.adapters import LocalModel
+from fedtune.blocks import BUDGET, SLOPES, TURN, Projection, blocks_of, coordinates, records_of, seeds_of
+from fedtune.errors import ClientError
+from fedtune.merging import FROM, KEPT, VERSION, installed_version
+from fedtune.protocol import Batches, Instruction, Tensors, Update
+from fedtune.zeroth import as_told
+
+
+@dataclass(frozen=True)
+class Projected(FirstOrder):
+    def receive(self, model: LocalModel, instruction: Instruction, memory: Tensors) -> None:
+        rules = as_told(Projection, instruction.settings)
+        base, version = int(instruction.settings[FROM]), int(instruction.settings[VERSION])
+        if base not in (0, mine := installed_version(memory)):
+            raise ClientError(f"the server's answers go on from number {base}; this client knows {mine}")
+        new = {name: instruction.tensors[name] for name in (TURN, BUDGET, SLOPES)}
+        known = {name: torch.cat([memory[name], tensor]) if base else tensor for name, tensor in new.items()}
+        if wrong := [name for name, tensor in known.items() if len(tensor) != version]:
+            raise ClientError(f"the server's '{wrong[0]}' is of {len(known[wrong[0]])} answers, expected {version}")
+        memory.update(known)
+        memory[KEPT] = torch.tensor(version)
+        model.seeded.move_blocks(rules.space, records_of(known, blocks_of(model.layout), rules))
+
+    def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
+        settings = instruction.settings
+        rules = as_told(Projection, settings)
+        # What was received may be held in fewer bits than the difference to it needs, so that is taken in float32
+        live = model.trained()
+        old = {name: tensor.detach().clone() for name, tensor in live.items()}
+        loss = self.fit(model, batches, key, proximal(model, self.mu) if self.mu else None)
+        seeds = seeds_of(rules, int(settings[VERSION]), int(settings["client"]))
+        answer = coordinates(old, live, blocks_of(model.layout), rules, seeds, float(settings["share"]))
+        return Update(answer, batches.examples, {"train_loss": loss})
