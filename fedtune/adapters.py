@@ -1,7 +1,8 @@
 """Adapters on a base model, addressed by name.
 
 A `LocalModel` is what a party trains and evaluates: one frozen base and one set of trainable tensors that are swapped
-in place. However many clients share a process, there is one base.
+in place. However many clients share a process, there is one base. Without an adapter (adapter=none) the base's own
+weights are these tensors, and a copy of them is what everybody starts from.
 """
 
 import math
@@ -15,23 +16,23 @@ from torch import Tensor, nn
 from fedtune.base_change import BaseChange
 from fedtune.errors import ModelError
 from fedtune.keys import fold, uniform
-from fedtune.kinds import RESIZABLE, attach, constants, origin_shift, public_name, slot_of, starting_values
+from fedtune.kinds import RESIZABLE, attach, constants, origin_shift, slot_of, starting_values, trainable
 from fedtune.lowrank import name_of, pairs
 from fedtune.models import Base
 from fedtune.protocol import Layout, Tensors, describe
-from fedtune.schema import AdapterSpec
+from fedtune.schema import FULL, AdapterSpec
 from fedtune.seeded import SeededWeights
 
 
 class LocalModel:
-    """A base with adapters.
+    """A base with adapters, or one that is trained itself.
 
     Attributes:
-        module: the PEFT model, on its device.
+        module: the PEFT model, on its device; the base model itself where there is no adapter.
         tokenizer: the base's tokenizer.
         origin: where the base came from.
         layout: names, shapes and starting values of the trainable tensors, in PEFT's own naming, so that an exported
-            adapter has the names that PEFT looks for.
+            adapter has the names that PEFT looks for; the base's own names where there is no adapter.
         base_change: what was merged into the base.
         origin_shift: what is added to the base from the start and for good; nothing for most kinds (fedtune/kinds.py).
         constants: what an exported adapter needs besides, by such names: VeRA's projections; nothing for other kinds.
@@ -50,9 +51,10 @@ class LocalModel:
         self.tokenizer = base.tokenizer
         self.origin = base.origin
         self.device: torch.device = next(base.model.parameters()).device
-        self._live = {public_name(name): p for name, p in self.module.named_parameters() if p.requires_grad}
-        slots = tuple(slot_of(self.module, name, p) for name, p in self._live.items())
-        self.layout = Layout(slots, starting_values(self.module, self._live, spec, seed))
+        self._live = trainable(self.module, spec)
+        slots = tuple(slot_of(self.module, name, p, spec) for name, p in self._live.items())
+        start = starting_values(self.module, self._live, spec, seed)
+        self.layout = Layout(slots, start, base.origin.sha256 if spec.kind == FULL else "")
         self.constants = constants(self.module, seed)
         self._tensors: list[Tensor] = list(self._live.values())
         self._start = list(self.layout.initial.values())

@@ -19,8 +19,12 @@ from fedtune.protocol import Tensors
 def adapter_files(model: LocalModel) -> dict[str, bytes]:
     """adapter_config.json and adapter_model.safetensors of the adapter that `model` holds now.
 
-    The base is named by its hub id where it has one, because a path on this machine means nothing elsewhere.
+    The base is named by its hub id where it has one, because a path on this machine means nothing elsewhere. Where the
+    base itself is trained there is no adapter, and so no file: all its weights are in the checkpoint, which would
+    otherwise be written twice a round.
     """
+    if model.layout.base:
+        return {}
     tensors = _tensors(model)
     config: dict[str, Any] = model.module.peft_config["default"].to_dict()
     config["base_model_name_or_path"] = model.origin.hub_id or model.origin.path

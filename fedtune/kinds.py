@@ -2,6 +2,8 @@
 
 A kind's settings become a PEFT config, PEFT attaches it, and everything that PEFT would draw from torch's generator is
 drawn again here by key, so that every party has the same bits. Papers and caveats: docs/adapters.md.
+
+The kind "none" is no adapter: nothing is attached, and the base's own weights are trained from where they are.
 """
 
 import math
@@ -19,21 +21,24 @@ from fedtune.lowrank import LowRank, pairs, unpair
 from fedtune.merging import as_residual
 from fedtune.protocol import Layout, Slot, Tensors
 from fedtune.requantize import dequantized
-from fedtune.schema import AdapterSpec
+from fedtune.schema import FULL, AdapterSpec
 
 FACTORED = ("lora", "rslora", "dora", "pissa")  # kinds that have A and B
 RESIZABLE = ("lora", "rslora")  # kinds that mean something at any other rank too
 
 
 def attach(model: nn.Module, spec: AdapterSpec) -> Any:
-    """Put adapters on `model`, whose own weights stay as they are.
+    """Put adapters on `model`, whose own weights stay as they are; or, for "none", have these weights trained.
 
     Returns:
-        The PEFT model, its adapters in float32 and at PEFT's own start, which `starting_values` replaces.
+        The PEFT model, its adapters in float32 and at PEFT's own start, which `starting_values` replaces; for "none",
+        `model` itself.
 
     Raises:
         ModelError: if a target names no layer, or this kind can't adapt this model, saying why.
     """
+    if spec.kind == FULL:
+        return _unfrozen(model, spec)
     from peft import get_peft_model
 
     config = _config(model, spec)
@@ -67,9 +72,16 @@ def public_name(name: str) -> str:
     return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name
 
 
-def slot_of(module: Any, name: str, parameter: Tensor) -> Slot:
+def trainable(module: Any, spec: AdapterSpec) -> dict[str, nn.Parameter]:
+    """What is trained of what `attach` returned, by public name: a weight that two layers share once, by the first."""
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return named if spec.kind == FULL else {public_name(name): p for name, p in named.items()}
+
+
+def slot_of(module: Any, name: str, parameter: Tensor, spec: AdapterSpec) -> Slot:
     """What a trainable tensor is, from its public name; virtual tokens belong to no layer, so theirs is ''."""
-    layer, _, role = name.removesuffix(".weight").rpartition(".")
+    # PEFT's "q_proj.lora_A.weight" has the role lora_A, a base's own "q_proj.weight" the role weight
+    layer, _, role = (name if spec.kind == FULL else name.removesuffix(".weight")).rpartition(".")
     scaling = module.get_submodule(layer).scaling["default"] if role.startswith("lora_") else 1.0
     return Slot(name, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."), role, layer, float(scaling))
 
@@ -79,9 +91,11 @@ def starting_values(module: Any, live: Mapping[str, Tensor], spec: AdapterSpec, 
 
     Random ones are drawn as PEFT draws them, but a normal distribution is replaced by the uniform one of its variance.
     """
+    if spec.kind == FULL:
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in live.items()}
     start = {}
     for name, parameter in live.items():
-        slot = slot_of(module, name, parameter)
+        slot = slot_of(module, name, parameter, spec)
         start[name] = _START[slot.role](module, slot, fold(seed, "adapter", name)).to(parameter.dtype)
     if spec.kind == "pissa":
         start = unpair({layer: _principal(module.get_submodule(layer), spec.rank) for layer in pairs(start)})
@@ -144,6 +158,31 @@ def adaptable(model: nn.Module) -> list[str]:
             if type(module).__name__ in kinds and module is not head
         }
     )
+
+
+def _unfrozen(model: nn.Module, spec: AdapterSpec) -> nn.Module:
+    """Have every floating-point weight of the targets trained: of these modules and all that is in them.
+
+    Raises:
+        ModelError: if a target names no layer or has no such weight, or the base is quantized.
+    """
+    if getattr(model, "is_quantized", False):  # also a folder or hub model that was saved so
+        raise ModelError(
+            f"adapter=none trains the base's own weights, and those of this {type(model).__name__} are quantized: no "
+            "small step can be put into their codes. Take a base that isn't, or an adapter"
+        )
+    named = check_targets(model, spec.targets)
+    targets = [""] if named is None else adaptable(model) if isinstance(named, str) else named
+    for target in targets:
+        chosen = [m for name, m in model.named_modules() if not target or f".{name}".endswith(f".{target}")]
+        weights = [p for module in chosen for p in module.parameters() if p.is_floating_point()]
+        if not weights:
+            raise ModelError(f"adapter.targets: '{target}' of {type(model).__name__} has no weights to train")
+        for weight in weights:
+            weight.requires_grad_(True)
+    if not targets:
+        raise ModelError("adapter.targets=[] leaves nothing to train: name some layers, or take null for all")
+    return model
 
 
 def _config(model: Any, spec: AdapterSpec) -> Any:

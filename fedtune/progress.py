@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.party import Party
-from fedtune.schema import Experiment
+from fedtune.schema import FULL, Experiment
 
 
 class View(Protocol):
@@ -242,11 +242,15 @@ def closing(summary: Mapping[str, Any], folder: Path) -> list[str]:
     else:
         result = f"{summary['rounds']} rounds done"
     failed = f", {totals['failed']} failed replies" if totals["failed"] else ""
+    if summary["adapter"].get("kind") == FULL:
+        learnt = f"weights  {folder / 'checkpoint'}  (all that was trained; there is no adapter)"
+    else:
+        learnt = f"adapter  {folder / 'adapter'}  (PeftModel.from_pretrained loads it)"
     return [
         f"{result} in {clock(summary['seconds'])}; "
         f"{size(totals['up_wire_bytes'])} up, {size(totals['down_wire_bytes'])} down{failed}",
         f"state    {summary['state_sha256']}",
-        f"adapter  {folder / 'adapter'}  (PeftModel.from_pretrained loads it)",
+        learnt,
         f"figures  {folder / 'metrics.csv'}, {folder / 'ledger.csv'}, {folder / 'summary.json'}",
     ]
 

@@ -88,8 +88,8 @@ class Slot:
     name: str
     shape: tuple[int, ...]
     dtype: str  # "float32", as torch names it
-    role: str  # "lora_A" (r, in), "lora_B" (out, r), or another of PEFT's names
-    module: str  # the layer that it adapts
+    role: str  # "lora_A" (r, in), "lora_B" (out, r), or another of PEFT's names; "weight", "bias" of a base's own
+    module: str  # the layer that it adapts, or is a part of
     scaling: float  # alpha / r, what B A is multiplied by
 
 
@@ -99,6 +99,7 @@ class Layout:
 
     slots: tuple[Slot, ...]
     initial: Tensors = field(compare=False, repr=False)
+    base: str = ""  # Origin.sha256 where the base's own weights are what is trained and starts; "" for adapters
 
     @cached_property
     def scaling(self) -> float:
@@ -122,8 +123,10 @@ class Layout:
 
     @cached_property
     def sha256(self) -> str:
-        """The manifest's hash: names, shapes, dtypes, roles, scaling and order, but no values."""
-        return hashlib.sha256(repr(self.slots).encode()).hexdigest()
+        """The manifest's hash: names, shapes, dtypes, roles, scaling and order, but no values; those of a base's own
+        weights are in it by the base's hash."""
+        manifest = repr((self.slots, self.base) if self.base else self.slots)
+        return hashlib.sha256(manifest.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

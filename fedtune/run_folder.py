@@ -7,7 +7,7 @@ failures.csv    what went wrong, with whom; a line per failed client and round
 clients.csv     what each client's own model is worth, where a method leaves clients with one
 summary.json    totals, versions, hashes; replaced after each round
 checkpoint/     the strategy's state after the last finished round
-adapter/        the global adapter, for PeftModel.from_pretrained
+adapter/        the global adapter, for PeftModel.from_pretrained; none where the base itself is trained
 model.fedtune   all that makes the model of its base, where that is numbers along seeded directions: a few kB
 """
 

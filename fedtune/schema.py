@@ -71,6 +71,7 @@ class ModelSpec:
 
 
 _LAYERED = ("rank", "dropout", "targets")
+FULL = "none"  # the kind that is no adapter: the base's own weights are trained
 
 # The kinds of adapter, and which settings each has
 ADAPTERS: dict[str, tuple[str, ...]] = {
@@ -85,16 +86,19 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
     "adaption_prompt": ("tokens", "layers"),
     "prompt_tuning": ("tokens",),
     "prefix_tuning": ("tokens",),
+    FULL: ("targets",),
 }
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    kind: str = option("lora", "what is trained; adapter=NAME sets it, and the rest as suits it")
+    kind: str = option("lora", "what is trained, none: the base itself; adapter=NAME sets it, and the rest as suits it")
     rank: int = option(8, "r: inner width of B A, and of VeRA's and Bone's matrices")
     alpha: float = option(16.0, "B A is multiplied by alpha / r; by alpha / sqrt(r) in rslora")
     dropout: float = option(0.0, "dropout on the adapter's input while training")
-    targets: list[str] | None = option(None, "names of the layers to adapt; null lets PEFT choose by architecture")
+    targets: list[str] | None = option(
+        None, "names of the layers to adapt; null lets PEFT choose by architecture, and is all of them to adapter=none"
+    )
     tokens: int = option(10, "adaption_prompt, prompt_tuning, prefix_tuning: how many virtual tokens")
     layers: int | None = option(None, "adaption_prompt: how many of the topmost layers; null takes all")
     block_size: int = option(16, "oft: width of a rotated block; has to divide a layer's inputs")
@@ -286,6 +290,11 @@ class Experiment:
     def __post_init__(self) -> None:
         at_least("rounds", self.rounds, 1)
         at_least("seed", self.seed, 0)
+        if self.adapter.kind == FULL and self.model.quantization != "none":
+            raise ConfigError(
+                f"adapter=none trains the base's own weights, and with model.quantization={self.model.quantization} "
+                "these are codes that no small step can be put into: take model.quantization=none, or an adapter"
+            )
         if self.method.pooled and not self.population.pooled:  # else it was pooled already: this is a run's own config
             self._pool()
         if isinstance(self.population.ranks, list) and "alpha" in ADAPTERS[self.adapter.kind]:

@@ -57,7 +57,11 @@ def summarise(
             "dtype": model.dtype,
             "quantization": experiment.model.quantization,
         },
-        "adapter": {"trainable_parameters": model.trainable, "layout_sha256": model.layout.sha256},
+        "adapter": {
+            "kind": experiment.adapter.kind,
+            "trainable_parameters": model.trainable,
+            "layout_sha256": model.layout.sha256,
+        },
         "data": {
             "source": describe_source(experiment.data),
             "examples": len(data.corpus),

@@ -260,7 +260,7 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str) -> Pe
 
     Raises:
         WireError: if the greeting has another form, names a client that doesn't exist, or comes from a client whose
-            trainable tensors differ from the server's.
+            trainable tensors, or the base that they are part of, differ from the server's.
     """
     record = dict(_record(content, GREETING, ConfigRecord))
     index, samples, layout = (record.pop(name, None) for name in ("index", "samples", "layout"))
@@ -271,7 +271,8 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str) -> Pe
         raise WireError(f"client {index} should have at least one sample, got {samples!r}")
     if layout != layout_sha256:
         raise WireError(
-            f"client {index} has other trainable tensors than the server: it runs another model, adapter or version"
+            f"client {index} has other trainable tensors than the server: it runs another model, adapter or version, "
+            "or, where the base itself is trained (adapter=none), it holds another base"
         )
     if not isinstance(version, int) or version < 0:
         raise WireError(f"client {index} should hold a version from 0 up, got {version!r}")

@@ -20,7 +20,7 @@ from fedtune.export import adapter_files
 from fedtune.keys import bits, fold, uniform
 from fedtune.models import load_base
 from fedtune.protocol import Batch, Peer, Traits, Update
-from fedtune.schema import ADAPTERS, AdapterSpec, ModelSpec
+from fedtune.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
 from fedtune.tiny import tiny_model, tiny_tokenizer
 from fedtune.training import fit, learnt_logits
 from fedtune.traits import LOW_RANK, check_traits
@@ -30,10 +30,12 @@ CPU = torch.device("cpu")
 TINY = ModelSpec(name="tiny", dtype="float32")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 VIRTUAL = ("prompt_tuning", "prefix_tuning")  # what virtual tokens add is there from the start
-UNDRAWN = ("pissa", "ia3", "oft", "bone")  # start from the base, ones or zeros
+UNDRAWN = ("pissa", "ia3", "oft", "bone", FULL)  # start from the base, ones or zeros
 TOKENS = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))
 LAYER = "base_model.model.model.layers.1.self_attn.v_proj"  # 48 in, 24 out
 each_kind = pytest.mark.parametrize("kind", ADAPTERS)
+# PEFT knows nothing of a base that is trained itself, and nothing is exported: tests/test_full.py
+each_adapter = pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind != FULL])
 
 
 def local(kind, seed=0, base=TINY, **adapter):
@@ -108,7 +110,7 @@ def names_in(blob):
     return load(blob).keys()
 
 
-@each_kind
+@each_adapter
 def test_names_and_values_are_those_that_peft_saves(kind):
     model, _ = stirred(kind)
     saved = get_peft_model_state_dict(model.module, save_embedding_layers=False)
@@ -118,7 +120,7 @@ def test_names_and_values_are_those_that_peft_saves(kind):
     assert {slot.dtype for slot in model.layout.slots} == {"float32"}
 
 
-@each_kind
+@each_adapter
 def test_an_exported_adapter_is_the_model_in_plain_peft(kind, tmp_path):
     model, _ = stirred(kind)
     loaded = exported(model, tmp_path)
@@ -430,6 +432,10 @@ class TestSmolLM2:
     @each_kind
     def test_a_quantized_base_is_adapted_or_refused(self, kind, quantization):
         base = loaded(quantization)
+        if kind == FULL:
+            with pytest.raises(ModelError, match=r"adapter=none trains the base's own weights, .* are quantized"):
+                LocalModel(base, AdapterSpec(kind=kind), 0)
+            return
         if (kind, quantization) == ("dora", "int8"):
             with pytest.raises(ModelError, match=r"adapter\.kind=dora needs .* Set model\.quantization to none or nf4"):
                 LocalModel(base, AdapterSpec(kind=kind), 0)
