@@ -138,10 +138,11 @@ def export(source: str, out: str, base: str | None) -> None:
     """
     from fedtune.folder import export
     from fedtune.progress import size
+    from fedtune.schema import FULL
 
     done = export(source, out, base)
     of = done.experiment
-    merged = "" if of.adapter.kind == "none" else f", adapter={of.adapter.kind} merged into the base"
+    merged = "" if of.adapter.kind == FULL else f", adapter={of.adapter.kind} merged into the base"
     print(f"wrote    {done.path}  ({size(done.bytes)})")
     print(f"model    {of.name}: method={of.method_name} after round {done.round}{merged}")
     print(f"base     {done.origin.source}, sha256 {done.origin.sha256}")

@@ -66,9 +66,10 @@ def export(source: str, out: str, base: str | None = None) -> Exported:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{out} is there already, and not empty: name a new folder")
     found = _source(Path(source).expanduser())
-    spec = found.experiment.model
     # The dtype that `auto` was where it ran, on whatever is here
-    spec = replace(spec, dtype=found.dtype, **({"path": base, "revision": None} if base else {}))
+    spec = replace(found.experiment.model, dtype=found.dtype)
+    if base is not None:
+        spec = replace(spec, path=base, revision=None)
     experiment = replace(found.experiment, model=spec, runtime=replace(found.experiment.runtime, device="auto"))
     with malformed(found.path):
         party = Party(experiment)
@@ -204,7 +205,9 @@ def _beside(target: Path) -> Iterator[Path]:
         unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
         try:
             yield unfinished
-            unfinished.chmod(0o755)  # mkdtemp's is for the owner alone
+            unfinished.chmod(0o755)  # mkdtemp's is for the owner alone, and so is what safetensors writes
+            for file in unfinished.iterdir():
+                file.chmod(0o644)
             if target.exists():
                 target.rmdir()  # empty, or it fails
             unfinished.rename(target)

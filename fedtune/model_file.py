@@ -133,9 +133,7 @@ def malformed(path: Path) -> Iterator[None]:
         raise ExportError(f"{path}: {error}") from error
     except MALFORMED as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise ExportError(
-            f"{path} makes no model here: {type(error).__name__}: {reason}"
-        ) from error
+        raise ExportError(f"{path} makes no model here: {type(error).__name__}: {reason}") from error
 
 
 def check_text(text: str, path: Path) -> None:
@@ -170,8 +168,8 @@ def targets(config: Any) -> Iterator[Any]:
 
 
 def check_target(target: Any, path: Path) -> None:
-    """A prefix would not be enough: fedtune.models.os.system begins with fedtune too. So: MODULE.CLASS, a dataclass that
-    is of one of our packages, as all strategies, clients, codecs and rules are.
+    """A prefix would not be enough: fedtune.models.os.system begins with fedtune too. So: MODULE.CLASS, a dataclass of
+    one of our packages, as all strategies, clients, codecs and rules are.
 
     Raises:
         ConfigError: if it is anything else.
@@ -185,9 +183,9 @@ def check_target(target: Any, path: Path) -> None:
             made = None
     if not (isinstance(made, type) and is_dataclass(made) and made.__module__.split(".")[0] in OURS):
         raise ConfigError(
-            f"{path} wants {str(target)[:100]!r} made. A .fedtune file may come from anyone, so it may name dataclasses "
-            f"of {', '.join(f'{package}.' for package in OURS)} that are installed here, and nothing else: if you trust "
-            "it and this is a method of your own, put that into strategies/ and clients/"
+            f"{path} wants {str(target)[:100]!r} made. A .fedtune file may come from anyone, so it may name "
+            f"dataclasses of {', '.join(f'{package}.' for package in OURS)} that are installed here, and nothing else. "
+            "A method of your own belongs in strategies/ and clients/; from anybody else, don't use this file"
         )
 
 
