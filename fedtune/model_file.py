@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedtune.config import load
-from fedtune.errors import ConfigError, ExportError, WireError
+from fedtune.errors import ClientError, ConfigError, DivergedError, ExportError, ModelError, WireError
 from fedtune.models import Origin
 from fedtune.protocol import Instruction, Tensors
 from fedtune.schema import Experiment, RuntimeSpec
@@ -129,8 +129,8 @@ def malformed(path: Path) -> Iterator[None]:
     """Name the file where data of another form than expected makes something fail, however it does."""
     try:
         yield
-    except WireError as error:
-        raise ExportError(f"{path}: {error}") from error
+    except (ClientError, DivergedError, ModelError, WireError) as error:
+        raise ExportError(f"{path} makes no model here: {error}") from error
     except MALFORMED as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise ExportError(f"{path} makes no model here: {type(error).__name__}: {reason}") from error
