@@ -217,8 +217,9 @@ def _accumulate(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, co
 def _settle(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, scale: Tensor, bound: Tensor) -> None:
     for out, start, total in (low, high):
         wide = _wide(start)
-        moved = start.to(wide) + total.to(wide) * scale.to(wide)
-        out.copy_(torch.where((total == 0) | (start.abs() > bound.to(wide)), start.to(wide), moved))
+        begun = start.to(wide)
+        moved = begun + total.to(wide) * scale.to(wide)
+        out.copy_(torch.where((total == 0) | (begun.abs() > bound.to(wide)), begun, moved))
 
 
 def _render(
@@ -226,8 +227,9 @@ def _render(
 ) -> None:
     for (out, start, total), number in zip((low, high), _numbers(kind, low[0].numel(), at), strict=True):
         wide = _wide(start)
-        moved = start.to(wide) + total.to(wide) * scale.to(wide) + number.to(wide) * c.to(wide)
-        out.copy_(torch.where(start.abs() > bound.to(wide), start.to(wide), moved))
+        begun = start.to(wide)
+        moved = begun + total.to(wide) * scale.to(wide) + number.to(wide) * c.to(wide)
+        out.copy_(torch.where(begun.abs() > bound.to(wide), begun, moved))
 
 
 def _dot(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,6 +279,9 @@ def _compiled(kernel: Callable[..., Any], kind: str, device: str) -> Callable[..
     """The kernel as machine code; None where nothing can make it."""
     if os.environ.get("FEDTUNE_COMPILE") == "0" or not _compiler(device):
         return None
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, 64)  # a version for each kind and dtype; 8 would be allowed
     made = torch.compile(kernel, dynamic=True, fullgraph=True)
     failed = False
 

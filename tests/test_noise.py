@@ -1,0 +1,285 @@
+"""Noise against an implementation in Python's own integers, against its moments, and against itself on other paths.
+
+One word makes two elements: of a tensor with 7 elements the words are 0 ... 3, elements 0 ... 3 their low halves and
+elements 4 ... 6 the high halves of words 0 ... 2.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+from math import comb, erf, sqrt
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune import noise
+from fedtune.errors import ConfigError
+
+KINDS = sorted(noise.SIGMA)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+MASK32, MASK64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+# Two calls' worth: a kernel is compiled from 1,024 words on
+SIZE = 4 * noise.COMPILED + 3
+
+
+def mix(x):
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)
+
+
+def by_hand(seed, name, size, kind):
+    """The definition in noise.py's docstring, a number at a time."""
+    named = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    key = mix((mix(seed & MASK64) + named) & MASK64)
+    k0, k1 = key & MASK32, key >> 32
+    half, found = (size + 1) // 2, []
+    for element in range(size):
+        x = (element % half) ^ k0
+        x = ((x ^ x >> 16) * 0x7FEB352D) & MASK32
+        x = (((x ^ x >> 15) + k1) * 0x846CA68B) & MASK32
+        x ^= x >> 16
+        bits = x >> 16 if element >= half else x & 0xFFFF
+        found.append((1 if bits >> 15 == 0 else -1) if kind == "rademacher" else (bits.bit_count() - 8) / 2)
+    return found
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Run what follows without a compiler, in pieces of this many words."""
+
+    def piecewise(words):
+        monkeypatch.setattr(noise, "_compiled", lambda *arguments: None)
+        monkeypatch.setattr(noise, "EAGER", words)
+
+    return piecewise
+
+
+@each_kind
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+def test_values_are_the_definitions(kind, size):
+    expected = by_hand(12345, "layers.0.weight", size, kind)
+    assert noise.values(12345, "layers.0.weight", (size,), kind).tolist() == expected
+
+
+def test_golden():
+    """These never change: a stored model is nothing without them."""
+    assert noise.values(1, "w", (8,)).tolist() == GOLDEN["normal"]
+    assert noise.values(1, "w", (8,), "rademacher").tolist() == GOLDEN["rademacher"]
+    for kind in KINDS:
+        many = noise.values(2**63 + 5, "model.embed_tokens.weight", (333, 101), kind)
+        assert hashlib.sha256(many.numpy().tobytes()).hexdigest()[:16] == GOLDEN[kind + " sha256"]
+
+
+GOLDEN = {
+    "normal": [-1.5, 1.0, -1.0, -0.5, 0.0, 0.0, -2.0, -1.0],
+    "rademacher": [1.0, 1.0, -1.0, 1.0, 1.0, 1.0, -1.0, -1.0],
+    "normal sha256": "a848d24341667438",
+    "rademacher sha256": "6ecace8bb2451f9c",
+}
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_fused_sum_has_the_same_bits_compiled_and_in_any_pieces(kind, dtype, eager):
+    torch.manual_seed(0)
+    start = torch.randn(SIZE).to(dtype)
+    compiled = start.clone()
+    noise.add_(compiled, 9, "w", 0.0371, kind)
+    assert not torch.equal(compiled, start)
+    for words in (1000, 77, 10**9):
+        eager(words)
+        plain = start.clone()
+        noise.add_(plain, 9, "w", 0.0371, kind)
+        assert torch.equal(plain, compiled)
+
+
+@each_kind
+def test_the_fused_sum_is_that_of_numpy(kind):
+    """w + c z in float32 with one rounding, for c z is exact; bfloat16 then rounds once more."""
+    torch.manual_seed(0)
+    c = noise.coefficient(0.0371)
+    w, z = torch.randn(SIZE), noise.values(3, "w", (SIZE,), kind)
+    exact = w.double() + c * z.double()
+    expected = exact.float()
+    got, narrow = w.clone(), w.bfloat16()
+    wanted = (narrow.double() + c * z.double()).float().bfloat16()
+    noise.add_(got, 3, "w", 0.0371, kind)
+    noise.add_(narrow, 3, "w", 0.0371, kind)
+    assert torch.equal(got, expected)
+    assert torch.equal(narrow, wanted)
+
+
+@pytest.mark.skipif(not noise._compiler("cpu"), reason="no C++ compiler here")
+def test_where_there_is_a_compiler_it_is_used(caplog):
+    """Otherwise the tests above compare eager with eager."""
+    assert noise._compiled(noise._add, "normal", "cpu") is not None
+    noise.add_(torch.zeros(SIZE), 1, "w", 1.0)
+    assert "uncompiled" not in caplog.text
+
+
+def test_a_compiler_that_fails_is_no_harm(monkeypatch, caplog):
+    def broken(*arguments, **options):
+        def fail(*arguments):
+            raise RuntimeError("no such header\nand more")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(noise, "_compiled", noise._compiled.__wrapped__)
+    w, expected = torch.zeros(SIZE), noise.coefficient(0.5) * noise.values(1, "w", (SIZE,))
+    noise.add_(w, 1, "w", 0.5)
+    assert torch.equal(w, expected)
+    assert "no such header" in caplog.text
+
+
+@each_kind
+def test_moments(kind):
+    """2^22 draws: the mean within 4.5 / sqrt(N) of 0, the variance within 4.5 sqrt((kappa - 1) / N) of 1, and so on."""
+    count = 1 << 22
+    z = noise.values(7, "w", (count,), kind).double()
+    one = 4.5 / count**0.5
+    kurtosis = noise.KURTOSIS[kind]
+    assert abs(z.mean()) < one
+    assert abs(z.square().mean() - 1) < 4.5 * ((kurtosis - 1) / count) ** 0.5 + 1e-12
+    assert abs((z**3).mean()) < 4.5 * (float((z**6).mean()) / count) ** 0.5
+    assert abs((z**4).mean() - kurtosis) < 4.5 * (float((z**8).mean() - kurtosis**2) / count) ** 0.5 + 1e-12
+
+
+def test_the_normal_kind_is_binomial():
+    """Frequencies of 16 fair bits, chi-squared with 16 degrees of freedom: above 45 in 1 of 7,000 cases."""
+    count = 1 << 22
+    z = noise.values(11, "w", (count,))
+    seen = np.bincount((z.numpy() * 2 + 8).astype(int), minlength=17)
+    expected = np.array([comb(16, k) / 2**16 for k in range(17)]) * count
+    assert ((seen - expected) ** 2 / expected).sum() < 45
+    below = np.cumsum(expected / count)
+    normal = np.array([(1 + erf((k - 8) / 2 / sqrt(2))) / 2 for k in range(17)])
+    assert max(np.abs(below - normal).max(), np.abs(below[:-1] - normal[1:]).max()) == pytest.approx(0.0982, abs=1e-4)
+
+
+@each_kind
+def test_directions_are_uncorrelated(kind):
+    """Between seeds that differ by 1 or by one high bit, names, neighbours and halves: |mean z z'| < 5 / sqrt(N)."""
+    count = 1 << 18
+    z = noise.values(0, "layers.0", (count,), kind).double()
+    others = [(1, "layers.0"), (2, "layers.0"), (1 << 40, "layers.0"), (0, "layers.1"), (0, "")]
+    for seed, name in others:
+        assert abs((z * noise.values(seed, name, (count,), kind)).mean()) < 5 / count**0.5
+    for lag in (1, 2, 64, 576, 1 << 10, 1 << 17):  # 2^17: the two halves of one word
+        assert abs((z[lag:] * z[:-lag]).mean()) < 5 / (count - lag) ** 0.5
+    sums = torch.stack([noise.values(seed, "w", (1024,), kind).sum() / 32 for seed in range(256)])
+    assert sums.var() == pytest.approx(1, abs=5 * (2 / 256) ** 0.5)  # the sums of 256 seeds differ as they should
+
+
+@each_kind
+@settings(max_examples=25)
+@given(
+    counts=st.lists(st.integers(-(2**20), 2**20), min_size=1, max_size=6),
+    size=st.integers(1, 300),
+    data=st.data(),
+)
+def test_sums_are_exact_in_any_order(kind, counts, size, data):
+    seeds = list(range(len(counts)))
+    order = data.draw(st.permutations(seeds))
+    expected = sum(c * by for c, by in zip(counts, whole(kind, size, len(counts)), strict=True))
+    one, other = torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32)
+    noise.accumulate_(one, noise.stream_keys(seeds, "w"), torch.tensor(counts, dtype=torch.int32), kind)
+    for place in order:
+        noise.accumulate_(
+            other, noise.stream_keys([place], "w"), torch.tensor([counts[place]], dtype=torch.int32), kind
+        )
+    assert torch.equal(one, other)
+    assert one.tolist() == expected.tolist()
+
+
+def whole(kind, size, seeds):
+    return [(noise.values(seed, "w", (size,), kind) * noise.SIGMA[kind]).long() for seed in range(seeds)]
+
+
+def test_sums_by_blocks_have_the_bits_of_sums_at_once(monkeypatch, eager):
+    keys, counts = noise.stream_keys(range(5), "w"), torch.tensor([3, 0, -7, 2**20, 1], dtype=torch.int32)
+    whole = torch.zeros(SIZE, dtype=torch.int32)
+    noise.accumulate_(whole, keys, counts)
+    for block in (1, 50, noise.COMPILED):
+        monkeypatch.setattr(noise, "BLOCK", block * 7)
+        parts = torch.zeros(SIZE, dtype=torch.int32)
+        noise.accumulate_(parts, keys, counts)
+        assert torch.equal(parts, whole)
+
+
+def test_sums_wrap_around_as_32_bits_do():
+    total = torch.full((6,), 2**31 - 1, dtype=torch.int32)
+    z = noise.values(0, "w", (6,), "rademacher").long()
+    noise.accumulate_(total, noise.stream_keys([0], "w"), torch.tensor([5], dtype=torch.int32), "rademacher")
+    assert total.tolist() == [((2**31 - 1 + 5 * s) + 2**31) % 2**32 - 2**31 for s in z.tolist()]
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rendering(kind, dtype, eager):
+    """w0 + 2^-20 T + c z below the threshold and w0 itself above it, compiled and in pieces."""
+    torch.manual_seed(0)
+    start = torch.randn(SIZE).to(dtype)
+    total = torch.randint(-(2**20), 2**20, (SIZE,), dtype=torch.int32)
+    key, c = noise.stream_keys([4], "w")[0], noise.coefficient(0.013)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    moved = (start.double() + total.double() * 2.0**-20).to(wide)
+    noisy = (moved.double() + c * noise.values(4, "w", (SIZE,), kind).double()).to(wide).to(dtype)
+    held = start.double().abs() > 0.75
+    for given_key, expected in ((None, moved.to(dtype)), (key, noisy)):
+        out, pieces = torch.empty_like(start), torch.empty_like(start)
+        noise.render_(out, start, total, 2.0**-20, given_key, c, kind, 0.75)
+        assert torch.equal(out, torch.where(held, start, expected))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(noise, "_compiled", lambda *arguments: None)
+            patch.setattr(noise, "EAGER", 100)
+            noise.render_(pieces, start, total, 2.0**-20, given_key, c, kind, 0.75)
+        assert torch.equal(pieces, out)
+
+
+@each_kind
+def test_projections(kind):
+    vector = torch.linspace(-1, 2, SIZE)
+    keys = noise.stream_keys(range(3), "w")
+    expected = [float(noise.values(seed, "w", (SIZE,), kind).double() @ vector.double()) for seed in range(3)]
+    assert noise.project(vector, keys, kind).tolist() == pytest.approx(expected, rel=1e-4)
+    assert noise.project(vector.double(), keys, kind).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@given(st.floats(-1e30, 1e30).filter(lambda c: c == 0 or abs(c) > 1e-30))
+def test_coefficients_have_20_bits(c):
+    taken = noise.coefficient(c)
+    assert abs(taken - c) <= 2.0**-20 * abs(c)
+    for number in range(-8, 9):  # exact in float32, so that a fused multiplication rounds no less
+        assert float(np.float32(taken) * np.float32(number)) == taken * number
+    assert noise.coefficient(taken) == taken
+
+
+def test_one_sha256_whatever_the_threads_and_the_compiler():
+    """Two processes, with 1 and 2 threads, and a third without a compiler."""
+    script = (
+        "import hashlib, sys, torch; from fedtune import noise; torch.set_num_threads(int(sys.argv[1]))\n"
+        "w = torch.ones(300_001, dtype=torch.bfloat16); noise.add_(w, 5, 'w', 0.01)\n"
+        "t = torch.zeros(300_001, dtype=torch.int32)\n"
+        "noise.accumulate_(t, noise.stream_keys(range(4), 'w'), torch.tensor([1, -2, 3, 9], dtype=torch.int32))\n"
+        "print(hashlib.sha256(w.view(torch.int16).numpy().tobytes() + t.numpy().tobytes()).hexdigest())"
+    )
+    found = set()
+    for threads, compile in (("1", "1"), ("2", "1"), ("1", "0")):
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "FEDTUNE_COMPILE": compile}
+        done = subprocess.run(
+            [sys.executable, "-c", script, threads], env=environment, capture_output=True, text=True, check=True
+        )
+        found.add(done.stdout.strip())
+    assert len(found) == 1
+
+
+def test_an_unknown_distribution_is_named():
+    with pytest.raises(ConfigError, match="noise=cauchy is not known: expected normal or rademacher"):
+        noise.add_(torch.zeros(3), 0, "w", 1.0, "cauchy")
