@@ -1,7 +1,7 @@
 """A tuned model as one small file: what a newcomer would be sent, and all else that it takes beside the base.
 
 A model that moves along seeded directions is its base and some numbers, so the file is as small as one message: 4 bytes
-a direction and 2 to 4 kB of settings. `fedtune export` makes a model folder of it wherever the base is.
+a direction and about 2 kB of settings. `fedtune export` makes a model folder of it wherever the base is.
 
 It is one safetensors file. Its tensors are the instruction's; under "fedtune" its metadata holds this JSON:
 
