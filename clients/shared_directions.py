@@ -34,7 +34,7 @@ class SharedDirections:
             raise ClientError(f"the server's slopes are of {len(slopes)} rounds, expected {version}")
         memory["slopes"], memory[KEPT] = slopes, torch.tensor(version)
         record: dict[int, int] = {}
-        for place, mean in enumerate(slopes.reshape(len(slopes), -1).tolist()):
+        for place, mean in enumerate(slopes.flatten(1).tolist()):
             record.update(zip(seeds_of(rules, place + 1), mean, strict=True))
         model.seeded.move_to(rules.space, record)
 

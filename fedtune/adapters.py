@@ -175,6 +175,16 @@ class LocalModel:
         return SeededWeights(self._live, self.layout.initial)
 
     @property
+    def is_seeded(self) -> bool:
+        """Whether anybody has moved the weights along seeded directions."""
+        return "seeded" in vars(self)
+
+    @property
+    def dtype(self) -> str:
+        """The base's, as "float32"."""
+        return str(self.module.dtype).removeprefix("torch.")
+
+    @property
     def scaling(self) -> float | None:
         """What B A is multiplied by now; None for adapters that have none."""
         module = next(iter(self._lora), None)

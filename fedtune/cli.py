@@ -22,6 +22,7 @@ Federated fine-tuning of language models: many clients, one base, and the true c
   fedtune run experiment=demo          fine-tune SmolLM2 across 20 clients
   fedtune run model=tiny rounds=2      the same in seconds, on a toy model
   fedtune run resume=runs/demo         go on with a run that was stopped
+  fedtune export runs/demo tuned       its model as a Hugging Face folder
   fedtune methods                      what method= can be
 """
 
@@ -40,6 +41,15 @@ Run a federated experiment and write it to a folder.
   fedtune run resume=runs/first rounds=20
 """
 
+EXPORT = """\
+Write the model of a run as a Hugging Face folder, with its tokenizer: the trained weights, or the base with the
+adapter merged into it.
+
+  fedtune export runs/demo tuned
+  fedtune export model.fedtune tuned                      the small file of a run along seeded directions
+  fedtune export model.fedtune tuned --base models/smol   where the base is on this machine
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0 done, 1 an error that the message explains, 130 interrupted."""
@@ -54,6 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     running.add_argument("overrides", nargs="*")
     running.add_argument("-h", "--help", action="store_true")
+    exporting = commands.add_parser(
+        "export",
+        help="write a run's model as a Hugging Face folder",
+        description=EXPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    exporting.add_argument("source", metavar="FROM", help="a run's folder, or a .fedtune file")
+    exporting.add_argument("out", metavar="OUT", help="the folder to make")
+    exporting.add_argument("--base", help="the base: a folder, a GGUF file or a hub id (default: what the run had)")
     commands.add_parser("methods", help="list the methods, with their papers")
     if not words:
         parser.print_help()
@@ -62,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "methods":
             print_methods()
+        elif options.command == "export":
+            export(options.source, options.out, options.base)
         elif options.help:
             print_run_help()
         else:
@@ -72,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fedtune: {error}", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 1
     except KeyboardInterrupt:
-        print("fedtune: interrupted before the first round", file=sys.stderr)
+        before = "before anything was written" if options.command == "export" else "before the first round"
+        print(f"fedtune: interrupted {before}", file=sys.stderr)
         return 130
     return 0
 
@@ -106,6 +128,25 @@ def run(overrides: Sequence[str]) -> None:
             )
         experiment = replace(experiment, rounds=asked.rounds, overrides=asked.overrides)
     _start(experiment, str(folder))
+
+
+def export(source: str, out: str, base: str | None) -> None:
+    """Write a run's model as a folder, and say what was written.
+
+    Raises:
+        FedtuneError: if it can't be.
+    """
+    from fedtune.folder import export
+    from fedtune.progress import size
+    from fedtune.schema import FULL
+
+    done = export(source, out, base)
+    of = done.experiment
+    merged = "" if of.adapter.kind == FULL else f", adapter={of.adapter.kind} merged into the base"
+    print(f"wrote    {done.path}  ({size(done.bytes)})")
+    print(f"model    {of.name}: method={of.method_name} after round {done.round}{merged}")
+    print(f"base     {done.origin.source}, sha256 {done.origin.sha256}")
+    print(f'load     AutoModelForCausalLM.from_pretrained("{done.path}"), AutoTokenizer likewise')
 
 
 def print_methods() -> None:

@@ -41,6 +41,10 @@ class RunFolderError(FedtuneError):
     """A run folder can't be created, written, read or resumed."""
 
 
+class ExportError(FedtuneError):
+    """A run's model can't be made again, or can't be written as a model folder."""
+
+
 class DeploymentError(FedtuneError):
     """A part of a deployment didn't come up, was refused, or went away."""
 

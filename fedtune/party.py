@@ -19,10 +19,12 @@ from fedtune.evaluate import Score, score
 from fedtune.keys import fold, permutation
 from fedtune.memory import Memory
 from fedtune.merging import installed_version
-from fedtune.models import load_base, pick_device
+from fedtune.models import Base, load_base, pick_device
+from fedtune.population import server_peer
 from fedtune.protocol import Client, Codec, Instruction, Strategy, Tensors, Update
 from fedtune.schema import Experiment
 from fedtune.traits import check_traits, traits_of
+from fedtune.wire import pack_instruction, unpack_instruction
 
 
 class Party:
@@ -46,9 +48,15 @@ class Party:
     @cached_property
     def model(self) -> LocalModel:
         experiment = self.experiment
-        base = load_base(experiment.model, pick_device(experiment.runtime.device))
-        requantize = experiment.model.merge == "requantize"
-        return LocalModel(base, experiment.adapter, experiment.seed, requantize)
+        return self._on(load_base(experiment.model, pick_device(experiment.runtime.device)))
+
+    def take(self, base: Base) -> None:
+        """Have the model on this base, which was loaded already."""
+        self.model = self._on(base)
+
+    def _on(self, base: Base) -> LocalModel:
+        experiment = self.experiment
+        return LocalModel(base, experiment.adapter, experiment.seed, experiment.model.merge == "requantize")
 
     @cached_property
     def data(self) -> FederatedData:
@@ -115,6 +123,13 @@ class Party:
         """Make the model what a client with this memory would hold after receiving `instruction`."""
         self.model.reset()
         self.client.receive(self.model, instruction, memory)
+
+    def broadcast(self, state: Any, number: int) -> Instruction:
+        """What the server would send in round `number` to a fully capable client that holds nothing yet, through the
+        wire's codec: what is evaluated and exported is what clients decode."""
+        instruction = self.strategy.configure(state, number, server_peer(self.experiment, self.model.layout))
+        content = pack_instruction(instruction, self.codec_down, fold(self.experiment.seed, "down", number))
+        return unpack_instruction(content, self.codec_down)[0]
 
     def evaluate(self) -> Score | None:
         """Score the model as it stands on data that no client holds; None if there is none (data.heldout=0)."""

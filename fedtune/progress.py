@@ -243,7 +243,7 @@ def closing(summary: Mapping[str, Any], folder: Path) -> list[str]:
         result = f"{summary['rounds']} rounds done"
     failed = f", {totals['failed']} failed replies" if totals["failed"] else ""
     if summary["adapter"].get("kind") == FULL:
-        learnt = f"weights  {folder / 'checkpoint'}  (all that was trained; there is no adapter)"
+        learnt = f"weights  {folder / 'checkpoint'}  (fedtune export {folder} NAME makes a Hugging Face folder of them)"
     else:
         learnt = f"adapter  {folder / 'adapter'}  (PeftModel.from_pretrained loads it)"
     return [

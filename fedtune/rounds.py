@@ -31,6 +31,7 @@ from fedtune.installing import SCALING, check_scaling
 from fedtune.keys import fold
 from fedtune.ledger import Entry, Ledger, sums
 from fedtune.merging import VERSION
+from fedtune.model_file import TunedModel, dump
 from fedtune.party import Party
 from fedtune.population import sample_cohort, server_peer
 from fedtune.progress import View, make_view
@@ -286,7 +287,8 @@ class Server:
         self.view.evaluating()
         begun = time.monotonic()
         number, every = played.number, self.experiment.evaluate.every
-        self.party.install(self._broadcast(number + 1), memory={})
+        sent = self.party.broadcast(self.state, number + 1)
+        self.party.install(sent, memory={})
         found, rounding = None, self.party.model.base_change.rounding
         if every and number % every == 0:
             found = self._examine(number) if traits_of(self.strategy).personal else self.party.evaluate()
@@ -324,6 +326,9 @@ class Server:
             if content != self.written.get(name):  # the config changes with the ranks alone
                 self.folder.write_adapter(name, content)
         self.written = files
+        if self.party.model.is_seeded:
+            model = self.party.model
+            self.folder.write_model(dump(TunedModel(self.experiment, sent, model.origin, model.dtype, number)))
         self.folder.save_checkpoint(Checkpoint(number, self.experiment.sha256, self.state, self.run_id))
         self.done, self.state_sha256 = number, state_sha256(self.state)
         self._summarise()
@@ -348,13 +353,6 @@ class Server:
             self._book_arrival(number, index, part, arrival)
         self.folder.append_clients(number, scores)
         return mean_score({index: self.roster.peers[index].samples for index in scores}, scores)
-
-    def _broadcast(self, number: int) -> Instruction:
-        """What a fully capable client would be sent in round `number`, through the wire's codec: the score and the
-        exported adapter are of what clients decode."""
-        instruction = self.strategy.configure(self.state, number, self.me)
-        codec, key = self.party.codec_down, fold(self.experiment.seed, "down", number)
-        return wire.unpack_instruction(wire.pack_instruction(instruction, codec, key, self.run_id), codec)[0]
 
     def _summarise(self, error: BaseException | None = None) -> dict[str, Any]:
         scores = self.folder.scores()

@@ -8,6 +8,7 @@ clients.csv     what each client's own model is worth, where a method leaves cli
 summary.json    totals, versions, hashes; replaced after each round
 checkpoint/     the strategy's state after the last finished round
 adapter/        the global adapter, for PeftModel.from_pretrained; none where the base itself is trained
+model.fedtune   all that makes the model of its base, where that is numbers along seeded directions: a few kB
 """
 
 import csv
@@ -21,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedtune import ledger
+from fedtune import ledger, model_file
 from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_atomically
 from fedtune.config import load
 from fedtune.errors import RunFolderError
@@ -146,6 +147,10 @@ class RunFolder:
     def write_adapter(self, name: str, content: bytes) -> None:
         with self._writing(f"adapter/{name}") as path:
             path.parent.mkdir(exist_ok=True)
+            write_atomically(path, content)
+
+    def write_model(self, content: bytes) -> None:
+        with self._writing(model_file.NAME) as path:
             write_atomically(path, content)
 
     def forget_after(self, round: int) -> list[Entry]:

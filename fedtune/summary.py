@@ -54,7 +54,7 @@ def summarise(
         },
         "base": {
             **to_dict(model.origin),
-            "dtype": str(model.module.dtype).removeprefix("torch."),
+            "dtype": model.dtype,
             "quantization": experiment.model.quantization,
         },
         "adapter": {

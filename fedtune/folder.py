@@ -1,0 +1,221 @@
+"""`fedtune export`: a run's model as a Hugging Face folder, for everything that reads such folders.
+
+The model is made as a client's is: a fresh base that receives what the server would send to a newcomer, from the run's
+checkpoint or from its model.fedtune. Without an adapter that is the model, to the bit; an adapter is merged into the
+base, which rounds each weight once to the base's dtype.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from fedtune.adapters import LocalModel
+from fedtune.checkpoint import load_checkpoint
+from fedtune.config import load
+from fedtune.errors import ExportError, ModelError
+from fedtune.export import adapter_files
+from fedtune.model_file import NAME, TunedModel, malformed, read
+from fedtune.models import Base, Origin, load_base, pick_device
+from fedtune.party import Party
+from fedtune.schema import FULL, Experiment
+from fedtune.traits import traits_of
+
+PROMPTS = ("adaption_prompt", "prompt_tuning", "prefix_tuning")  # kinds that add tokens, and change no weight
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    path: Path
+    bytes: int
+    experiment: Experiment
+    round: int
+    origin: Origin  # of the base, as it was found here
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to export: a file's content, or a run whose state is still to be read, which takes the model's layout."""
+
+    path: Path
+    experiment: Experiment
+    origin: Origin
+    dtype: str
+    file: TunedModel | None
+
+
+def export(source: str, out: str, base: str | None = None) -> Exported:
+    """Write the model of a run, or of a .fedtune file, into a new folder.
+
+    Args:
+        base: where the base is on this machine (a folder, a GGUF file or a hub id), if not where the run found it.
+
+    Raises:
+        FedtuneError: if there is nothing to export, it can't be one model, the base isn't here or is another, or `out`
+            can't be written; nothing is left of `out` then.
+    """
+    target = Path(out).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(f"{out} is there already, and not empty: name a new folder")
+    found = _source(Path(source).expanduser())
+    # The dtype that `auto` was where it ran, on whatever is here
+    spec = replace(found.experiment.model, dtype=found.dtype)
+    if base is not None:
+        spec = replace(spec, path=base, revision=None)
+    experiment = replace(found.experiment, model=spec, runtime=replace(found.experiment.runtime, device="auto"))
+    with malformed(found.path):
+        party = Party(experiment)
+    _check_exportable(found, party)
+    local, number = _tuned(found, party)
+    model, tokenizer, origin = local.module, local.tokenizer, local.origin
+    if experiment.adapter.kind != FULL:
+        files = adapter_files(local)
+        del local, model, party  # this base has adapters in it. It goes before a fresh one is read
+        model = _merged(_base(found, experiment), files)
+    with _beside(target) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+    written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    return Exported(target, written, found.experiment, number, origin)
+
+
+def _source(path: Path) -> Source:
+    """What `path` is: a run folder, or a .fedtune file.
+
+    Raises:
+        ExportError: if it is neither, or a run that has finished no round.
+    """
+    if path.is_file():
+        file = read(path)
+        return Source(path, file.experiment, file.origin, file.dtype, file)
+    if not path.exists():
+        raise ExportError(f"{path} does not exist: give a run's folder, or a .fedtune file")
+    stored = path / "config.yaml"
+    if not stored.is_file():
+        raise ExportError(f"{path} holds no run (no config.yaml): give the folder that out= named, or a .fedtune file")
+    if not _state(path).is_file():
+        if (path / NAME).is_file():  # all that is needed, if somebody made room by deleting the checkpoint
+            return _source(path / NAME)
+        raise ExportError(
+            f"{path} has no checkpoint, and so no model yet: not even round 0 is done. "
+            f"Go on with it: fedtune run resume={path}"
+        )
+    experiment = load(stored.read_text(encoding="utf-8"), str(stored))
+    try:
+        base = json.loads((path / "summary.json").read_text(encoding="utf-8"))["base"]
+        origin = Origin(base["source"], base["sha256"], None, base["hub_id"])
+        return Source(path, experiment, origin, base["dtype"], None)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ExportError(
+            f"{path}/summary.json doesn't say which base the run was on ({type(error).__name__}: {error}): "
+            f"fedtune run resume={path} writes it again"
+        ) from error
+
+
+def _check_exportable(found: Source, party: Party) -> None:
+    """Raises:
+    ExportError: if there is no one model, or none that can be written as the base's weights.
+    """
+    experiment = found.experiment
+    name, kind, quantization = experiment.method_name, experiment.adapter.kind, experiment.model.quantization
+    if traits_of(party.strategy).personal:
+        raise ExportError(
+            f"method={name} leaves a part of the model with each client: there are as many models as clients, and what "
+            "the server has of them is not one. What each is worth is in the run's clients.csv"
+        )
+    if kind in PROMPTS:
+        raise ExportError(
+            f"adapter={kind} adds virtual tokens and changes no weight, so it can't be merged into the base: load the "
+            "run's adapter/ folder with PeftModel.from_pretrained"
+        )
+    if quantization != "none":
+        raise ExportError(
+            f"the base was held in {quantization}, whose codes can't take up a small change without rounding it away: "
+            "load the run's adapter/ folder with PeftModel.from_pretrained, on the base held in the same way"
+        )
+
+
+def _tuned(found: Source, party: Party) -> tuple[LocalModel, int]:
+    """The model, and the last round that is in it."""
+    base = _base(found, party.experiment)
+    with malformed(found.path):
+        party.take(base)
+        if found.file is not None:
+            party.install(found.file.instruction, memory={})
+            return party.model, found.file.round
+    checkpoint = load_checkpoint(_state(found.path), party.strategy.init(party.model.layout))
+    if checkpoint.config_sha256 != found.experiment.sha256:
+        raise ExportError(
+            f"{found.path} was run with other settings than its config.yaml has now: put back what was changed"
+        )
+    party.install(party.broadcast(checkpoint.state, checkpoint.round + 1), memory={})
+    return party.model, checkpoint.round
+
+
+def _base(found: Source, experiment: Experiment) -> Base:
+    """The base, as it is on this machine.
+
+    Raises:
+        ExportError: if it isn't here, has other weights, or is quantized.
+    """
+    expected = f"{found.origin.source} (sha256 {found.origin.sha256[:16]}...)"
+    try:
+        base = load_base(experiment.model, pick_device(experiment.runtime.device))
+    except ModelError as error:
+        raise ExportError(
+            f"the model was tuned from {expected}, which isn't to be had here: {error}. "
+            "Name where it is with --base: a folder, a GGUF file or a hub id"
+        ) from error
+    if base.origin.sha256 != found.origin.sha256:
+        raise ExportError(
+            f"the model was tuned from {expected}; here is {base.origin.source} (sha256 {base.origin.sha256[:16]}...), "
+            "whose weights are others. Name where the right ones are with --base: a folder, a GGUF file or a hub id"
+        )
+    if getattr(base.model, "is_quantized", False):
+        raise ExportError(
+            f"{base.origin.source} is quantized, and codes can't take up a small change without rounding it away: load "
+            "the run's adapter/ folder with PeftModel.from_pretrained"
+        )
+    return base
+
+
+def _merged(base: Base, files: dict[str, bytes]) -> Any:
+    """The base with the adapter in its weights, changes of the base that belong to it included."""
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory(prefix="fedtune-") as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        return PeftModel.from_pretrained(base.model, folder).merge_and_unload()
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` by one rename when all is in it."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
+        try:
+            yield unfinished
+            unfinished.chmod(0o755)  # mkdtemp's is for the owner alone, and so is what safetensors writes
+            for file in unfinished.iterdir():
+                file.chmod(0o644)
+            if target.exists():
+                target.rmdir()  # empty, or it fails
+            unfinished.rename(target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{target} can't be written: {error}. Make room, or name another folder") from error
+
+
+def _state(run: Path) -> Path:
+    return run / "checkpoint" / "state.safetensors"
