@@ -4,8 +4,8 @@ Li et al. 2024, "Achieving Dimension-Free Communication in Federated Learning vi
 arXiv:2405.15861; https://github.com/ZidongLiu/DeComFL.
 
 In round r every client takes the steps t = 1 ... T along the same directions z_rtp, p = 1 ... P, from the same weights,
-and answers with the slopes g_krtp that it met on its own data. The server takes their mean over the m clients, and all
-take the steps with it:
+and answers with the slopes g_krtp that it met on its own data. The server takes their mean over the m clients,
+p_k = 1 / m, and all take the steps with it:
 
     g_rtp = 1/m sum_k g_krtp        w <- w - lr / P sum_tp g_rtp z_rtp
 

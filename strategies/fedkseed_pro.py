@@ -2,7 +2,7 @@
 
 Qin et al. 2024, arXiv:2312.06353, section 4.2; https://github.com/alibaba/FederatedScope/tree/FedKSeed.
 
-As FedKSeed (strategies/fedkseed.py), and with H_j all slopes that were ever met along direction j,
+As FedKSeed (strategies/fedkseed.py), p_k and all, and with H_j all slopes that were ever met along direction j,
 
     a_j = mean |clip(H_j, +-1000)|        p = softmax((a - min a) / (max a - min a))
 

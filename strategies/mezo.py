@@ -3,7 +3,7 @@
 Malladi et al. 2023, "Fine-Tuning Language Models with Just Forward Passes", arXiv:2305.17333;
 https://github.com/princeton-nlp/MeZO. With sparsity > 0 it is Sparse-MeZO (Liu et al. 2024, arXiv:2402.15751).
 
-    g = (L(w + eps z) - L(w - eps z)) / (2 eps)        w <- w - lr g z
+    g = (L(w + eps z) - L(w - eps z)) / (2 eps)        w <- w - lr g z        p_k = 1
 
 It is the loop of DeComFL (strategies/decomfl.py) with a single client that holds the data of all N. A round has
 rules.local_steps times the cohort's size steps, as many as the cohort would have taken together.
