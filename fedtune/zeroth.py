@@ -191,5 +191,5 @@ def check_counts(name: str, counts: Tensor, shape: tuple[int, ...], space: Space
     if counts.dtype != torch.int32 or tuple(counts.shape) != shape:
         raise WireError(f"tensor '{name}': expected int32 {shape}, got {describe(counts)}")
     if counts.numel() and int(counts.long().abs().max()) > space.limit:
-        worst = int(counts[counts.long().abs().argmax()])
+        worst = int(counts.flatten()[counts.long().abs().argmax()])
         raise WireError(f"tensor '{name}': a slope of {worst} quanta is out of range, +-{space.limit}")

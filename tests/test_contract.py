@@ -38,7 +38,7 @@ _STEPS = ("method.strategy.rules.local_steps=4", "method.strategy.rules.lr=3e-4"
 SEEDED = {
     "fedkseed": (*_STEPS, "method.strategy.directions=64"),
     "fedkseed_pro": (*_STEPS, "method.strategy.directions=64"),
-    "decomfl": _STEPS,
+    "decomfl": (*_STEPS, "method.strategy.rules.perturbations=2"),
     "mezo": _STEPS,
     "ferret": ("method.strategy.rules.directions=256",),
 }
