@@ -32,7 +32,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ KURTOSIS = {"normal": 2.875, "rademacher": 1.0}
 
 EAGER = 1 << 15  # words at a time without a compiler: a few arrays of that length stay in the cache
 BLOCK = 1 << 19  # words at a time where many directions are added up: read from memory once for all of them
-COMPILED = 1 << 10  # words below which a kernel's call costs more than it saves
+COMPILED = 1 << 7  # words below which a kernel isn't worth compiling
 
 _M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
 
@@ -61,16 +61,28 @@ def check_kind(kind: str) -> str:
     return kind
 
 
-def stream_keys(seeds: Sequence[int] | np.ndarray, name: str) -> Tensor:
-    """What the hash is keyed by, (seeds, 2) int32, for the parameter `name`.
+def stream_keys(seeds: Sequence[int], name: str) -> Tensor:
+    """What the hash is keyed by, (seeds, 3) int32, for the parameter `name`: k0, k1 and the first word, which is 0.
 
     Args:
         seeds: whole numbers of which the lowest 64 bits count.
     """
+    return keys_of(seeds, (name,))[0]
+
+
+def keys_of(seeds: Sequence[int], names: tuple[str, ...]) -> Tensor:
+    """`stream_keys` of several parameters at once, (names, seeds, 3) int32."""
     given = np.array([int(seed) & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
-    named = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=8).digest(), dtype="<u8")
-    mixed = _mix(_mix(given) + named)
-    return torch.from_numpy(mixed.astype("<u8").view("<i4").reshape(-1, 2).astype(np.int32))
+    mixed = _mix(_mix(given) + _hashes(names)[:, None])
+    made = np.zeros((*mixed.shape, 3), dtype=np.int32)
+    made[..., :2] = mixed.astype("<u8").view("<i4").reshape(*mixed.shape, 2)
+    return torch.from_numpy(made)
+
+
+@lru_cache(maxsize=1 << 10)
+def _hashes(names: tuple[str, ...]) -> np.ndarray:
+    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 
 def coefficient(value: float) -> float:
@@ -94,7 +106,7 @@ def add_(weight: Tensor, seed: int, name: str, c: float, kind: str = "normal") -
         weight: contiguous, of any shape; sums run in float32, or in float64 if that is what it is.
         c: taken to 20 bits (`coefficient`).
     """
-    step = torch.tensor(coefficient(c) / SIGMA[check_kind(kind)], dtype=torch.float64)
+    step = _scalar(coefficient(c) / SIGMA[check_kind(kind)])
     kernel, tensors = (_add_words, _in_words(weight)) if _has_words(weight) else (_add, [weight])
     _each(kernel, kind, tensors, stream_keys([seed], name)[0], step)
 
@@ -105,7 +117,7 @@ def accumulate_(total: Tensor, keys: Tensor, counts: Tensor, kind: str = "normal
 
     Args:
         total: int32, contiguous.
-        keys: (S, 2), of `stream_keys` for this parameter.
+        keys: (S, 3), of `stream_keys` for this parameter.
         counts: (S,) int32.
     """
     check_kind(kind)
@@ -135,17 +147,14 @@ def render_(
         out: in any floating dtype; rounded to it once, at the end, from float32 (or from float64, if `start` is).
         total: int32.
         scale: a power of two or its negative, so that nothing is rounded by it.
-        key: (2,), of the direction; None leaves the last term out.
+        key: (3,), of the direction; None leaves the last term out.
         c: exact to 20 bits already.
     """
-    factor = torch.tensor(scale, dtype=torch.float64)
-    bound = torch.tensor(threshold, dtype=torch.float64)
-    step = torch.tensor(c / SIGMA[check_kind(kind)], dtype=torch.float64)
+    factor, bound, step = _scalar(scale), _scalar(threshold), _scalar(c / SIGMA[check_kind(kind)])
     words = _has_words(out) and _has_words(start)
     tensors = _in_words(out, start, total) if words else [out, start, total]
     if key is None:
-        nothing = torch.zeros(2, dtype=torch.int32)
-        _each(_settle_words if words else _settle, kind, tensors, nothing, factor, bound)
+        _each(_settle_words if words else _settle, kind, tensors, torch.zeros(3, dtype=torch.int32), factor, bound)
     else:
         _each(_render_words if words else _render, kind, tensors, key, factor, bound, step)
 
@@ -156,7 +165,7 @@ def project(vector: Tensor, keys: Tensor, kind: str = "normal") -> Tensor:
 
     Args:
         vector: floating, contiguous.
-        keys: (S, 2), of `stream_keys` for this parameter.
+        keys: (S, 3), of `stream_keys` for this parameter.
     """
     check_kind(kind)
     found = torch.zeros(len(keys), dtype=torch.float64)
@@ -329,7 +338,8 @@ def _each(
     size = flat[0].numel()
     pairs, half = size // 2, (size + 1) // 2
     first, last = span or (0, half)
-    scalars = tuple(scalar.to(device) for scalar in scalars)
+    if device.type != "cpu":
+        key, scalars = key.to(device), tuple(scalar.to(device) for scalar in scalars)
     whole = min(last, pairs)
     fast = _compiled(kernel, kind, device.type) if whole - first >= COMPILED else None
     step = max(1, whole - first) if fast or device.type != "cpu" else EAGER
@@ -337,15 +347,27 @@ def _each(
     run: Callable[..., Any] = fast or kernel
     for start in range(first, whole, step):
         stop = min(start + step, whole)
-        at = torch.tensor([int(key[0]), int(key[1]), start], dtype=torch.int32, device=device)
         low = [tensor[start:stop] for tensor in flat]
         high = [tensor[half + start : half + stop] for tensor in flat]
-        found.extend(run(kind, low, high, at, *scalars) or ())
+        found.extend(run(kind, low, high, _starting(key, start), *scalars) or ())
     if last > pairs:  # an odd one out has a word to itself
-        at = torch.tensor([int(key[0]), int(key[1]), pairs], dtype=torch.int32, device=device)
         alone = [tensor[pairs:half] for tensor in flat]
-        found.extend((kernel(kind, alone, [tensor.clone() for tensor in alone], at, *scalars) or ())[:1])
+        nobody = [tensor.clone() for tensor in alone]
+        found.extend((kernel(kind, alone, nobody, _starting(key, pairs), *scalars) or ())[:1])
     return found
+
+
+def _starting(key: Tensor, word: int) -> Tensor:
+    """The key with another first word."""
+    if word:
+        key = key.clone()
+        key[2] = word
+    return key
+
+
+@lru_cache(maxsize=1 << 10)
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 @cache

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fedtune.errors import ConfigError, DivergedError
 from fedtune.keys import bits, fold
-from fedtune.noise import LARGEST, SIGMA, accumulate_, check_kind, coefficient, render_, stream_keys
+from fedtune.noise import LARGEST, SIGMA, accumulate_, check_kind, coefficient, keys_of, render_
 
 FINEST = 2.0**-16  # what a slope is rounded to at most, loss per unit of z, unless a method needs it otherwise
 SIGMAS = 8  # T stays below its limit with that many standard deviations of its largest elements to spare
@@ -179,18 +179,11 @@ class SeededWeights:
         assert self.space is not None
         scale = -math.ldexp(1.0, -self.space.exponent)
         thresholds = self._bounds(self.space.sparsity)
-        for name, live in self.live.items():
-            key = None if seed is None else stream_keys([seed], name)[0]
-            render_(
-                live.data,
-                self.start[name],
-                self._own[name],
-                scale,
-                key,
-                coefficient(c),
-                self.space.noise,
-                thresholds[name],
-            )
+        keys = None if seed is None else keys_of([seed], tuple(self.live))
+        c, noise = coefficient(c), self.space.noise
+        for place, (name, live) in enumerate(self.live.items()):
+            key = None if keys is None else keys[place, 0]
+            render_(live.data, self.start[name], self._own[name], scale, key, c, noise, thresholds[name])
 
     def totals(self) -> dict[str, Tensor]:
         """T as it stands, (by name) int32; not a copy."""
@@ -200,8 +193,9 @@ class SeededWeights:
         assert self.space is not None
         seeds = list(record)
         counts = torch.tensor([record[seed] for seed in seeds], dtype=torch.int64).to(torch.int32)
-        for name, total in totals.items():
-            accumulate_(total, stream_keys(seeds, name), counts, self.space.noise)
+        keys = keys_of(seeds, tuple(totals))
+        for own, total in zip(keys, totals.values(), strict=True):
+            accumulate_(total, own, counts, self.space.noise)
         self.passes += len(seeds)
 
     def _bounds(self, sparsity: float) -> dict[str, float]:

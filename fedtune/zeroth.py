@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.adapters import LocalModel
-from fedtune.errors import ClientError, ConfigError, WireError
+from fedtune.errors import ClientError, ConfigError, DivergedError, WireError
 from fedtune.noise import coefficient
 from fedtune.protocol import Batch, Setting, describe
 from fedtune.schema import at_least
@@ -193,3 +193,13 @@ def check_counts(name: str, counts: Tensor, shape: tuple[int, ...], space: Space
     if counts.numel() and int(counts.long().abs().max()) > space.limit:
         worst = int(counts.flatten()[counts.long().abs().argmax()])
         raise WireError(f"tensor '{name}': a slope of {worst} quanta is out of range, +-{space.limit}")
+
+
+def check_length(name: str, counts: Tensor, space: Space) -> None:
+    """Raises:
+    WireError: if these alone would leave no room for what others add.
+    """
+    try:
+        space.check(counts.numpy())
+    except DivergedError as error:  # the client's, not the run's
+        raise WireError(f"tensor '{name}': {error}") from error

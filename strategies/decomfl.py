@@ -30,7 +30,7 @@ from torch import Tensor
 from fedtune.errors import WireError
 from fedtune.merging import FROM, VERSION
 from fedtune.protocol import Instruction, Layout, Peer, Traits, Update
-from fedtune.zeroth import Rules, check_counts, told
+from fedtune.zeroth import Rules, check_counts, check_length, told
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class DeComFL:
         if update.tensors.keys() != {"slopes"}:
             raise WireError(f"expected the tensor 'slopes', got {sorted(update.tensors)[:5]}")
         check_counts("slopes", update.tensors["slopes"], tuple(state.slopes.shape[1:]), self.rules.space)
+        check_length("slopes", update.tensors["slopes"], self.rules.space)
 
     def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
         mean = torch.stack([update.tensors["slopes"] for _, update in replies]).double().mean(0)

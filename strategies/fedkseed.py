@@ -29,7 +29,7 @@ from torch import Tensor
 from fedtune.errors import WireError
 from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, share
 from fedtune.schema import at_least
-from fedtune.zeroth import Rules, check_counts, told
+from fedtune.zeroth import Rules, check_counts, check_length, told
 
 
 @dataclass(frozen=True)
@@ -77,3 +77,4 @@ def check_steps(update: Update, directions: int, rules: Rules) -> None:
         wrong = int(index.min()) if int(index.min()) < 0 else int(index.max())
         raise WireError(f"direction {wrong} is not in the pool: expected 0 ... {directions - 1}")
     check_counts("slopes", update.tensors["slopes"], tuple(index.shape), rules.space)
+    check_length("slopes", update.tensors["slopes"], rules.space)

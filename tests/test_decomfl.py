@@ -68,6 +68,7 @@ def test_a_client_is_sent_the_rounds_that_it_lacks():
         (Update({"slopes": torch.zeros(2, 2)}, 1), r"expected int32 \(2, 2\), got float32"),
         (update([[1, 2]]), r"expected int32 \(2, 2\), got int32 \(1, 2\)"),
         (update([[1, 2], [3, 2**31 - 1]]), "a slope of 2147483647 quanta is out of range"),
+        (update([[1, 2], [2**27, 2**27]]), "'slopes': the slopes add up to a length of"),
     ],
 )
 def test_what_a_stranger_may_send_is_refused_by_name(given, told):

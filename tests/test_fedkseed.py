@@ -111,6 +111,7 @@ def test_drawing():
         (update([0] * 5, [1] * 5), r"'index': expected int32 of at most 4, got"),
         (update([0, 1], [1]), r"'slopes': expected int32 \(2,\), got int32 \(1,\)"),
         (update([0], [2**31 - 1]), "a slope of 2147483647 quanta is out of range"),
+        (update([0, 1], [2**27, 2**27]), "'slopes': the slopes add up to a length of"),
         (Update({"index": torch.tensor([0]), "slopes": torch.tensor([1])}, 1), "'index': expected int32"),
         (Update({"index": torch.tensor([0], dtype=torch.int32), "slopes": torch.tensor([math.nan])}, 1), "got float32"),
         (Update({"slopes": torch.zeros(1)}, 1), "expected the tensors 'index' and 'slopes'"),
