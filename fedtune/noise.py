@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtune import kernels
 from fedtune.errors import ConfigError
 
 SIGMA = {"normal": 2.0, "rademacher": 1.0}  # the standard deviation of the whole numbers that z is made of
@@ -48,8 +49,6 @@ KURTOSIS = {"normal": 2.875, "rademacher": 1.0}
 EAGER = 1 << 15  # words at a time without a compiler: a few arrays of that length stay in the cache
 BLOCK = 1 << 19  # words at a time where many directions are added up: read from memory once for all of them
 COMPILED = 1 << 7  # words below which a kernel isn't worth compiling
-
-_M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
 
 
 def check_kind(kind: str) -> str:
@@ -107,7 +106,9 @@ def add_(weight: Tensor, seed: int, name: str, c: float, kind: str = "normal") -
         c: taken to 20 bits (`coefficient`).
     """
     step = _scalar(coefficient(c) / SIGMA[check_kind(kind)])
-    kernel, tensors = (_add_words, _in_words(weight)) if _has_words(weight) else (_add, [weight])
+    kernel, tensors = (
+        (kernels.add_words, kernels.in_words(weight)) if kernels.has_words(weight) else (kernels.add, [weight])
+    )
     _each(kernel, kind, tensors, stream_keys([seed], name)[0], step)
 
 
@@ -127,7 +128,7 @@ def accumulate_(total: Tensor, keys: Tensor, counts: Tensor, kind: str = "normal
     words = (flat.numel() + 1) // 2
     for start in range(0, words, BLOCK):
         for key, count in todo:
-            _each(_accumulate, kind, [flat], key, count, span=(start, min(start + BLOCK, words)))
+            _each(kernels.accumulate, kind, [flat], key, count, span=(start, min(start + BLOCK, words)))
 
 
 @torch.no_grad()
@@ -151,12 +152,19 @@ def render_(
         c: exact to 20 bits already.
     """
     factor, bound, step = _scalar(scale), _scalar(threshold), _scalar(c / SIGMA[check_kind(kind)])
-    words = _has_words(out) and _has_words(start)
-    tensors = _in_words(out, start, total) if words else [out, start, total]
+    words = kernels.has_words(out) and kernels.has_words(start)
+    tensors = kernels.in_words(out, start, total) if words else [out, start, total]
     if key is None:
-        _each(_settle_words if words else _settle, kind, tensors, torch.zeros(3, dtype=torch.int32), factor, bound)
+        _each(
+            kernels.settle_words if words else kernels.settle,
+            kind,
+            tensors,
+            torch.zeros(3, dtype=torch.int32),
+            factor,
+            bound,
+        )
     else:
-        _each(_render_words if words else _render, kind, tensors, key, factor, bound, step)
+        _each(kernels.render_words if words else kernels.render, kind, tensors, key, factor, bound, step)
 
 
 @torch.no_grad()
@@ -174,7 +182,7 @@ def project(vector: Tensor, keys: Tensor, kind: str = "normal") -> Tensor:
     for start in range(0, words, BLOCK):
         for place, key in enumerate(keys):
             span = (start, min(start + BLOCK, words))
-            found[place] += sum(float(part) for part in _each(_dot, kind, [flat], key, span=span))
+            found[place] += sum(float(part) for part in _each(kernels.dot, kind, [flat], key, span=span))
     return found / SIGMA[kind]
 
 
@@ -185,143 +193,6 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
     return x
-
-
-# What follows is traced by torch.compile, and so kept to tensor operations on 32 bits. Every kernel takes a tensor's
-# low elements, then its high ones, which share words, and `at`: (3,) int32, k0, k1 and the place of the first word.
-
-
-def _shifted(x: Tensor, by: int) -> Tensor:
-    """x >> by as if x had no sign."""
-    return (x >> by) & ((1 << (32 - by)) - 1)
-
-
-def _numbers(kind: str, count: int, at: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole numbers for `count` low elements and as many high ones, int32."""
-    return _numbers_at(kind, torch.arange(count, dtype=torch.int32, device=at.device) + at[2], at)
-
-
-def _numbers_at(kind: str, places: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    x = places ^ at[0]
-    x = (x ^ _shifted(x, 16)) * _M1
-    x = ((x ^ _shifted(x, 15)) + at[1]) * _M2
-    x = x ^ _shifted(x, 16)
-    if kind == "rademacher":
-        return ((x << 16) >> 31) | 1, (x >> 31) | 1
-    x = x - (_shifted(x, 1) & 0x55555555)
-    x = (x & 0x33333333) + (_shifted(x, 2) & 0x33333333)
-    x = (x + _shifted(x, 4)) & 0x0F0F0F0F
-    x = x + _shifted(x, 8)
-    return (x & 31) - 8, ((x >> 16) & 31) - 8
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _add(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, c: Tensor) -> None:
-    for (weight,), number in zip((low, high), _numbers(kind, low[0].numel(), at), strict=True):
-        wide = _wide(weight)
-        weight.copy_(weight.to(wide) + number.to(wide) * c.to(wide))
-
-
-def _accumulate(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, count: Tensor) -> None:
-    for (total,), number in zip((low, high), _numbers(kind, low[0].numel(), at), strict=True):
-        total.add_(number * count)
-
-
-def _settle(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, scale: Tensor, bound: Tensor) -> None:
-    for out, start, total in (low, high):
-        wide = _wide(start)
-        begun = start.to(wide)
-        moved = begun + total.to(wide) * scale.to(wide)
-        out.copy_(torch.where((total == 0) | (begun.abs() > bound.to(wide)), begun, moved))
-
-
-def _render(
-    kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, scale: Tensor, bound: Tensor, c: Tensor
-) -> None:
-    for (out, start, total), number in zip((low, high), _numbers(kind, low[0].numel(), at), strict=True):
-        wide = _wide(start)
-        begun = start.to(wide)
-        moved = begun + total.to(wide) * scale.to(wide) + number.to(wide) * c.to(wide)
-        out.copy_(torch.where(begun.abs() > bound.to(wide), begun, moved))
-
-
-# bfloat16 two at a time, as one word of 32 bits: twice as fast as what the compiler makes of 16 bits beside 32.
-# Elements
-# 2j and 2j + 1 stand in word j, and their numbers in the words 2j and 2j + 1 of the hash.
-
-
-def _has_words(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16 and tensor.numel() % 4 == 0 and tensor.storage_offset() % 2 == 0
-
-
-def _in_words(*tensors: Tensor) -> list[Tensor]:
-    """bfloat16 as int32 and int32 as int64, half as many of each."""
-    return [t.view(-1).view(torch.int32 if t.dtype == torch.bfloat16 else torch.int64) for t in tensors]
-
-
-def _number_pairs(kind: str, count: int, at: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The whole numbers for `count` low words and as many high ones."""
-    places = (torch.arange(count, dtype=torch.int32, device=at.device) + at[2]) * 2
-    one, other = _numbers_at(kind, places, at), _numbers_at(kind, places + 1, at)
-    return (one[0], other[0]), (one[1], other[1])
-
-
-def _opened(words: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float32 of each word of two bfloat16."""
-    return (words << 16).view(torch.float32), (words & -65536).view(torch.float32)
-
-
-def _closed(one: Tensor, other: Tensor) -> Tensor:
-    """The inverse of `_opened`, rounded to nearest, ties to even."""
-    a, b = one.view(torch.int32), other.view(torch.int32)
-    a = _shifted(a + 0x7FFF + (_shifted(a, 16) & 1), 16)
-    return a | ((b + 0x7FFF + (_shifted(b, 16) & 1)) & -65536)
-
-
-def _halved(total: Tensor) -> tuple[Tensor, Tensor]:
-    """Two int32 of each int64."""
-    return ((total << 32) >> 32).to(torch.int32), (total >> 32).to(torch.int32)
-
-
-def _add_words(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, c: Tensor) -> None:
-    c = c.float()
-    for (weight,), (one, other) in zip((low, high), _number_pairs(kind, low[0].numel(), at), strict=True):
-        a, b = _opened(weight)
-        weight.copy_(_closed(a + one.float() * c, b + other.float() * c))
-
-
-def _settle_words(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, scale: Tensor, bound: Tensor) -> None:
-    scale, bound = scale.float(), bound.float()
-    for out, start, total in (low, high):
-        moved = [
-            torch.where((n == 0) | (w.abs() > bound), w, w + n.float() * scale)
-            for w, n in zip(_opened(start), _halved(total), strict=True)
-        ]
-        out.copy_(_closed(*moved))
-
-
-def _render_words(
-    kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, scale: Tensor, bound: Tensor, c: Tensor
-) -> None:
-    scale, bound, c = scale.float(), bound.float(), c.float()
-    for (out, start, total), numbers in zip((low, high), _number_pairs(kind, low[0].numel(), at), strict=True):
-        moved = [
-            torch.where(w.abs() > bound, w, w + n.float() * scale + number.float() * c)
-            for w, n, number in zip(_opened(start), _halved(total), numbers, strict=True)
-        ]
-        out.copy_(_closed(*moved))
-
-
-def _dot(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
-    numbers = _numbers(kind, low[0].numel(), at)
-    one, other = (
-        (vector.to(_wide(vector)) * number.to(_wide(vector))).sum()
-        for (vector,), number in zip((low, high), numbers, strict=True)
-    )
-    return one, other
 
 
 def _each(
