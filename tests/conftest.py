@@ -44,7 +44,7 @@ SMALL = (
 
 
 # They wait for Flower most of the time, so they go first and the others beside them
-LONG = ("test_sockets.py", "test_outages.py", "test_deploy.py", "test_ray.py", "test_fleet.py")
+LONG = ("test_deploy.py", "test_sockets.py", "test_fleet.py", "test_ray.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
