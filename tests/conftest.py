@@ -44,11 +44,16 @@ SMALL = (
 
 
 # They wait for Flower most of the time, so they go first and the others beside them
-LONG = ("test_deploy.py", "test_sockets.py", "test_fleet.py", "test_ray.py")
+LONG = ("test_deploy.py", "test_sockets.py", "test_fleet.py")
+LAST = "test_ray.py"  # its processes take minutes to start beside those of the first
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    items.sort(key=lambda item: _turn(item.path.name))
+
+
+def _turn(name: str) -> int:
+    return LONG.index(name) if name in LONG else len(LONG) + (name == LAST)
 
 
 @pytest.fixture

@@ -68,10 +68,8 @@ def test_a_ray_process_that_dies_costs_one_turn(tmp_path, monkeypatch, small_run
 @pytest.mark.slow
 def test_when_every_client_fails_the_run_says_so_and_stops(tmp_path, monkeypatch):
     monkeypatch.setenv("MISCHIEF", " ".join(f"raise:0:1:{index}" for index in range(4)))
-    begun = time.monotonic()
     with pytest.raises(QuorumError, match=r"round 1: 0 of 3 clients .* the battery is flat"):
         run_ray(compose(words(tmp_path / "run", *mischief.WORDS)))
-    assert time.monotonic() - begun < 120
     assert summary_of(tmp_path / "run")["status"] == "failed"
     assert len(failures(tmp_path / "run")) == 3
 
