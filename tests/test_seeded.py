@@ -137,7 +137,7 @@ def test_a_thousand_perturbations_leave_no_drift(dtype):
     held.move_to(Space(1e-3), {})
     assert same(now(held), before)
     textbook = before["c.weight"].clone()
-    for seed in range(300):
+    for seed in range(500):
         held.render(seed, 1e-3)
         held.render(seed, -1e-3)
         z = values(seed, "c.weight", textbook.shape)
