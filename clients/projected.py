@@ -7,13 +7,11 @@ server rebuilds in the mean. The client's memory is what all clients have answer
 
 from dataclasses import dataclass
 
-import torch
-
 from clients.first_order import FirstOrder, proximal
 from fedtune.adapters import LocalModel
 from fedtune.blocks import BUDGET, SLOPES, TURN, Projection, blocks_of, coordinates, records_of, seeds_of
-from fedtune.errors import ClientError
-from fedtune.merging import FROM, KEPT, VERSION, installed_version
+from fedtune.history import caught_up
+from fedtune.merging import VERSION
 from fedtune.protocol import Batches, Instruction, Tensors, Update
 from fedtune.zeroth import as_told
 
@@ -22,15 +20,7 @@ from fedtune.zeroth import as_told
 class Projected(FirstOrder):
     def receive(self, model: LocalModel, instruction: Instruction, memory: Tensors) -> None:
         rules = as_told(Projection, instruction.settings)
-        base, version = int(instruction.settings[FROM]), int(instruction.settings[VERSION])
-        if base not in (0, mine := installed_version(memory)):
-            raise ClientError(f"the server's answers go on from number {base}; this client knows {mine}")
-        new = {name: instruction.tensors[name] for name in (TURN, BUDGET, SLOPES)}
-        known = {name: torch.cat([memory[name], tensor]) if base else tensor for name, tensor in new.items()}
-        if wrong := [name for name, tensor in known.items() if len(tensor) != version]:
-            raise ClientError(f"the server's '{wrong[0]}' is of {len(known[wrong[0]])} answers, expected {version}")
-        memory.update(known)
-        memory[KEPT] = torch.tensor(version)
+        known = caught_up(instruction, memory, [TURN, BUDGET, SLOPES], "number", "answers")
         model.seeded.move_blocks(rules.space, records_of(known, blocks_of(model.layout), rules))
 
     def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:

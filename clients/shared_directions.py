@@ -7,32 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
+from clients.zeroth_order import ZerothOrder
 from fedtune.adapters import LocalModel
-from fedtune.errors import ClientError, ConfigError
+from fedtune.history import caught_up
 from fedtune.keys import bits, fold
-from fedtune.merging import FROM, KEPT, VERSION, installed_version
+from fedtune.merging import VERSION
 from fedtune.protocol import Batches, Instruction, Tensors, Update
 from fedtune.zeroth import Rules, descend, rules_of
 
 
 @dataclass(frozen=True)
-class SharedDirections:
-    clip: float = 0.0  # a step is skipped if the losses on its two sides differ by more; 0: none is for that
-
-    def __post_init__(self) -> None:
-        if not self.clip >= 0:
-            raise ConfigError(f"method.client.clip={self.clip}: expected 0, or a difference of losses above it")
-
+class SharedDirections(ZerothOrder):
     def receive(self, model: LocalModel, instruction: Instruction, memory: Tensors) -> None:
         rules = rules_of(instruction.settings)
-        base, version = int(instruction.settings[FROM]), int(instruction.settings[VERSION])
-        if base not in (0, mine := installed_version(memory)):
-            raise ClientError(f"the server's slopes go on from round {base}; this client knows {mine} rounds")
-        new = instruction.tensors["slopes"]
-        slopes = torch.cat([memory["slopes"], new]) if base else new
-        if len(slopes) != version:
-            raise ClientError(f"the server's slopes are of {len(slopes)} rounds, expected {version}")
-        memory["slopes"], memory[KEPT] = slopes, torch.tensor(version)
+        slopes = caught_up(instruction, memory, ["slopes"], "round", "rounds")["slopes"]
         record: dict[int, int] = {}
         for place, mean in enumerate(slopes.flatten(1).tolist()):
             record.update(zip(seeds_of(rules, place + 1), mean, strict=True))

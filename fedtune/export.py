@@ -15,6 +15,8 @@ from fedtune.lowrank import LowRank, pairs, stack, unpair
 from fedtune.merging import from_residual, joined
 from fedtune.protocol import Tensors
 
+ADAPTER_CONFIG = "adapter_config.json"
+
 
 def adapter_files(model: LocalModel) -> dict[str, bytes]:
     """adapter_config.json and adapter_model.safetensors of the adapter that `model` holds now.
@@ -36,7 +38,7 @@ def adapter_files(model: LocalModel) -> dict[str, bytes]:
         narrow = {_inner(module): rank for module, rank in ranks.items() if rank != config["r"]}
         config |= {"rank_pattern": narrow, "alpha_pattern": {module: rank * scaling for module, rank in narrow.items()}}
     return {
-        "adapter_config.json": (json.dumps(_json_ready(config), indent=2, sort_keys=True) + "\n").encode(),
+        ADAPTER_CONFIG: (json.dumps(_json_ready(config), indent=2, sort_keys=True) + "\n").encode(),
         "adapter_model.safetensors": save({**tensors, **model.constants}, metadata={"format": "pt"}),
     }
 

@@ -69,8 +69,7 @@ def render(
 
 
 # bfloat16 two at a time, as one word of 32 bits: twice as fast as what the compiler makes of 16 bits beside 32.
-# Elements
-# 2j and 2j + 1 stand in word j, and their numbers in the words 2j and 2j + 1 of the hash.
+# Elements 2j and 2j + 1 stand in word j, and their numbers in the words 2j and 2j + 1 of the hash.
 
 
 def has_words(tensor: Tensor) -> bool:

@@ -25,7 +25,7 @@ from fedtune.errors import DivergedError, FedtuneError, Interrupted, QuorumError
 from fedtune.evaluate import Score, mean_score
 from fedtune.exactness import aggregation_error
 from fedtune.exchange import Arrival, Exchange
-from fedtune.export import adapter_files
+from fedtune.export import ADAPTER_CONFIG, adapter_files
 from fedtune.flower import content_bytes
 from fedtune.installing import SCALING, check_scaling
 from fedtune.keys import fold
@@ -110,7 +110,7 @@ class Server:
         self.folder = folder
         self.view = view
         self.strategy = party.strategy
-        self.written: dict[str, bytes] = {}  # the adapter's files, as they are in the run folder
+        self.adapter_config = b""  # as last written
         self.told: dict[int, Mapping[str, Setting]] = {}  # the settings of each client's last instruction
         self.state: Any = None
         self.run_id = secrets.token_hex(8)  # a resumed run has the one it began with
@@ -322,10 +322,11 @@ class Server:
         self.folder.append_failures(played.failures)
         self.folder.append_metrics(row)
         files = adapter_files(self.party.model)
+        if (config := files.get(ADAPTER_CONFIG, b"")) == self.adapter_config:  # it changes with the ranks alone
+            files.pop(ADAPTER_CONFIG, None)
         for name, content in files.items():
-            if content != self.written.get(name):  # the config changes with the ranks alone
-                self.folder.write_adapter(name, content)
-        self.written = files
+            self.folder.write_adapter(name, content)
+        self.adapter_config = config
         if self.party.model.is_seeded:
             model = self.party.model
             self.folder.write_model(dump(TunedModel(self.experiment, sent, model.origin, model.dtype, number)))

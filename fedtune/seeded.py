@@ -158,7 +158,7 @@ class SeededWeights:
                 self._fill(totals, 0)
                 changed = record
             self._add(totals, changed)
-            self._known[names] = dict(record)
+            self._known[names] = record
         self.restore()
 
     def restore(self) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import WireError
-from fedtune.merging import FROM, VERSION
+from fedtune.history import lacking
 from fedtune.protocol import Instruction, Layout, Peer, Traits, Update
 from fedtune.zeroth import Rules, check_counts, check_length, told
 
@@ -48,9 +48,7 @@ class DeComFL:
         return State(torch.zeros(0, self.rules.local_steps, self.rules.perturbations, dtype=torch.int32))
 
     def configure(self, state: State, round: int, peer: Peer) -> Instruction:
-        done = len(state.slopes)
-        known = peer.installed_version if peer.installed_version <= done else 0
-        return Instruction({"slopes": state.slopes[known:]}, {**told(self.rules), FROM: known, VERSION: done})
+        return lacking(vars(state), peer, told(self.rules))
 
     def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
         if update.tensors.keys() != {"slopes"}:

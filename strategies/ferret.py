@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fedtune.blocks import BUDGET, FEWEST, SLOPES, Projection, blocks_of, check_answer, check_room
-from fedtune.merging import FROM, VERSION
+from fedtune.history import lacking
 from fedtune.protocol import Instruction, Layout, Peer, Traits, Update
 from fedtune.schema import at_least, one_of
 from fedtune.zeroth import told
@@ -63,11 +63,8 @@ class Ferret:
         return State(*(torch.zeros(0, width, dtype=torch.int32) for width in (2, blocks, self.rules.directions)))
 
     def configure(self, state: State, round: int, peer: Peer) -> Instruction:
-        done = len(state.turn)
-        known = peer.installed_version if peer.installed_version <= done else 0
-        missed = {name: tensor[known:] for name, tensor in vars(state).items()}
         own = {"share": SHARE[self.scaling], "client": peer.index}
-        return Instruction(missed, {**told(self.rules), **own, FROM: known, VERSION: done})
+        return lacking(vars(state), peer, {**told(self.rules), **own})
 
     def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
         check_answer(update, state.budget.shape[1], self.rules)

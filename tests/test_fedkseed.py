@@ -126,7 +126,7 @@ def test_what_a_stranger_may_send_is_refused_by_name(method, given, told):
 @pytest.mark.parametrize("method", METHODS)
 def test_an_honest_answer_is_taken(method):
     for honest in (update([0, 2], [4, -8]), update([], [])):
-        method.validate(method.init(NOWHERE), 1, peer(0), honest)
+        assert method.validate(method.init(NOWHERE), 1, peer(0), honest) is None
 
 
 def test_a_sum_that_grows_out_of_hand_ends_the_run():
