@@ -17,8 +17,8 @@ deploy-demo: setup  ## the same on a SuperLink and three SuperNodes with TLS and
 	$(RUN)/python -m simulations.fleet --nodes 3 \
 		experiment=demo name=deploy-demo population.clients=3 population.cohort=3 runtime.threads=1
 
-test: setup  ## run every test; three files at a time, for many of them wait for Flower
-	$(RUN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=15
+test: setup  ## run every test, two files at a time
+	$(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 lint: setup  ## format check, lint, types
 	$(RUN)/ruff format --check .

@@ -11,7 +11,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.errors import ClientError, WireError
-from fedtune.flower import SERVER_NODE, activations, explain_error, pull_one
+from fedtune.flower import SERVER_NODE, activations, explain_error, pull_one, push
 from fedtune.framing import Lines
 
 POLL_SECONDS = 0.1  # between two looks for replies, where clients are elsewhere
@@ -87,7 +87,7 @@ class Exchange:
         sent = last = time.monotonic()
         targets = [message.metadata.dst_node_id for message in messages]
         started = self.nodes() if self.lines.deployed else {}
-        identified: list[str | None] = list(self._grid.push_messages(messages))
+        identified = push(self._grid, messages)
         identified += [None] * (len(targets) - len(identified))  # Flower names none of those that are too many at once
         messages.clear()  # on their way: half a gigabyte need not stay here while they are worked on
         self.lines.forget_content()

@@ -7,10 +7,11 @@ Tested with flwr 1.41.
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from flwr.app import Message, Metadata, RecordDict
@@ -40,12 +41,16 @@ __all__ = [
     "content_to_bytes",
     "envelope_bytes",
     "explain_error",
+    "outlast",
     "pull_one",
+    "push",
     "quietly",
     "raised_by_client",
     "set_message_id",
     "simulate",
 ]
+
+Answer = TypeVar("Answer")
 
 SERVER_NODE = 1  # Flower's own id for the server
 
@@ -58,6 +63,7 @@ _EXPLAINED = {
     ErrorCode.CLIENT_APP_CRASHED: "its client process died",
 }
 
+PAUSES = (0.5, 1, 2, 4, 8)  # seconds between the times a SuperLink with an error of its own is asked again
 MAX_REASON = 500  # characters of a client's complaint that are kept
 
 # The forms in which Flower passes on what a client raised, in a deployment and from Ray
@@ -81,9 +87,33 @@ def raised_by_client(error: Error) -> bool:
     return error.code in (ErrorCode.LOAD_CLIENT_APP_EXCEPTION, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
 
 
+def outlast(ask: Callable[[], Answer], pauses: Iterable[float] = PAUSES) -> Answer:
+    """What the SuperLink answers, asked again while it has an error of its own (HTTP 5xx).
+
+    A busy one has: its database is locked for longer than it waits. Flower 1.41 repeats what broke on the way, but such
+    an answer would end the run.
+
+    Raises:
+        httpx.HTTPStatusError: of the last answer, if none is better.
+    """
+    for pause in pauses:
+        try:
+            return ask()
+        except httpx.HTTPStatusError as error:
+            if not error.response.is_server_error:
+                raise
+        time.sleep(pause)
+    return ask()
+
+
 def activations(grid: Grid) -> dict[int, str]:
     """When each connected node of a deployment was last started, in the SuperLink's words."""
-    return {node.node_id: node.last_activated_at for node in grid.get_nodes()}
+    return {node.node_id: node.last_activated_at for node in outlast(grid.get_nodes)}
+
+
+def push(grid: Grid, messages: list[Message]) -> list[str | None]:
+    """Send the messages; the id of each, or None for one that wasn't taken. A SuperLink takes no message twice."""
+    return list(outlast(lambda: grid.push_messages(messages)))
 
 
 def pull_one(grid: Grid, message_id: str) -> Iterable[Message]:
@@ -93,7 +123,7 @@ def pull_one(grid: Grid, message_id: str) -> Iterable[Message]:
         WireError: if what came can't be unpacked. A SuperLink that can't be reached is not that: it ends the run.
     """
     try:
-        return list(grid.pull_messages([message_id]))
+        return list(outlast(lambda: grid.pull_messages([message_id])))
     except (httpx.HTTPError, OSError):
         raise
     except Exception as error:  # Flower raises what it likes on objects that don't fit together

@@ -21,7 +21,8 @@ def call(fleet, *arguments):
 def run(fleet, *arguments, seconds=240):
     process = call(fleet, *arguments)
     out, _ = process.communicate(timeout=seconds)
-    return process.returncode, out
+    faults = [line for line in fleet.superlink.log().splitlines() if "ERROR" in line] if process.returncode else []
+    return process.returncode, "\n".join([out, *faults[-10:]])
 
 
 def failures(folder):

@@ -28,7 +28,7 @@ PROFILES = (
 )
 # Which turns go wrong, and how, by the seed of the run
 PLAN = (
-    "raise:2:1:0 die-once:2:1:1 nan:2:1:2 hang:2:2:1 slow:2:2:2",
+    "raise:2:1:0 die-once:2:1:1 nan:2:1:2 hang:2:2:1 hang:2:2:2",
     "hang:3:1:0 raise:3:3:0 raise:3:3:1 raise:3:3:2",
     "slow:4:3:0 slow:4:3:1 slow:4:3:2",
     "hang:5:1:0",
