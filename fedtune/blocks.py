@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fedtune.errors import ClientError, ConfigError, DivergedError, WireError
 from fedtune.keys import bits, fold
-from fedtune.noise import project, stream_keys
+from fedtune.noise import project
 from fedtune.protocol import Layout, Tensors, Update, describe
 from fedtune.schema import at_least
 from fedtune.seeded import Names, Space
@@ -140,7 +140,7 @@ def coordinates(
         first, last = last, last + count
         if norm:
             for name in names:
-                along = project(_gone(old, new, name), stream_keys(seeds[first:last], name), rules.noise)
+                along = project(_gone(old, new, name), seeds[first:last], name, rules.noise)
                 found[first:last] += along.numpy() * share / count
     answer = {BUDGET: torch.from_numpy(budget).int(), SLOPES: torch.from_numpy(rules.space.counts(found)).int()}
     try:

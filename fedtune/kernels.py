@@ -1,14 +1,50 @@
 """The arithmetic of seeded noise (fedtune/noise.py), in the form that torch.compile fuses.
 
 All of it is tensor operations on 32 bits without branches, so that a compiler keeps it in vector registers; whatever it
-does, or doesn't, the bits are the same. Every kernel takes the low elements of some tensors, then the high ones that
-share their words, and `at`: (3,) int32, the key k0 and k1, and the place of the first word.
+does, or doesn't, the bits are the same. Tensors come as rows of SPAN elements. With each row come its parameter's
+`key`, (rows, 2) int32, k0 and k1, and `word`, (rows, 1) int32, the number of its first word; the others are that plus
+`places`, 0 ... SPAN / 2 - 1, which is faster to load than to make. `even` and `odd` are (rows, SPAN / 2) int32: what
+belongs to the elements with an even and an odd place.
+
+Weights come two at a time, (rows, SPAN / 2): bfloat16 as int32 and float32 as int64, so that both elements are at
+hand where their word of the hash is. Other types come as they are, (rows, SPAN), and take longer.
 """
 
 import torch
 from torch import Tensor
 
+SPAN = 1024  # elements a row
+HALF = SPAN // 2
 _M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
+
+
+def in_pairs(table: Tensor) -> Tensor:
+    """A table of weights in the form in which kernels take it: a view."""
+    pair = {torch.bfloat16: torch.int32, torch.float32: torch.int64}.get(table.dtype)
+    return table if pair is None else table.view(pair)
+
+
+def _opened(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The even and the odd elements, in the type in which sums run."""
+    if x.dtype == torch.int32:
+        return (x << 16).view(torch.float32), (x & -65536).view(torch.float32)
+    if x.dtype == torch.int64:
+        return ((x << 32) >> 32).to(torch.int32).view(torch.float32), (x >> 32).to(torch.int32).view(torch.float32)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    pairs = x.view(-1, HALF, 2).to(wide)
+    return pairs[:, :, 0], pairs[:, :, 1]
+
+
+def _closed(even: Tensor, odd: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `_opened`; rounded, where it has to be, to nearest and ties to even."""
+    if dtype == torch.int32:
+        a, b = even.view(torch.int32), odd.view(torch.int32)
+        a = _shifted(a + 0x7FFF + ((a >> 16) & 1), 16)
+        return a | ((b + 0x7FFF + ((b >> 16) & 1)) & -65536)
+    if dtype == torch.int64:
+        a, b = even.view(torch.int32).to(torch.int64), odd.view(torch.int32).to(torch.int64)
+        return (a & 0xFFFFFFFF) | (b << 32)
+    return torch.stack((even, odd), 2).flatten(1).to(dtype)
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
@@ -16,128 +52,80 @@ def _shifted(x: Tensor, by: int) -> Tensor:
     return (x >> by) & ((1 << (32 - by)) - 1)
 
 
-def _numbers(kind: str, count: int, at: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole numbers for `count` low elements and as many high ones, int32."""
-    return _numbers_at(kind, torch.arange(count, dtype=torch.int32, device=at.device) + at[2], at)
-
-
-def _numbers_at(kind: str, places: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    x = places ^ at[0]
+def _numbers(kind: str, places: Tensor, key: Tensor, word: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole numbers that z is made of, for the even and the odd elements, int32."""
+    x = (word + places) ^ key[:, :1]
     x = (x ^ _shifted(x, 16)) * _M1
-    x = ((x ^ _shifted(x, 15)) + at[1]) * _M2
+    x = ((x ^ _shifted(x, 15)) + key[:, 1:]) * _M2
     x = x ^ _shifted(x, 16)
     if kind == "rademacher":
         return ((x << 16) >> 31) | 1, (x >> 31) | 1
-    x = x - (_shifted(x, 1) & 0x55555555)
-    x = (x & 0x33333333) + (_shifted(x, 2) & 0x33333333)
-    x = (x + _shifted(x, 4)) & 0x0F0F0F0F
-    x = x + _shifted(x, 8)
+    # The bits set in each half; here no shift brings in a sign that stays
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
     return (x & 31) - 8, ((x >> 16) & 31) - 8
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def add(kind: str, places: Tensor, c: Tensor, key: Tensor, word: Tensor, weight: Tensor) -> None:
+    moved = [
+        start + number.to(start.dtype) * c.to(start.dtype)
+        for start, number in zip(_opened(weight), _numbers(kind, places, key, word), strict=True)
+    ]
+    weight.copy_(_closed(moved[0], moved[1], weight.dtype))
 
 
-def add(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, c: Tensor) -> None:
-    for (weight,), number in zip((low, high), _numbers(kind, low[0].numel(), at), strict=True):
-        wide = _wide(weight)
-        weight.copy_(weight.to(wide) + number.to(wide) * c.to(wide))
+def accumulate(
+    kind: str, places: Tensor, counts: Tensor, keys: Tensor, word: Tensor, even: Tensor, odd: Tensor
+) -> None:
+    """`keys` are (rows, seeds, 2), and `counts` (seeds,) int32."""
+    a, b = even, odd
+    for place in range(keys.shape[1]):
+        one, other = _numbers(kind, places, keys[:, place], word)
+        a, b = a + one * counts[place], b + other * counts[place]
+    even.copy_(a)
+    odd.copy_(b)
 
 
-def accumulate(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, count: Tensor) -> None:
-    for (total,), number in zip((low, high), _numbers(kind, low[0].numel(), at), strict=True):
-        total.add_(number * count)
-
-
-def settle(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, scale: Tensor, bound: Tensor) -> None:
-    for out, start, total in (low, high):
-        wide = _wide(start)
-        begun = start.to(wide)
-        moved = begun + total.to(wide) * scale.to(wide)
-        out.copy_(torch.where((total == 0) | (begun.abs() > bound.to(wide)), begun, moved))
+def settle(scale: Tensor, out: Tensor, start: Tensor, even: Tensor, odd: Tensor, bound: Tensor | None = None) -> None:
+    moved = []
+    for begun, total in zip(_opened(start), (even, odd), strict=True):
+        there = begun + total.to(begun.dtype) * scale.to(begun.dtype)
+        moved.append(_held(torch.where(total == 0, begun, there), begun, bound))
+    out.copy_(_closed(moved[0], moved[1], out.dtype))
 
 
 def render(
-    kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, scale: Tensor, bound: Tensor, c: Tensor
+    kind: str,
+    places: Tensor,
+    scale: Tensor,
+    c: Tensor,
+    key: Tensor,
+    word: Tensor,
+    out: Tensor,
+    start: Tensor,
+    even: Tensor,
+    odd: Tensor,
+    bound: Tensor | None = None,
 ) -> None:
-    for (out, start, total), number in zip((low, high), _numbers(kind, low[0].numel(), at), strict=True):
-        wide = _wide(start)
-        begun = start.to(wide)
-        moved = begun + total.to(wide) * scale.to(wide) + number.to(wide) * c.to(wide)
-        out.copy_(torch.where(begun.abs() > bound.to(wide), begun, moved))
+    moved = []
+    for begun, total, number in zip(_opened(start), (even, odd), _numbers(kind, places, key, word), strict=True):
+        there = begun + total.to(begun.dtype) * scale.to(begun.dtype) + number.to(begun.dtype) * c.to(begun.dtype)
+        moved.append(_held(there, begun, bound))
+    out.copy_(_closed(moved[0], moved[1], out.dtype))
 
 
-# bfloat16 two at a time, as one word of 32 bits: twice as fast as what the compiler makes of 16 bits beside 32.
-# Elements 2j and 2j + 1 stand in word j, and their numbers in the words 2j and 2j + 1 of the hash.
+def _held(moved: Tensor, start: Tensor, bound: Tensor | None) -> Tensor:
+    """What is larger than its row's bound, (rows, 1), stays where it started."""
+    return moved if bound is None else torch.where(start.abs() > bound.to(start.dtype), start, moved)
 
 
-def has_words(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16 and tensor.numel() % 4 == 0 and tensor.storage_offset() % 2 == 0
-
-
-def in_words(*tensors: Tensor) -> list[Tensor]:
-    """bfloat16 as int32 and int32 as int64, half as many of each."""
-    return [t.view(-1).view(torch.int32 if t.dtype == torch.bfloat16 else torch.int64) for t in tensors]
-
-
-def _number_pairs(kind: str, count: int, at: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The whole numbers for `count` low words and as many high ones."""
-    places = (torch.arange(count, dtype=torch.int32, device=at.device) + at[2]) * 2
-    one, other = _numbers_at(kind, places, at), _numbers_at(kind, places + 1, at)
-    return (one[0], other[0]), (one[1], other[1])
-
-
-def _opened(words: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float32 of each word of two bfloat16."""
-    return (words << 16).view(torch.float32), (words & -65536).view(torch.float32)
-
-
-def _closed(one: Tensor, other: Tensor) -> Tensor:
-    """The inverse of `_opened`, rounded to nearest, ties to even."""
-    a, b = one.view(torch.int32), other.view(torch.int32)
-    a = _shifted(a + 0x7FFF + (_shifted(a, 16) & 1), 16)
-    return a | ((b + 0x7FFF + (_shifted(b, 16) & 1)) & -65536)
-
-
-def _halved(total: Tensor) -> tuple[Tensor, Tensor]:
-    """Two int32 of each int64."""
-    return ((total << 32) >> 32).to(torch.int32), (total >> 32).to(torch.int32)
-
-
-def add_words(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, c: Tensor) -> None:
-    c = c.float()
-    for (weight,), (one, other) in zip((low, high), _number_pairs(kind, low[0].numel(), at), strict=True):
-        a, b = _opened(weight)
-        weight.copy_(_closed(a + one.float() * c, b + other.float() * c))
-
-
-def settle_words(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, scale: Tensor, bound: Tensor) -> None:
-    scale, bound = scale.float(), bound.float()
-    for out, start, total in (low, high):
-        moved = [
-            torch.where((n == 0) | (w.abs() > bound), w, w + n.float() * scale)
-            for w, n in zip(_opened(start), _halved(total), strict=True)
-        ]
-        out.copy_(_closed(*moved))
-
-
-def render_words(
-    kind: str, low: list[Tensor], high: list[Tensor], at: Tensor, scale: Tensor, bound: Tensor, c: Tensor
-) -> None:
-    scale, bound, c = scale.float(), bound.float(), c.float()
-    for (out, start, total), numbers in zip((low, high), _number_pairs(kind, low[0].numel(), at), strict=True):
-        moved = [
-            torch.where(w.abs() > bound, w, w + n.float() * scale + number.float() * c)
-            for w, n, number in zip(_opened(start), _halved(total), numbers, strict=True)
-        ]
-        out.copy_(_closed(*moved))
-
-
-def dot(kind: str, low: list[Tensor], high: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
-    numbers = _numbers(kind, low[0].numel(), at)
-    one, other = (
-        (vector.to(_wide(vector)) * number.to(_wide(vector))).sum()
-        for (vector,), number in zip((low, high), numbers, strict=True)
-    )
-    return one, other
+def dot(kind: str, places: Tensor, keys: Tensor, word: Tensor, vector: Tensor) -> Tensor:
+    """(seeds,), in the type in which sums run; `keys` as for `accumulate`."""
+    parts = _opened(vector)
+    found = []
+    for place in range(keys.shape[1]):
+        one, other = _numbers(kind, places, keys[:, place], word)
+        found.append((parts[0] * one.to(parts[0].dtype) + parts[1] * other.to(parts[1].dtype)).sum())
+    return torch.stack(found)

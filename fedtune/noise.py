@@ -1,15 +1,15 @@
 """Seeded noise: directions that every device regenerates alike from a seed, and arithmetic that never holds one.
 
-A direction z has one value for every element of every parameter. Element i of a parameter with n elements is made from
-word j = i mod h, h = (n + 1) // 2, of a counter-based hash keyed by the seed and the parameter's name, so that it
-depends on nothing else: not on the device, its generator, the number of threads, or how the work is cut up.
+A direction z has one value for every element of every parameter. Elements 2j and 2j + 1 of a parameter are made from
+word j of a counter-based hash keyed by the seed and the parameter's name, and so depend on nothing else: not on the
+device, its generator, the number of threads, or how the work is cut up.
 
     x = j ^ k0;  x = (x ^ x >> 16) * 0x7feb352d;  x = ((x ^ x >> 15) + k1) * 0x846ca68b;  x = x ^ x >> 16
 
-in 32 bits, (k0, k1) = mix(mix(seed) + hash(name)). Two elements share a word, one its low half and one its high, which
-halves the cost of what is otherwise bound by arithmetic. The mixing is that of `lowbias32` (https://nullprogram.com/blog/2018/07/31/)
-with half of the key put in between, as without it two seeds would give the same values in another order; mix is the
-finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+in 32 bits, (k0, k1) = mix(mix(seed) + hash(name)). The even element has the word's low half and the odd one its high,
+which halves the cost of what is otherwise bound by arithmetic. The mixing is that of `lowbias32`
+(https://nullprogram.com/blog/2018/07/31/) with half of the key put in between, as without it two seeds would give the
+same values in another order; mix is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 
 Values are small whole numbers times 1 / SIGMA, of mean 0 and variance 1:
 
@@ -31,8 +31,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -41,14 +41,18 @@ from torch import Tensor
 
 from fedtune import kernels
 from fedtune.errors import ConfigError
+from fedtune.kernels import HALF, SPAN
 
 SIGMA = {"normal": 2.0, "rademacher": 1.0}  # the standard deviation of the whole numbers that z is made of
 LARGEST = {"normal": 8, "rademacher": 1}  # the largest of these numbers
 KURTOSIS = {"normal": 2.875, "rademacher": 1.0}
 
-EAGER = 1 << 15  # words at a time without a compiler: a few arrays of that length stay in the cache
-BLOCK = 1 << 19  # words at a time where many directions are added up: read from memory once for all of them
-COMPILED = 1 << 7  # words below which a kernel isn't worth compiling
+EAGER = 64  # rows at a time without a compiler: a few tables of that size stay in the cache
+BLOCK = 1024  # rows at a time where many directions are added up: read from memory once for all of them
+TOGETHER = 8  # directions added up in one pass over a block
+
+# Whole numbers of directions, int32 (rows, SPAN / 2): of the even elements, and of the odd
+Sums = tuple[Tensor, Tensor]
 
 
 def check_kind(kind: str) -> str:
@@ -60,41 +64,85 @@ def check_kind(kind: str) -> str:
     return kind
 
 
-def stream_keys(seeds: Sequence[int], name: str) -> Tensor:
-    """What the hash is keyed by, (seeds, 3) int32, for the parameter `name`: k0, k1 and the first word, which is 0.
-
-    Args:
-        seeds: whole numbers of which the lowest 64 bits count.
-    """
-    return keys_of(seeds, (name,))[0]
-
-
-def keys_of(seeds: Sequence[int], names: tuple[str, ...]) -> Tensor:
-    """`stream_keys` of several parameters at once, (names, seeds, 3) int32."""
-    given = np.array([int(seed) & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
-    mixed = _mix(_mix(given) + _hashes(names)[:, None])
-    made = np.zeros((*mixed.shape, 3), dtype=np.int32)
-    made[..., :2] = mixed.astype("<u8").view("<i4").reshape(*mixed.shape, 2)
-    return torch.from_numpy(made)
-
-
-@lru_cache(maxsize=1 << 10)
-def _hashes(names: tuple[str, ...]) -> np.ndarray:
-    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
-    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
-
-
 def coefficient(value: float) -> float:
     """`value` to 20 significant bits, so that its product with any value of z is exact in float32."""
     mantissa, exponent = math.frexp(value)
     return math.ldexp(round(math.ldexp(mantissa, 20)), exponent - 20)
 
 
+class Table:
+    """Parameters end to end in rows of SPAN elements, each beginning a row, so that one kernel goes over all of them.
+
+    Attributes:
+        rows: of the whole table.
+        spans: by name, the rows that a parameter has.
+
+    Args:
+        sizes: elements of each parameter, by name; the last of its rows is padded.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], device: torch.device | str = "cpu"):
+        self.sizes = dict(sizes)
+        self.device = torch.device(device)
+        self.spans: dict[str, slice] = {}
+        start = 0
+        for name, size in self.sizes.items():
+            stop = start + -(-size // SPAN)
+            self.spans[name] = slice(start, stop)
+            start = stop
+        self.rows = start
+
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """(rows, SPAN)."""
+        return torch.zeros(self.rows, SPAN, dtype=dtype, device=self.device)
+
+    def sums(self) -> Sums:
+        """A sum of no directions."""
+        one, other = torch.zeros(2, self.rows, HALF, dtype=torch.int32, device=self.device)
+        return one, other
+
+    def part(self, table: Tensor, name: str) -> Tensor:
+        """The elements of one parameter, (size,), as a view."""
+        return table[self.spans[name]].view(-1)[: self.sizes[name]]
+
+    def total(self, sums: Sums, name: str) -> Tensor:
+        """The elements of one parameter, (size,) int32, put together."""
+        span = self.spans[name]
+        return torch.stack([half[span] for half in sums], 2).view(-1)[: self.sizes[name]]
+
+    @cached_property
+    def word(self) -> Tensor:
+        """The number of each row's first word, (rows, 1) int32."""
+        counted = [torch.arange(span.stop - span.start, dtype=torch.int32) for span in self.spans.values()]
+        return (torch.cat(counted) * HALF)[:, None].to(self.device) if counted else torch.zeros(0, 1)
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """The place of each row's parameter, (rows,) int64."""
+        lengths = torch.tensor([span.stop - span.start for span in self.spans.values()])
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(self.device)
+
+    def keys(self, seeds: Sequence[int]) -> Tensor:
+        """What the hash is keyed by, (seeds, parameters, 2) int32.
+
+        Args:
+            seeds: whole numbers of which the lowest 64 bits count.
+        """
+        given = np.array([int(seed) & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
+        mixed = _mix(_mix(given)[:, None] + _hashes(tuple(self.sizes)))
+        return torch.from_numpy(mixed.astype("<u8").view("<i4").reshape(*mixed.shape, 2)).to(self.device)
+
+    def spread(self, by_parameter: Tensor, rows: slice = slice(None)) -> Tensor:
+        """(..., parameters, n) as (rows, ..., n)."""
+        return by_parameter.movedim(-2, 0)[self.owner[rows]]
+
+
 def values(seed: int, name: str, shape: Sequence[int], kind: str = "normal") -> Tensor:
     """A direction itself, float32, for those who need to see it."""
-    total = torch.zeros(tuple(shape), dtype=torch.int32)
-    accumulate_(total, stream_keys([seed], name), torch.ones(1, dtype=torch.int32), kind)
-    return total.float() / SIGMA[kind]
+    table = Table({name: math.prod(shape)})
+    sums = table.sums()
+    accumulate_(table, sums, [seed], [1], kind)
+    return table.total(sums, name).reshape(tuple(shape)).float() / SIGMA[kind]
 
 
 @torch.no_grad()
@@ -106,84 +154,110 @@ def add_(weight: Tensor, seed: int, name: str, c: float, kind: str = "normal") -
         c: taken to 20 bits (`coefficient`).
     """
     step = _scalar(coefficient(c) / SIGMA[check_kind(kind)])
-    kernel, tensors = (
-        (kernels.add_words, kernels.in_words(weight)) if kernels.has_words(weight) else (kernels.add, [weight])
-    )
-    _each(kernel, kind, tensors, stream_keys([seed], name)[0], step)
+    table, flat = Table({name: weight.numel()}, weight.device), weight.view(-1)
+    keys, whole = table.spread(table.keys([seed])[0]), flat.numel() // SPAN
+    rows = flat[: whole * SPAN].view(-1, SPAN)
+    _each(kernels.add, [kind, _places(weight.device), step], [keys[:whole], table.word[:whole], kernels.in_pairs(rows)])
+    if len(rest := flat[whole * SPAN :]):
+        padded = torch.nn.functional.pad(rest, (0, SPAN - len(rest)))[None]
+        _each(
+            kernels.add,
+            [kind, _places(weight.device), step],
+            [keys[whole:], table.word[whole:], kernels.in_pairs(padded)],
+        )
+        rest.copy_(padded[0, : len(rest)])
 
 
 @torch.no_grad()
-def accumulate_(total: Tensor, keys: Tensor, counts: Tensor, kind: str = "normal") -> None:
-    """total += sum_s counts[s] SIGMA z_s, in place and exact modulo 2^32. One pass over memory for all seeds.
+def accumulate_(
+    table: Table,
+    sums: Sums,
+    seeds: Sequence[int],
+    counts: Sequence[int],
+    kind: str = "normal",
+    names: Sequence[str] | None = None,
+) -> None:
+    """sums += sum_s counts[s] SIGMA z_s, in place and exact modulo 2^32. One pass over memory for all seeds.
 
     Args:
-        total: int32, contiguous.
-        keys: (S, 3), of `stream_keys` for this parameter.
-        counts: (S,) int32.
+        names: the parameters that are added to; None takes all.
     """
     check_kind(kind)
-    flat = total.view(-1)
-    todo = [(key, count) for key, count in zip(keys, counts, strict=True) if count]
-    # A block goes through all seeds before the next is read
-    words = (flat.numel() + 1) // 2
-    for start in range(0, words, BLOCK):
-        for key, count in todo:
-            _each(kernels.accumulate, kind, [flat], key, count, span=(start, min(start + BLOCK, words)))
+    todo = [(seed, count) for seed, count in zip(seeds, counts, strict=True) if count]
+    keys = table.keys([seed for seed, _ in todo])
+    amounts = torch.tensor([count for _, count in todo], dtype=torch.int64).to(torch.int32)
+    for rows, some in _blocks(table, names, len(todo)):
+        given = [table.spread(keys[some], rows), table.word[rows], *(half[rows] for half in sums)]
+        _each(kernels.accumulate, [kind, _places(table.device), amounts[some]], given)
 
 
 @torch.no_grad()
 def render_(
+    table: Table,
     out: Tensor,
     start: Tensor,
-    total: Tensor,
+    sums: Sums,
     scale: float,
-    key: Tensor | None = None,
+    seed: int | None = None,
     c: float = 0.0,
     kind: str = "normal",
-    threshold: float = math.inf,
+    bound: Tensor | None = None,
 ) -> None:
-    """out = start + scale total + c z where |start| <= threshold, and start elsewhere.
+    """out = start + scale sums + c z where |start| <= bound, and start elsewhere.
 
     Args:
-        out: in any floating dtype; rounded to it once, at the end, from float32 (or from float64, if `start` is).
-        total: int32.
+        out: (rows, SPAN), floating; rounded to once, at the end, from float32 (or from float64, if `start` is).
+        start: (rows, SPAN), floating.
         scale: a power of two or its negative, so that nothing is rounded by it.
-        key: (3,), of the direction; None leaves the last term out.
-        c: exact to 20 bits already.
+        seed: of the direction; None leaves the last term out.
+        c: taken to 20 bits (`coefficient`).
+        bound: (rows, 1) float64; None holds nothing back.
     """
-    factor, bound, step = _scalar(scale), _scalar(threshold), _scalar(c / SIGMA[check_kind(kind)])
-    words = kernels.has_words(out) and kernels.has_words(start)
-    tensors = kernels.in_words(out, start, total) if words else [out, start, total]
-    if key is None:
-        _each(
-            kernels.settle_words if words else kernels.settle,
-            kind,
-            tensors,
-            torch.zeros(3, dtype=torch.int32),
-            factor,
-            bound,
-        )
-    else:
-        _each(kernels.render_words if words else kernels.render, kind, tensors, key, factor, bound, step)
+    given = [kernels.in_pairs(out), kernels.in_pairs(start), *sums, *([] if bound is None else [bound])]
+    if seed is None:
+        _each(kernels.settle, [_scalar(scale)], given)
+        return
+    step = _scalar(coefficient(c) / SIGMA[check_kind(kind)])
+    keys = table.spread(table.keys([seed])[0])
+    _each(kernels.render, [kind, _places(table.device), _scalar(scale), step], [keys, table.word, *given])
 
 
 @torch.no_grad()
-def project(vector: Tensor, keys: Tensor, kind: str = "normal") -> Tensor:
+def project(vector: Tensor, seeds: Sequence[int], name: str, kind: str = "normal") -> Tensor:
     """<z_s, vector> for every seed, (S,) float64. Sums run in float32 by blocks, so its last bits are a device's own.
 
     Args:
-        vector: floating, contiguous.
-        keys: (S, 3), of `stream_keys` for this parameter.
+        vector: of the parameter `name`, floating, contiguous.
     """
     check_kind(kind)
-    found = torch.zeros(len(keys), dtype=torch.float64)
-    flat = vector.view(-1)
-    words = (flat.numel() + 1) // 2
-    for start in range(0, words, BLOCK):
-        for place, key in enumerate(keys):
-            span = (start, min(start + BLOCK, words))
-            found[place] += sum(float(part) for part in _each(kernels.dot, kind, [flat], key, span=span))
+    table = Table({name: vector.numel()}, vector.device)
+    pairs, found = kernels.in_pairs(_rows(vector)), torch.zeros(len(seeds), dtype=torch.float64)
+    keys = table.keys(seeds)
+    for rows, some in _blocks(table, None, len(seeds)):
+        for part in _each(
+            kernels.dot, [kind, _places(table.device)], [table.spread(keys[some], rows), table.word[rows], pairs[rows]]
+        ):
+            found[some] += part.cpu()
     return found / SIGMA[kind]
+
+
+def _blocks(table: Table, names: Sequence[str] | None, seeds: int) -> Iterator[tuple[slice, slice]]:
+    """Which rows to take with which seeds: a block goes through all seeds before the next is read."""
+    for span in _joined([table.spans[name] for name in (table.sizes if names is None else names)]):
+        block = BLOCK if seeds > 1 else table.rows
+        for start in range(span.start, span.stop, block):
+            rows = slice(start, min(start + block, span.stop))
+            whole = seeds - seeds % TOGETHER
+            for first in range(0, whole, TOGETHER):
+                yield rows, slice(first, first + TOGETHER)
+            for first in range(whole, seeds):
+                yield rows, slice(first, first + 1)
+
+
+@lru_cache(maxsize=1 << 10)
+def _hashes(names: tuple[str, ...]) -> np.ndarray:
+    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -195,45 +269,35 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _each(
-    kernel: Callable[..., Any],
-    kind: str,
-    tensors: Sequence[Tensor],
-    key: Tensor,
-    *scalars: Tensor,
-    span: tuple[int, int] | None = None,
-) -> list[Tensor]:
-    """Run a kernel over all words, or those in `span`, of tensors of one size; what it returned, in order."""
-    device = tensors[0].device
-    flat = [tensor.view(-1) for tensor in tensors]
-    size = flat[0].numel()
-    pairs, half = size // 2, (size + 1) // 2
-    first, last = span or (0, half)
-    if device.type != "cpu":
-        key, scalars = key.to(device), tuple(scalar.to(device) for scalar in scalars)
-    whole = min(last, pairs)
-    fast = _compiled(kernel, kind, device.type) if whole - first >= COMPILED else None
-    step = max(1, whole - first) if fast or device.type != "cpu" else EAGER
-    found: list[Tensor] = []
-    run: Callable[..., Any] = fast or kernel
-    for start in range(first, whole, step):
-        stop = min(start + step, whole)
-        low = [tensor[start:stop] for tensor in flat]
-        high = [tensor[half + start : half + stop] for tensor in flat]
-        found.extend(run(kind, low, high, _starting(key, start), *scalars) or ())
-    if last > pairs:  # an odd one out has a word to itself
-        alone = [tensor[pairs:half] for tensor in flat]
-        nobody = [tensor.clone() for tensor in alone]
-        found.extend((kernel(kind, alone, nobody, _starting(key, pairs), *scalars) or ())[:1])
+def _rows(tensor: Tensor) -> Tensor:
+    """(rows, SPAN): a view where that divides it, a padded copy elsewhere."""
+    flat = tensor.view(-1)
+    missing = -len(flat) % SPAN
+    return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, SPAN)
+
+
+def _joined(spans: Sequence[slice]) -> list[slice]:
+    """Neighbours as one."""
+    found: list[slice] = []
+    for span in sorted(spans, key=lambda span: span.start):
+        if found and found[-1].stop == span.start:
+            found[-1] = slice(found[-1].start, span.stop)
+        else:
+            found.append(span)
     return found
 
 
-def _starting(key: Tensor, word: int) -> Tensor:
-    """The key with another first word."""
-    if word:
-        key = key.clone()
-        key[2] = word
-    return key
+def _each(kernel: Callable[..., Any], settings: Sequence[str | Tensor], tables: Sequence[Tensor]) -> list[Tensor]:
+    """Run a kernel over tables of as many rows; what it returned, in order."""
+    rows, device = len(tables[0]), tables[0].device
+    given = [setting if isinstance(setting, str) else setting.to(device) for setting in settings]
+    # A single row would be compiled for itself
+    fast = _compiled(kernel, device.type) if rows > 1 else None
+    if fast:
+        return [result for result in [fast(given, tables)] if result is not None]
+    step = EAGER if device.type == "cpu" else max(rows, 1)
+    pieces = ([table[start : start + step] for table in tables] for start in range(0, rows, step))
+    return [result for piece in pieces if (result := kernel(*given, *piece)) is not None]
 
 
 @lru_cache(maxsize=1 << 10)
@@ -242,26 +306,35 @@ def _scalar(value: float) -> Tensor:
 
 
 @cache
-def _compiled(kernel: Callable[..., Any], kind: str, device: str) -> Callable[..., Any] | None:
-    """The kernel as machine code; None where nothing can make it."""
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(HALF, dtype=torch.int32, device=device)
+
+
+@cache
+def _compiled(kernel: Callable[..., Any], device: str) -> Callable[..., Any] | None:
+    """The kernel as machine code for any number of rows; None where nothing can make it."""
     if os.environ.get("FEDTUNE_COMPILE") == "0" or not _compiler(device):
         return None
-    from torch._dynamo import config
+    from torch._dynamo import config, mark_dynamic
 
     config.recompile_limit = max(config.recompile_limit, 64)  # a version for each kind and dtype; 8 would be allowed
-    made = torch.compile(kernel, dynamic=True, fullgraph=True)
+    # Never store a direction to read it again, however long the sum that makes it
+    options: Any = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 10_000}
+    made = torch.compile(kernel, dynamic=False, fullgraph=True, options=options)
     failed = False
 
-    def run(*arguments: Any) -> Any:
+    def run(settings: Sequence[str | Tensor], tables: Sequence[Tensor]) -> Any:
         nonlocal failed
         if not failed:
             try:
-                return made(*arguments)
+                for table in tables:
+                    mark_dynamic(table, 0)
+                return made(*settings, *tables)
             except Exception as error:  # whatever a compiler can fail with; it does before anything was computed
                 failed = True
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 logging.getLogger("fedtune").warning("noise runs uncompiled, slowly: %s", reason)
-        return kernel(*arguments)
+        return kernel(*settings, *tables)
 
     return run
 

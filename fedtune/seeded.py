@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from fedtune.errors import ConfigError, DivergedError
 from fedtune.keys import bits, fold
-from fedtune.noise import LARGEST, SIGMA, accumulate_, check_kind, coefficient, keys_of, render_
+from fedtune.noise import LARGEST, SIGMA, Table, accumulate_, check_kind, render_
 
 FINEST = 2.0**-16  # what a slope is rounded to at most, loss per unit of z, unless a method needs it otherwise
 SIGMAS = 8  # T stays below its limit with that many standard deviations of its largest elements to spare
@@ -106,23 +107,26 @@ def pool(pool_seed: int, count: int) -> list[int]:
 class SeededWeights:
     """The trainable tensors of one model as w0 - 2^-k T.
 
+    The tensors, and those of w0 where they are on their device, move into tables of rows, one for each dtype, so that
+    one kernel goes over all of them. Nothing else about them changes.
+
     Attributes:
+        live: the model's tensors.
+        start: w0, by the same names, on their device.
         passes: how many directions have been added to T so far, for those who count work.
 
     Args:
         live: the model's tensors, which are written to.
-        start: w0, by the same names; not copied where it is on their device already.
+        start: w0, by the same names.
     """
 
     def __init__(self, live: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]):
         self.live = dict(live)
-        self.start = {name: start[name].to(tensor.device).contiguous() for name, tensor in live.items()}
         self.passes = 0
         self.space: Space | None = None
-        self._shared = self._zeros()
-        self._own = self._zeros()
-        self._known: dict[Names, dict[int, int]] = {}  # the n that `_shared` is the sum of, by what they move
-        self._thresholds: tuple[float, dict[str, float]] = (0.0, dict.fromkeys(self.live, math.inf))
+        self._parts = [_Part(names, self.live, start) for names in _alike(self.live, start)]
+        self.start = {name: tensor for part in self._parts for name, tensor in part.views(part.start).items()}
+        self._known: dict[Names, dict[int, int]] = {}  # the n that `shared` is the sum of, by what they move
 
     def move_to(self, space: Space, record: Record) -> None:
         """Make the weights those of `record`, by way of what changed or from w0, whichever is less work.
@@ -142,33 +146,44 @@ class SeededWeights:
             space.check(np.fromiter(record.values(), np.float64, len(record)))
         if self.space is None or self.space.noise != space.noise or self._known.keys() != records.keys():
             self._known = {names: {} for names in records}
-            self._fill(self._shared, 0)
+            for part in self._parts:
+                for half in part.shared:
+                    half.zero_()
         # The same n mean another distance under another lr, but T doesn't depend on it
         self.space = space
         for names, record in records.items():
             record = {seed: int(count) for seed, count in record.items() if count}
             known = self._known[names]
-            totals = {name: self._shared[name] for name in names}
             changed = {
                 seed: delta
                 for seed in record.keys() | known.keys()
                 if (delta := record.get(seed, 0) - known.get(seed, 0))
             }
-            if len(changed) > len(record):
-                self._fill(totals, 0)
-                changed = record
-            self._add(totals, changed)
+            anew = len(changed) > len(record)
+            for part in self._parts:
+                mine = [name for name in names if name in part.shapes]
+                if anew:
+                    for name in mine:
+                        for half in part.shared:
+                            half[part.table.spans[name]] = 0
+                accumulate_(part.table, part.shared, *_apart(record if anew else changed), space.noise, mine)
+            self.passes += len(record if anew else changed)
             self._known[names] = record
         self.restore()
 
     def restore(self) -> None:
         """Take back all steps since `move_to`."""
-        torch._foreach_copy_(list(self._own.values()), list(self._shared.values()))
+        for part in self._parts:
+            for own, shared in zip(part.own, part.shared, strict=True):
+                own.copy_(shared)
         self.render()
 
     def step(self, record: Record) -> None:
         """Go n along each direction. The model's tensors follow at the next `render`."""
-        self._add(self._own, record)
+        assert self.space is not None
+        for part in self._parts:
+            accumulate_(part.table, part.own, *_apart(record), self.space.noise)
+        self.passes += len(record)
 
     def render(self, seed: int | None = None, c: float = 0.0) -> None:
         """Set the model's tensors to w, or to w + c z.
@@ -178,38 +193,60 @@ class SeededWeights:
         """
         assert self.space is not None
         scale = -math.ldexp(1.0, -self.space.exponent)
-        thresholds = self._bounds(self.space.sparsity)
-        keys = None if seed is None else keys_of([seed], tuple(self.live))
-        c, noise = coefficient(c), self.space.noise
-        for place, (name, live) in enumerate(self.live.items()):
-            key = None if keys is None else keys[place, 0]
-            render_(live.data, self.start[name], self._own[name], scale, key, c, noise, thresholds[name])
+        for part in self._parts:
+            bound = part.bound(self.space.sparsity)
+            render_(part.table, part.out, part.start, part.own, scale, seed, c, self.space.noise, bound)
 
     def totals(self) -> dict[str, Tensor]:
-        """T as it stands, (by name) int32; not a copy."""
-        return self._own
+        """T as it stands, (by name) int32; a copy."""
+        return {
+            name: part.table.total(part.own, name).view(shape)
+            for part in self._parts
+            for name, shape in part.shapes.items()
+        }
 
-    def _add(self, totals: dict[str, Tensor], record: Record) -> None:
-        assert self.space is not None
-        seeds = list(record)
-        counts = torch.tensor([record[seed] for seed in seeds], dtype=torch.int64).to(torch.int32)
-        keys = keys_of(seeds, tuple(totals))
-        for own, total in zip(keys, totals.values(), strict=True):
-            accumulate_(total, own, counts, self.space.noise)
-        self.passes += len(seeds)
 
-    def _bounds(self, sparsity: float) -> dict[str, float]:
-        if self._thresholds[0] != sparsity:
-            self._thresholds = (sparsity, {name: _threshold(start, sparsity) for name, start in self.start.items()})
-        return self._thresholds[1]
+class _Part:
+    """The tensors of one dtype and device."""
 
-    def _zeros(self) -> dict[str, Tensor]:
-        return {name: torch.zeros(s.shape, dtype=torch.int32, device=s.device) for name, s in self.start.items()}
+    def __init__(self, names: Sequence[str], live: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]):
+        first = live[names[0]]
+        self.shapes = {name: live[name].shape for name in names}
+        self.table = Table({name: live[name].numel() for name in names}, first.device)
+        self.out = self.table.zeros(first.dtype)
+        self.start = self.table.zeros(start[names[0]].dtype)
+        self.shared, self.own = self.table.sums(), self.table.sums()
+        self._bound: tuple[float, Tensor] | None = None
+        for table, given in ((self.start, start), (self.out, live)):
+            for name, view in self.views(table).items():
+                view.copy_(given[name].data)
+                if given[name].device == view.device:
+                    given[name].data = view
 
-    @staticmethod
-    def _fill(totals: dict[str, Tensor], value: int) -> None:
-        for total in totals.values():
-            total.fill_(value)
+    def views(self, table: Tensor) -> dict[str, Tensor]:
+        return {name: self.table.part(table, name).view(shape) for name, shape in self.shapes.items()}
+
+    def bound(self, sparsity: float) -> Tensor | None:
+        """The largest magnitude that still moves, (rows, 1) float64; None where all do."""
+        if not sparsity:
+            return None
+        if self._bound is None or self._bound[0] != sparsity:
+            each = [_threshold(tensor, sparsity) for tensor in self.views(self.start).values()]
+            by_parameter = torch.tensor(each, dtype=torch.float64, device=self.table.device)
+            self._bound = sparsity, self.table.spread(by_parameter[:, None])
+        return self._bound[1]
+
+
+def _alike(live: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of those that can share tables."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in live.items():
+        groups.setdefault((tensor.dtype, start[name].dtype, tensor.device), []).append(name)
+    return list(groups.values())
+
+
+def _apart(record: Record) -> tuple[list[int], list[int]]:
+    return list(record), list(record.values())
 
 
 def _threshold(start: Tensor, sparsity: float) -> float:

@@ -19,12 +19,12 @@ from functools import partial
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Printed
 from torch import Tensor
 
 from fedtune.adapters import LocalModel
 from fedtune.models import load_base
-from fedtune.noise import accumulate_, add_, stream_keys
+from fedtune.noise import Table, accumulate_, add_
 from fedtune.protocol import Batch
 from fedtune.schema import AdapterSpec, ModelSpec
 from fedtune.seeded import pool, steps_record
@@ -85,13 +85,14 @@ def sums(size: int, repeats: int) -> list[Line]:
 
 def replay(size: int, seeds: int, repeats: int) -> list[Line]:
     """Many directions over fewer weights, per direction."""
-    total, keys = torch.zeros(size, dtype=torch.int32), stream_keys(range(seeds), "w")
-    counts = torch.randint(-1000, 1000, (seeds,), dtype=torch.int32)
+    table = Table({"w": size})
+    sums, chosen = table.sums(), range(seeds)
+    counts = torch.randint(-1000, 1000, (seeds,)).tolist()
     weight = torch.zeros(size)
     few = min(seeds, 16)
     took = best(
         repeats,
-        ours=partial(accumulate_, total, keys, counts),
+        ours=partial(accumulate_, table, sums, chosen, counts),
         generator=lambda: [by_generator(weight, 1e-6) for _ in range(few)],
     )
     return [
@@ -155,7 +156,7 @@ def main(words: Sequence[str]) -> int:
         lines = [*sums(1 << 16, 1), *replay(1 << 16, 8, 1), *step(spec, 32, 1)]
     else:
         lines = [*sums(134_515_008, 5), *replay(10_000_000, 1024, 1), *step(SMOLLM2, 32, 7)]
-    table = Table(title=f"{options.threads} threads; the first kernel took {compiling:.1f} s to compile or load")
+    table = Printed(title=f"{options.threads} threads; the first kernel took {compiling:.1f} s to compile or load")
     for column in ("what", "ms", "beside", "ms", "ratio", "aim"):
         table.add_column(column)
     for line in lines:
