@@ -3,6 +3,7 @@
 import argparse
 import ast
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ Federated fine-tuning of language models: many clients, one base, and the true c
   fedtune run model=tiny rounds=2      the same in seconds, on a toy model
   fedtune run resume=runs/demo         go on with a run that was stopped
   fedtune export runs/demo tuned       its model as a Hugging Face folder
+  fedtune compress adapter small       a PEFT adapter, many times smaller
   fedtune methods                      what method= can be
 """
 
@@ -50,6 +52,27 @@ adapter merged into it.
   fedtune export model.fedtune tuned --base models/smol   where the base is on this machine
 """
 
+COMPRESS = """\
+Write a PEFT adapter (adapter_config.json and adapter_model.safetensors) into a new folder, many times smaller, and say
+what that cost: the error is measured on what the new folder decodes to.
+
+  fedtune compress runs/demo/adapter small                 ComPEFT (arXiv:2311.13171)
+  fedtune compress trained small --start initial           of what training changed
+  fedtune compress trained small --codec topk codec.density=0.1
+  fedtune decompress small again --start initial
+
+ComPEFT, topk and stc are meant for updates: of all values they keep the largest few, and make the others zero. An
+adapter's A matrices begin as random numbers, most of which would be lost, so give --start wherever you have the adapter
+that training began with. Decompressing needs it again.
+"""
+
+DECOMPRESS = """\
+Make the PEFT folder again that fedtune compress made smaller.
+
+  fedtune decompress small adapter
+  fedtune decompress small adapter --start initial         if it was compressed with --start
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0 done, 1 an error that the message explains, 130 interrupted."""
@@ -73,16 +96,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     exporting.add_argument("source", metavar="FROM", help="a run's folder, or a .fedtune file")
     exporting.add_argument("out", metavar="OUT", help="the folder to make")
     exporting.add_argument("--base", help="the base: a folder, a GGUF file or a hub id (default: what the run had)")
+    compressing = commands.add_parser(
+        "compress",
+        help="write a PEFT adapter many times smaller",
+        usage="fedtune compress [-h] [--codec NAME] [--start FOLDER] ADAPTER OUT [codec.SETTING=VALUE ...]",
+        description=COMPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compressing.add_argument("source", metavar="ADAPTER", help="a PEFT folder, as a run's adapter/")
+    compressing.add_argument("out", metavar="OUT", help="the folder to make")
+    compressing.add_argument(
+        "--codec",
+        default="compeft",
+        metavar="NAME",
+        help="as for fedtune run (default: compeft); its settings likewise",
+    )
+    compressing.add_argument("--start", metavar="FOLDER", help="the PEFT folder that training began with")
+    decompressing = commands.add_parser(
+        "decompress",
+        help="make the PEFT folder of a compressed adapter",
+        description=DECOMPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    decompressing.add_argument("source", metavar="PACKED", help="a folder that fedtune compress made")
+    decompressing.add_argument("out", metavar="OUT", help="the folder to make")
+    decompressing.add_argument("--start", metavar="FOLDER", help="the PEFT folder that --start was then")
     commands.add_parser("methods", help="list the methods, with their papers")
     if not words:
         parser.print_help()
         return 0
-    options = parser.parse_args(words)
+    # argparse takes no list of words on both sides of an option, so the codec's settings are what it doesn't know
+    options, others = parser.parse_known_args(words)
+    if others and (options.command != "compress" or any(word.startswith("-") for word in others)):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         if options.command == "methods":
             print_methods()
         elif options.command == "export":
             export(options.source, options.out, options.base)
+        elif options.command == "compress":
+            compress(options.source, options.out, options.codec, others, options.start)
+        elif options.command == "decompress":
+            decompress(options.source, options.out, options.start)
         elif options.help:
             print_run_help()
         else:
@@ -93,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fedtune: {error}", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 1
     except KeyboardInterrupt:
-        before = "before anything was written" if options.command == "export" else "before the first round"
+        before = "before the first round" if options.command == "run" else "before anything was written"
         print(f"fedtune: interrupted {before}", file=sys.stderr)
         return 130
     return 0
@@ -147,6 +202,40 @@ def export(source: str, out: str, base: str | None) -> None:
     print(f"model    {of.name}: method={of.method_name} after round {done.round}{merged}")
     print(f"base     {done.origin.source}, sha256 {done.origin.sha256}")
     print(f'load     AutoModelForCausalLM.from_pretrained("{done.path}"), AutoTokenizer likewise')
+
+
+def compress(source: str, out: str, codec: str, words: Sequence[str], start: str | None) -> None:
+    """Write an adapter smaller, and say what that saved and cost.
+
+    Raises:
+        FedtuneError: if it can't be.
+    """
+    from fedtune.compress import compress
+    from fedtune.progress import size
+
+    done = compress(source, out, codec, words, start)
+    settings = "".join(f" {name}={value}" for name, value in vars(done.codec).items())
+    back = shlex.join(["fedtune", "decompress", out, "NEW", *(["--start", start] if start else [])])
+    print(f"wrote    {done.path}")
+    print(f"codec    {codec}{settings}")
+    print(f"weights  {size(done.before)} -> {size(done.after)}, {done.before / done.after:.1f} times smaller")
+    print(f"error    {done.error:.3g} of the adapter's norm")
+    if done.of_difference is not None:
+        print(f"         {done.of_difference:.3g} of that of its difference from {start}")
+    print(f"back     {back}")
+
+
+def decompress(source: str, out: str, start: str | None) -> None:
+    """Make an adapter again, and say how to load it.
+
+    Raises:
+        FedtuneError: if it can't be.
+    """
+    from fedtune.compress import decompress
+
+    path = decompress(source, out, start)
+    print(f"wrote    {path}")
+    print(f'load     PeftModel.from_pretrained(base, "{path}")')
 
 
 def print_methods() -> None:

@@ -42,14 +42,15 @@ from fedtune.keys import fold
 from fedtune.population import sample_cohort
 from fedtune.protocol import (
     SERVER,
-    Codec,
     Instruction,
     Layout,
+    LosslessCodec,
     Peer,
     Slot,
     Strategy,
     Update,
     expect_like,
+    is_lossless,
     same_instruction,
 )
 
@@ -59,11 +60,11 @@ POLL_SECONDS = 1.0  # between two looks for nodes
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 
 
-def as_flower_strategy(strategy: Strategy[Any], codec: Codec | None = None, **options: Any) -> "FlowerStrategy":
+def as_flower_strategy(strategy: Strategy[Any], codec: LosslessCodec | None = None, **options: Any) -> "FlowerStrategy":
     """A `flwr.serverapp.strategy.Strategy` that aggregates as `strategy` does.
 
     Args:
-        codec: what tensors look like on the wire, both ways; None sends plain Flower arrays.
+        codec: what tensors look like on the wire, both ways, bit by bit; None sends plain Flower arrays.
         options: the other fields of `FlowerStrategy`.
 
     Raises:
@@ -82,7 +83,7 @@ class FlowerStrategy(flower.Strategy):
     """
 
     strategy: Strategy[Any]
-    codec: Codec | None = None
+    codec: LosslessCodec | None = None
     layout: Layout | None = None  # for strategies that look at roles or scaling, which arrays don't tell; values aside
     seed: int = 0  # of the sampling and of the codec's draws
     quorum: float = 0.5  # a round counts when at least this fraction of its clients gave a usable update
@@ -110,6 +111,11 @@ class FlowerStrategy(flower.Strategy):
         for name, low in (("fraction_train", 1e-9), ("fraction_evaluate", 0), ("quorum", 0)):
             if not low <= (value := getattr(self, name)) <= 1:
                 raise ConfigError(f"{name}={value}: expected a fraction {'from' if low == 0 else 'above'} 0 up to 1")
+        if self.codec is not None and not is_lossless(self.codec):
+            raise ConfigError(
+                f"codec={type(self.codec).__name__}: another app's clients don't say what they began with; a lossy "
+                "codec carries the difference from that: take Raw() or Packed()"
+            )
 
     def summary(self) -> None:
         codec = type(self.codec).__name__ if self.codec else "none, plain arrays"

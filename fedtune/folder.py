@@ -80,7 +80,7 @@ def export(source: str, out: str, base: str | None = None) -> Exported:
         files = adapter_files(local)
         del local, model, party  # this base has adapters in it. It goes before a fresh one is read
         model = _merged(_base(found, experiment), files)
-    with _beside(target) as unfinished:
+    with beside(target) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
     written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
@@ -198,7 +198,7 @@ def _merged(base: Base, files: dict[str, bytes]) -> Any:
 
 
 @contextmanager
-def _beside(target: Path) -> Iterator[Path]:
+def beside(target: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `target` by one rename when all is in it."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,22 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.app import RecordDict
 from platformdirs import user_state_path
 
 from fedtune.adapters import LocalModel
+from fedtune.coding import decode, left_out, with_feedback
 from fedtune.config import build, from_run_config
 from fedtune.corpus import FederatedData, load_data
-from fedtune.errors import DataError
+from fedtune.errors import ConfigError, DataError
 from fedtune.evaluate import Score, score
 from fedtune.keys import fold, permutation
 from fedtune.memory import Memory
 from fedtune.merging import installed_version
 from fedtune.models import Base, load_base, pick_device
 from fedtune.population import server_peer
-from fedtune.protocol import Client, Codec, Instruction, Strategy, Tensors, Update
+from fedtune.protocol import Client, Codec, Instruction, Strategy, Tensors, Update, is_lossless
 from fedtune.schema import Experiment
-from fedtune.traits import check_traits, traits_of
-from fedtune.wire import pack_instruction, unpack_instruction
+from fedtune.traits import check_codecs, check_traits, traits_of
+from fedtune.wire import blob_of, pack_instruction, pack_update, unpack_instruction
 
 
 class Party:
@@ -40,8 +42,9 @@ class Party:
         self.strategy: Strategy[Any] = build(experiment.strategy, "method.strategy")
         self.client: Client = build(experiment.method.client, "method.client")
         check_traits(experiment, traits_of(self.strategy))
-        self.codec_up: Codec = build(experiment.codec_up, "codec_up")
-        self.codec_down: Codec = build(experiment.codec_down, "codec_down")
+        self.codec_up, self.feedback = _codec(experiment.codec_up, "codec_up")
+        self.codec_down, _ = _codec(experiment.codec_down, "codec_down")
+        check_codecs(experiment.method_name, traits_of(self.strategy), self.codec_up, self.codec_down)
         # A device with fewer cores than the server is not made to run more threads than it has
         torch.set_num_threads(min(experiment.runtime.threads, os.cpu_count() or 1))
 
@@ -69,10 +72,18 @@ class Party:
     @cached_property
     def memory(self) -> Memory:
         """What this process's clients keep: in the run folder, or on a device of its own in that device's home."""
+        return Memory(self._place("clients"))
+
+    @cached_property
+    def residuals(self) -> Memory:
+        """What their messages left out so far (codec_up.feedback), in the same way."""
+        return Memory(self._place("residuals"))
+
+    def _place(self, name: str) -> Path:
         out = self.experiment.out
         if self.experiment.runtime.name == "flower" or out is None:
-            return Memory(home() / "clients")
-        return Memory(Path(out).expanduser() / "clients")
+            return home() / name
+        return Path(out).expanduser() / name
 
     def samples(self, index: int) -> int:
         """Training examples of client `index`.
@@ -88,8 +99,38 @@ class Party:
         """Which version of the base (fedtune/merging.py) client `index` holds before `round`."""
         return installed_version(self.memory.recall(run, index, round))
 
+    @cached_property
+    def start(self) -> Tensors:
+        """What every model starts from: what a lossy broadcast is the difference from."""
+        return {} if is_lossless(self.codec_down) else self.model.layout.initial
+
+    def tell(self, instruction: Instruction, key: int, run: str) -> tuple[RecordDict, Instruction]:
+        """An instruction as it is sent, and what of it the answer will be the difference from."""
+        content = pack_instruction(instruction, self.codec_down, key, run, self.start)
+        if is_lossless(self.codec_up):
+            return content, Instruction({}, instruction.settings)
+        if is_lossless(self.codec_down):
+            return content, instruction
+        return content, unpack_instruction(content, self.codec_down, self.start)[0]
+
+    def hear(self, content: RecordDict) -> tuple[Instruction, str]:
+        """The instruction in a message, and the run's id."""
+        return unpack_instruction(content, self.codec_down, self.start)
+
+    def answer(self, run: str, index: int, round: int, instruction: Instruction) -> RecordDict:
+        """Client `index` does its part of a round (`turn`); its answer as it is sent."""
+        update = self.turn(run, index, round, instruction)
+        key, known = fold(self.experiment.seed, "up", round, index), instruction.tensors
+        if not self.feedback:
+            return pack_update(update, self.codec_up, key, known)
+        update = replace(update, tensors=with_feedback(update.tensors, self.residuals.recall(run, index, round)))
+        content = pack_update(update, self.codec_up, key, known)
+        sent = decode(self.codec_up, blob_of(content), known)
+        self.residuals.keep(run, index, round, left_out(update.tensors, sent))
+        return content
+
     def turn(self, run: str, index: int, round: int, instruction: Instruction) -> Update:
-        """Client `index` does its part of a round, on a model that holds nothing of the turn before.
+        """Client `index` trains, on a model that holds nothing of the turn before.
 
         Args:
             run: the run's id, under which the client's memory is kept.
@@ -128,8 +169,7 @@ class Party:
         """What the server would send in round `number` to a fully capable client that holds nothing yet, through the
         wire's codec: what is evaluated and exported is what clients decode."""
         instruction = self.strategy.configure(state, number, server_peer(self.experiment, self.model.layout))
-        content = pack_instruction(instruction, self.codec_down, fold(self.experiment.seed, "down", number))
-        return unpack_instruction(content, self.codec_down)[0]
+        return self.hear(self.tell(instruction, fold(self.experiment.seed, "down", number), "")[0])[0]
 
     def evaluate(self) -> Score | None:
         """Score the model as it stands on data that no client holds; None if there is none (data.heldout=0)."""
@@ -142,6 +182,23 @@ class Party:
 
     def _score(self, rows: Any) -> Score:
         return score(self.model, self.data.corpus, rows, self.experiment.evaluate.batch_size, self.data.pad)
+
+
+def _codec(spec: Mapping[str, Any], where: str) -> tuple[Codec, bool]:
+    """The codec of a direction, and whether what it leaves out is to be sent later.
+
+    Raises:
+        ConfigError: for feedback where nothing is left out, or where nobody keeps it.
+    """
+    codec: Codec = build({name: value for name, value in spec.items() if name != "feedback"}, where)
+    feedback = spec.get("feedback", False)
+    if not isinstance(feedback, bool):
+        raise ConfigError(f"{where}.feedback={feedback}: expected true or false")
+    if feedback and where != "codec_up":
+        raise ConfigError(f"{where}.feedback=true: only clients keep what they left out; take codec_up.feedback=true")
+    if feedback and is_lossless(codec):
+        raise ConfigError(f"{where}.feedback=true: this codec leaves nothing out")
+    return codec, feedback
 
 
 def home() -> Path:

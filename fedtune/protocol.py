@@ -11,10 +11,11 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeIs
 
 from fedtune.errors import WireError
 
@@ -159,6 +160,8 @@ class Traits:
     mixed_ranks: bool = False  # takes a rank per client
     needs_low_rank: bool = False  # its algebra is that of s B A
     averages: bool = False  # state.adapter is an average of what clients sent: a server optimizer may step towards it
+    lossy_up: bool = True  # works on what is nearly an update, and what is sent has a start that the server knows
+    lossy_down: bool = True  # the same of what clients are sent
     personal: bool = False  # part of the model stays with its client, which is where it has to be evaluated
 
 
@@ -199,14 +202,39 @@ class Client(Protocol):
     ) -> Update: ...
 
 
-class Codec(Protocol):
-    """Tensors to bytes and back; `decode(encode(x))` is what the other side trains on."""
+class LosslessCodec(Protocol):
+    """Tensors to bytes and back, bit by bit."""
+
+    lossless: ClassVar[bool]  # True
 
     def encode(self, tensors: Tensors, key: int) -> bytes: ...
 
     def decode(self, blob: bytes) -> Tensors:
         """Raises `WireError` on anything that `encode` can't have made."""
         ...
+
+
+class LossyCodec(Protocol):
+    """Differences to bytes, and to what is left of them; `decode(encode(x))` is what the other side trains on.
+
+    Both ends know names and shapes, so they aren't in the blob (fedtune/coding.py).
+    """
+
+    lossless: ClassVar[bool]  # False
+
+    def encode(self, tensors: Tensors, key: int) -> bytes: ...
+
+    def decode(self, blob: bytes, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
+        """Floating tensors of exactly these shapes. Raises `WireError` on anything that `encode` can't have made, and
+        takes no more memory than the shapes and the blob do."""
+        ...
+
+
+Codec = LosslessCodec | LossyCodec
+
+
+def is_lossless(codec: Codec) -> TypeIs[LosslessCodec]:
+    return codec.lossless
 
 
 def share(replies: Sequence[tuple[Peer, Update]]) -> list[float]:

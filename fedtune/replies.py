@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, overload
 
+from fedtune.coding import decode
 from fedtune.errors import RunFolderError
 from fedtune.protocol import Codec, Peer, Tensors, Update
 
@@ -21,6 +22,7 @@ class _Stored:
     start: int
     length: int
     rest: Update  # without tensors
+    known: Tensors  # what the client was sent
 
 
 class Replies(Sequence[tuple[Peer, Update]]):
@@ -37,14 +39,14 @@ class Replies(Sequence[tuple[Peer, Update]]):
         self._items: list[tuple[Peer, Update | _Stored]] = []
         self._file: IO[bytes] | None = None
 
-    def add(self, peer: Peer, update: Update, blob: bytes) -> None:
-        """Keep `update`, whose tensors `blob` encodes.
+    def add(self, peer: Peer, update: Update, blob: bytes, known: Tensors | None = None) -> None:
+        """Keep `update`, whose tensors `blob` encodes, given what is `known` of them already.
 
         Raises:
             RunFolderError: if the disk can't take it.
         """
         self._room -= size_of(update.tensors)
-        self._items.append((peer, update if self._room >= 0 else self._store(update, blob)))
+        self._items.append((peer, update if self._room >= 0 else self._store(update, blob, known or {})))
 
     def sort(self) -> None:
         """Put them in order of peer index: sums are then the same, whoever came first."""
@@ -70,7 +72,7 @@ class Replies(Sequence[tuple[Peer, Update]]):
         peer, update = self._items[place]
         return peer, self._load(update) if isinstance(update, _Stored) else update
 
-    def _store(self, update: Update, blob: bytes) -> _Stored:
+    def _store(self, update: Update, blob: bytes, known: Tensors) -> _Stored:
         try:
             if self._file is None:
                 self._file = TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 (closed in close)
@@ -82,12 +84,12 @@ class Replies(Sequence[tuple[Peer, Update]]):
                 f"{self._folder} can't hold the round's updates: {error.strerror or error}. What was written before is "
                 f"kept; make room, then: fedtune run resume={self._folder}"
             ) from error
-        return _Stored(start, len(blob), Update({}, update.examples, update.metrics))
+        return _Stored(start, len(blob), Update({}, update.examples, update.metrics), known)
 
     def _load(self, stored: _Stored) -> Update:
         assert self._file is not None
         self._file.seek(stored.start)
-        tensors = self._codec.decode(self._file.read(stored.length))
+        tensors = decode(self._codec, self._file.read(stored.length), stored.known)
         return Update(tensors, stored.rest.examples, stored.rest.metrics)
 
 

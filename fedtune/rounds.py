@@ -9,7 +9,7 @@ import gc
 import math
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from threading import Event
@@ -35,7 +35,7 @@ from fedtune.model_file import TunedModel, dump
 from fedtune.party import Party
 from fedtune.population import sample_cohort, server_peer
 from fedtune.progress import View, make_view
-from fedtune.protocol import Instruction, Setting, Update, same_instruction
+from fedtune.protocol import Instruction, Update, same_instruction
 from fedtune.replies import Replies
 from fedtune.roster import Roster
 from fedtune.run_folder import RunFolder, check_vacant
@@ -111,7 +111,7 @@ class Server:
         self.view = view
         self.strategy = party.strategy
         self.adapter_config = b""  # as last written
-        self.told: dict[int, Mapping[str, Setting]] = {}  # the settings of each client's last instruction
+        self.told: dict[int, Instruction] = {}  # each client's last, as far as its answer needs it
         self.state: Any = None
         self.run_id = secrets.token_hex(8)  # a resumed run has the one it began with
         self.ledger = Ledger()
@@ -212,19 +212,18 @@ class Server:
             number: the round that the instruction is made for.
             label: the round under which it is booked, if that is another.
         """
-        packed: list[tuple[Instruction, RecordDict, int, int]] = []
+        packed: list[tuple[Instruction, RecordDict, Instruction, int, int]] = []
         key = fold(self.experiment.seed, "down", number)
         label = number if label is None else label
         for index in cohort:
             begun = time.perf_counter()
             instruction = self.strategy.configure(self.state, number, self.roster.peers[index])
-            self.told[index] = instruction.settings
             known = next((made for made in packed if same_instruction(made[0], instruction)), None)
             if known is None:
-                content = wire.pack_instruction(instruction, self.party.codec_down, key, self.run_id)
-                known = (instruction, content, wire.payload_bytes(content), content_bytes(content))
+                content, held = self.party.tell(instruction, key, self.run_id)
+                known = (instruction, content, held, wire.payload_bytes(content), content_bytes(content))
                 packed.append(known)
-            _, content, payload, size = known
+            _, content, self.told[index], payload, size = known
             node = self.roster.nodes[index]
             message = Message(content, node, kind, group_id=str(label))
             sent = wire.wire_bytes(message, size)
@@ -240,20 +239,20 @@ class Server:
             content = arrival.content()
             blob = wire.blob_of(content)
             payload = len(blob)
-            update = wire.unpack_update(content, blob, self.party.codec_up)
+            told = self.told[index]
+            update = wire.unpack_update(content, blob, self.party.codec_up, told.tensors)
             if update.examples > peer.samples:
                 raise WireError(f"it claims {update.examples} examples; at the handshake it had {peer.samples}")
-            told = self.told[index]
-            check_scaling(update, float(told.get(SCALING, self.party.model.layout.scaling)))
+            check_scaling(update, float(told.settings.get(SCALING, self.party.model.layout.scaling)))
             self.strategy.validate(self.state, played.number, peer, update)
         except FedtuneError as error:
             self._fail(index, played, str(error))
             # Nobody knows what it kept of this turn: next time it is sent everything
             self.roster.peers[index] = replace(peer, installed_version=0)
         else:
-            if (version := int(told.get(VERSION, 0))) != peer.installed_version:
+            if (version := int(told.settings.get(VERSION, 0))) != peer.installed_version:
                 self.roster.peers[index] = replace(peer, installed_version=version)
-            replies.add(peer, update, blob)
+            replies.add(peer, update, blob, told.tensors)
             played.count(update)
             part, size = "train", wire.update_bytes(blob, update)
         self._book_arrival(played.number, index, part, arrival, payload, size)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fedtune.errors import ConfigError
-from fedtune.protocol import Traits
+from fedtune.protocol import Codec, Traits, is_lossless
 from fedtune.schema import Experiment
 
 LOW_RANK = ("lora", "rslora", "pissa")  # adapters that are s B A and nothing else
@@ -40,3 +40,19 @@ def check_traits(experiment: Experiment, traits: Traits) -> None:
     if kind not in LOW_RANK and (traits.needs_low_rank or ranks is not None):
         why = f"method={name} works on B A" if traits.needs_low_rank else f"population.ranks={ranks} is about B A"
         raise ConfigError(f"{why}, which adapter={kind} hasn't got: take adapter={', '.join(LOW_RANK)}")
+
+
+def check_codecs(name: str, traits: Traits, up: Codec, down: Codec) -> None:
+    """
+    Args:
+        name: the method's.
+
+    Raises:
+        ConfigError: for a lossy codec where messages have to come as they were sent.
+    """
+    for where, codec, fits in (("up", up, traits.lossy_up), ("down", down, traits.lossy_down)):
+        if not (fits or is_lossless(codec)):
+            raise ConfigError(
+                f"codec_{where}={type(codec).__name__.lower()} is lossy, and what method={name} sends {where} has to "
+                f"come as it is: take codec_{where}=raw or packed"
+            )

@@ -6,10 +6,9 @@ from typing import Any
 from flwr.app import MessageType, RecordDict
 
 from fedtune.errors import ConfigError, WireError
-from fedtune.keys import fold
 from fedtune.party import party_of
 from fedtune.protocol import Capability, Peer
-from fedtune.wire import pack_greeting, pack_score, pack_update, unpack_instruction, unpack_question
+from fedtune.wire import pack_greeting, pack_score, unpack_question
 
 # What a node's owner may declare of it, in Flower's spelling of keys
 LIMITS = {name.replace("_", "-"): name for name in Capability.__dataclass_fields__}
@@ -41,11 +40,10 @@ def take_turn(
     if not round.isdecimal():
         raise WireError(f"expected the round's number as the message's group, got {round!r}")
     number = int(round)
-    instruction, run = unpack_instruction(content, party.codec_down)
+    instruction, run = party.hear(content)
     if kind == MessageType.EVALUATE:
         return pack_score(party.examine(run, index, number, instruction))
-    update = party.turn(run, index, number, instruction)
-    return pack_update(update, party.codec_up, fold(party.experiment.seed, "up", number, index))
+    return party.answer(run, index, number, instruction)
 
 
 def index_of(node_config: Mapping[str, Any]) -> int:

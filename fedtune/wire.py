@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedtune.coding import decode, encode
 from fedtune.errors import ConfigError, WireError
 from fedtune.evaluate import Score
 from fedtune.flower import content_bytes, envelope_bytes
@@ -28,17 +29,20 @@ RUN = "run"  # the setting under which an instruction carries the run's id; no s
 MAX_METRICS = 64
 
 
-def pack_instruction(instruction: Instruction, codec: Codec, key: int, run: str = "") -> RecordDict:
+def pack_instruction(
+    instruction: Instruction, codec: Codec, key: int, run: str = "", known: Tensors | None = None
+) -> RecordDict:
     """The content of a message to a client.
 
     Args:
+        known: the tensors that the receiver holds already; a lossy codec carries the difference.
         run: the run's id, which stays the same over resumes: a client finds what it kept by it.
     """
     settings = ConfigRecord({**instruction.settings, **({RUN: run} if run else {})})
-    return RecordDict({PAYLOAD: _payload(codec.encode(instruction.tensors, key)), SETTINGS: settings})
+    return RecordDict({PAYLOAD: _payload(encode(codec, instruction.tensors, key, known or {})), SETTINGS: settings})
 
 
-def unpack_instruction(content: RecordDict, codec: Codec) -> tuple[Instruction, str]:
+def unpack_instruction(content: RecordDict, codec: Codec, known: Tensors | None = None) -> tuple[Instruction, str]:
     """What `pack_instruction` packed: the instruction, and the run's id or "".
 
     Raises:
@@ -52,22 +56,27 @@ def unpack_instruction(content: RecordDict, codec: Codec) -> tuple[Instruction, 
     run = settings.pop(RUN, "")
     if not isinstance(run, str):
         raise WireError(f"setting '{RUN}' should be the run's id, got {run!r}")
-    return Instruction(codec.decode(blob_of(content)), settings), run
+    return Instruction(decode(codec, blob_of(content), known or {}), settings), run
 
 
-def pack_update(update: Update, codec: Codec, key: int) -> RecordDict:
-    """The content of a client's reply."""
+def pack_update(update: Update, codec: Codec, key: int, known: Tensors | None = None) -> RecordDict:
+    """The content of a client's reply.
+
+    Args:
+        known: the tensors that the client was sent; a lossy codec carries the difference.
+    """
     metrics = MetricRecord(
         {EXAMPLES: update.examples, **{name: float(value) for name, value in update.metrics.items()}}
     )
-    return RecordDict({PAYLOAD: _payload(codec.encode(update.tensors, key)), METRICS: metrics})
+    return RecordDict({PAYLOAD: _payload(encode(codec, update.tensors, key, known or {})), METRICS: metrics})
 
 
-def unpack_update(content: RecordDict, blob: bytes, codec: Codec) -> Update:
+def unpack_update(content: RecordDict, blob: bytes, codec: Codec, known: Tensors | None = None) -> Update:
     """What `pack_update` packed, checked.
 
     Args:
         blob: the content's `blob_of`.
+        known: as for `pack_update`.
 
     Raises:
         WireError: if the content has another form, a tensor or metric isn't finite, or the number of examples isn't a
@@ -76,7 +85,7 @@ def unpack_update(content: RecordDict, blob: bytes, codec: Codec) -> Update:
     if extra := content.keys() - {PAYLOAD, METRICS}:
         raise WireError(f"record '{min(extra)}' was not asked for")
     examples, metrics = _metrics(_record(content, METRICS, MetricRecord))
-    tensors = codec.decode(blob)
+    tensors = decode(codec, blob, known or {})
     check_finite(tensors)
     return Update(tensors, examples, metrics)
 

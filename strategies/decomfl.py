@@ -40,7 +40,7 @@ class State:
 
 @dataclass(frozen=True)
 class DeComFL:
-    traits: ClassVar[Traits] = Traits()
+    traits: ClassVar[Traits] = Traits(lossy_up=False, lossy_down=False)
 
     rules: Rules
 

@@ -35,7 +35,7 @@ class State:
 
 @dataclass(frozen=True)
 class FedKSeedPro:
-    traits: ClassVar[Traits] = Traits()
+    traits: ClassVar[Traits] = Traits(lossy_up=False, lossy_down=False)
 
     rules: Rules
     directions: int = 4096  # K

@@ -49,7 +49,7 @@ class State:
 
 @dataclass(frozen=True)
 class Ferret:
-    traits: ClassVar[Traits] = Traits()
+    traits: ClassVar[Traits] = Traits(lossy_up=False, lossy_down=False)
 
     rules: Projection
     scaling: str = "unbiased"

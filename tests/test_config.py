@@ -72,7 +72,7 @@ def test_what_depends_on_the_machine_is_recorded():
         ("model=smol", ["model=smol is not known", "smollm2, tiny", "did you mean smollm2?"]),
         ("experiment=dmo", ["did you mean demo?"]),
         ("methd=fedit", ["'methd'", "did you mean method?"]),
-        ("codec_up=rw", ["expected packed, raw", "did you mean raw?"]),
+        ("codec_up=rw", ["expected bf16, compeft, int8, nf4, packed, raw, signsgd, stc, topk", "did you mean raw?"]),
         ("server_optimizer=fedadm", ["expected fedadagrad, fedadam", "none", "did you mean fedadam"]),
         ("server_optimiser=fedadam", ["did you mean server_optimizer?"]),
         ("server_optimizer.lr=1", ["'lr' in 'server_optimizer'"]),

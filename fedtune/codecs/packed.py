@@ -28,7 +28,7 @@ zigzag are those of Protocol Buffers (https://protobuf.dev/programming-guides/en
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -63,12 +63,14 @@ CHUNK = 1 << 15  # values whose bits are spread out at once; a multiple of 8, so
 class Packed:
     """Lossless; for integers in a known range."""
 
+    lossless: ClassVar[bool] = True
+
     def encode(self, tensors: Tensors, key: int) -> bytes:
         """
         Raises:
             WireError: naming the tensor of a dtype, name or shape that the format has no place for.
         """
-        heads, bodies = [MAGIC, bytes([VERSION]), _varint(len(tensors))], []
+        heads, bodies = [MAGIC, bytes([VERSION]), varint(len(tensors))], []
         for name in sorted(tensors):
             head, body = _encode(name, tensors[name])
             heads.append(head)
@@ -109,8 +111,8 @@ def _encode(name: str, tensor: Tensor) -> tuple[bytes, bytes]:
         raise WireError(f"the name {name!r} of a tensor is not text that UTF-8 has: {error.reason}") from error
     shape = tuple(tensor.shape)
     values = _values(shape, tensor.dtype, f"tensor '{name}'")
-    head = _varint(len(text)) + text + bytes([DTYPES.index(tensor.dtype)])
-    head += b"".join(map(_varint, (len(shape), *shape)))
+    head = varint(len(text)) + text + bytes([DTYPES.index(tensor.dtype)])
+    head += b"".join(map(varint, (len(shape), *shape)))
     flat = tensor.detach().cpu().contiguous().flatten()
     if tensor.dtype == torch.bool:
         return head, np.packbits(flat.numpy(), bitorder="little").tobytes()
@@ -121,7 +123,7 @@ def _encode(name: str, tensor: Tensor) -> tuple[bytes, bytes]:
     head += bytes([bits])
     if bits == 8 * array.itemsize:
         return head, _little(array).tobytes()
-    return head + _varint(_zigzag(least)), _pack(array, bits, least, (values * bits + 7) // 8)
+    return head + varint(_zigzag(least)), _pack(array, bits, least, (values * bits + 7) // 8)
 
 
 def _decode(blob: bytes) -> Tensors:
@@ -129,10 +131,10 @@ def _decode(blob: bytes) -> Tensors:
         raise WireError(f"it should begin with {MAGIC!r}, got {blob[:2]!r}")
     if blob[2:3] != bytes([VERSION]):
         raise WireError(f"expected version {VERSION}, got {blob[2] if len(blob) > 2 else 'none'}")
-    reader = _Reader(blob, 3)
+    reader = Reader(blob, 3)
     heads: list[_Head] = []
     for _ in range(reader.varint("the number of tensors")):
-        heads.append(_read_head(reader))
+        heads.append(read_head(reader))
         if len(heads) > 1 and heads[-1].name <= heads[-2].name:
             one, other = heads[-2].name[:64], heads[-1].name[:64]
             raise WireError(f"names should come once and in order, got {other!r} after {one!r}")
@@ -150,7 +152,9 @@ def _decode(blob: bytes) -> Tensors:
 
 
 @dataclass
-class _Reader:
+class Reader:
+    """Takes a blob apart; a blob that ends too early is a WireError that says within what."""
+
     blob: bytes
     place: int
 
@@ -174,7 +178,7 @@ class _Reader:
         raise WireError(f"{what} has more than 64 bits")
 
 
-def _read_head(reader: _Reader) -> _Head:
+def read_head(reader: Reader) -> _Head:
     text = reader.take(reader.varint("the length of a name"), "a name")
     try:
         name = text.decode()
@@ -243,7 +247,7 @@ def _plan(array: Array) -> tuple[int, int]:
     bits = (int(array.max()) - least).bit_length()
     if bits == 0 and array.size > FREE:
         bits = 1
-    smaller = (array.size * bits + 7) // 8 + len(_varint(_zigzag(least))) < array.nbytes
+    smaller = (array.size * bits + 7) // 8 + len(varint(_zigzag(least))) < array.nbytes
     return (bits, least) if smaller else as_they_are
 
 
@@ -308,7 +312,7 @@ def _wrapped(value: int, dtype: np.dtype[Any]) -> Any:
     return dtype.type(value % (1 << 8 * dtype.itemsize))
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     """Seven bits a byte, lowest first; all but the last have the eighth bit set."""
     found = bytearray()
     while value > 127:

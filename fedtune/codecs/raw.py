@@ -5,6 +5,7 @@ format (https://github.com/huggingface/safetensors) that carries bfloat16 and no
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -16,6 +17,8 @@ from fedtune.protocol import Tensors
 @dataclass(frozen=True)
 class Raw:
     """Lossless; the default in both directions."""
+
+    lossless: ClassVar[bool] = True
 
     def encode(self, tensors: Tensors, key: int) -> bytes:
         return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})

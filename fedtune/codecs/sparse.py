@@ -1,0 +1,186 @@
+"""What the codecs that send few of the values have in common: which ones, where they are, and their signs.
+
+All tensors count as one vector in the order of their names, of d values. The floor(`density` d) largest by magnitude
+are sent, or all that aren't zero if those are fewer; of equals the first. Positions are coded as gaps (`coder`): by
+Golomb-Rice as in the papers, or by a range coder, which comes closer to the entropy and takes longer.
+
+    blob    the codec's two letters, version 1, coder (one byte), number of values (varint), length of the positions
+            (varint), positions (fedtune/codecs/positions.py), and what the codec says of the values
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedtune.codecs import positions as at
+from fedtune.codecs.packed import Reader, varint
+from fedtune.errors import ConfigError, WireError
+from fedtune.protocol import Tensors
+
+Array = npt.NDArray[Any]
+Shapes = Mapping[str, tuple[int, ...]]
+
+VERSION = 1
+MAGNITUDE = 0x7FFFFFFF  # the bits of a float32 but its sign: as whole numbers they order as magnitudes do
+STRIDE = 101  # from one value of the sample to the next; odd, since rows have even lengths
+BLOCK = 1 << 15  # values gone over at once: as float64 they stay in a core's cache
+CODERS: dict[str, tuple[Callable[[Array, int], bytes], Callable[[bytes, int, int], Array]]] = {
+    "golomb": (at.golomb_encode, at.golomb_decode),
+    "range": (at.range_encode, at.range_decode),
+}  # a coder's place is its code on the wire: append only
+
+
+def check(density: float, coder: str) -> None:
+    """Raises:
+    ConfigError: for a density that isn't a share, or a coder that there isn't.
+    """
+    if isinstance(density, bool) or not 0 < density <= 1:
+        raise ConfigError(f"codec.density={density}: expected a share above 0 and up to 1")
+    if coder not in CODERS:
+        raise ConfigError(f"codec.coder={coder} is not known: expected {' or '.join(CODERS)}")
+
+
+def flattened(tensors: Tensors) -> Array:
+    """All values as one vector, float32, by name.
+
+    Raises:
+        WireError: naming a tensor with values that aren't finite.
+    """
+    flat: Array = np.empty(sum(tensor.numel() for tensor in tensors.values()), np.float32)
+    start = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        part = flat[start : start + tensor.numel()]
+        torch.from_numpy(part).view(tensor.shape).copy_(tensor)
+        if not np.isfinite(part).all():
+            raise WireError(f"tensor '{name}' has values that are not finite")
+        start += len(part)
+    return flat
+
+
+def restored(flat: Array, shapes: Shapes) -> Tensors:
+    """The inverse of `flattened`."""
+    found: Tensors = {}
+    start = 0
+    for name in sorted(shapes):
+        stop = start + math.prod(shapes[name])
+        found[name] = torch.from_numpy(flat[start:stop]).view(shapes[name])
+        start = stop
+    return found
+
+
+def largest(flat: Array, density: float) -> Array:
+    """The positions of what is sent, in order, int64."""
+    count = math.floor(density * len(flat))
+    if not count:
+        return np.zeros(0, np.int64)
+    # To select among a few takes a fraction of the time; a guess that is too high costs another look, not exactness
+    guess = _guess(flat, count)
+    candidates = _at_least(flat, guess)
+    if len(candidates) < count and guess > 1:
+        candidates = _at_least(flat, 1)
+    excess = len(candidates) - count
+    if excess <= 0:
+        return candidates
+    size = flat.view(np.int32)[candidates] & MAGNITUDE
+    bar = np.partition(size, excess)[excess]
+    kept = size >= bar
+    if equals := int(np.count_nonzero(kept)) - count:
+        kept[np.flatnonzero(size == bar)[-equals:]] = False
+    chosen: Array = candidates[kept]
+    return chosen
+
+
+def _guess(flat: Array, count: int) -> int:
+    """A magnitude that somewhat more than `count` values are likely to reach, from a sample; at least 1."""
+    sample = flat.view(np.int32)[::STRIDE] & MAGNITUDE
+    share = count * len(sample) / len(flat)
+    rank = len(sample) - math.ceil(share + 5 * math.sqrt(share))  # 5 standard deviations to spare
+    return max(int(np.partition(sample, rank)[rank]), 1) if rank >= 0 else 1
+
+
+def _at_least(flat: Array, magnitude: int) -> Array:
+    """Where a value has this magnitude or more, in order."""
+    found = []
+    for start in range(0, len(flat), BLOCK):
+        size = flat[start : start + BLOCK].view(np.int32) & MAGNITUDE
+        found.append(np.flatnonzero(size >= magnitude) + start)
+    return np.concatenate(found)
+
+
+def deviation(values: Array) -> float:
+    """The standard deviation, in float64; 0 of no values.
+
+    As numpy's `std` but for the order of its sum, in blocks that stay in the cache. Every machine finds the same: each
+    difference and square is rounded once, numpy sums in an order that unlike that of a BLAS product doesn't depend on
+    the processor, and the blocks' sums are added exactly.
+    """
+    if not len(values):
+        return 0.0
+    mean = values.sum(dtype=np.float64) / len(values)
+    room = np.empty(min(BLOCK, len(values)))
+    sums = []
+    for start in range(0, len(values), BLOCK):
+        block = values[start : start + BLOCK]
+        squares = np.subtract(block, mean, out=room[: len(block)], dtype=np.float64)
+        sums.append(np.square(squares, out=squares).sum())
+    return math.sqrt(math.fsum(sums) / len(values))
+
+
+def encode(magic: bytes, coder: str, positions: Array, size: int, values: bytes) -> bytes:
+    """
+    Args:
+        size: d.
+        values: what the codec says of them.
+    """
+    where = CODERS[coder][0](positions, size)
+    head = magic + bytes([VERSION, list(CODERS).index(coder)])
+    return head + varint(len(positions)) + varint(len(where)) + where + values
+
+
+def decode(magic: bytes, blob: bytes, shapes: Shapes, length: Callable[[int], int]) -> tuple[Array, Array, bytes]:
+    """The vector, with zeros in it; the positions, and what is said of their values.
+
+    Args:
+        length: the bytes of that, by the number of values.
+    """
+    if blob[:3] != magic + bytes([VERSION]):
+        raise WireError(f"it should begin with {magic!r}, version {VERSION}, got {blob[:3]!r}")
+    size = sum(math.prod(shape) for shape in shapes.values())
+    reader = Reader(blob, 3)
+    code = reader.take(1, "the coder")[0]
+    if code >= len(CODERS):
+        raise WireError(f"no coder has code {code}, the last is {len(CODERS) - 1}")
+    count = reader.varint("the number of values")
+    if count > size:
+        raise WireError(f"{count} values are sent, of {size}")
+    where = reader.take(reader.varint("the length of the positions"), "the positions")
+    if (left := len(blob) - reader.place) != length(count):
+        raise WireError(f"{count} values should have {length(count)} bytes, got {left}")
+    positions = list(CODERS.values())[code][1](where, size, count)
+    return np.zeros(size, np.float32), positions, blob[reader.place :]
+
+
+def signs_of(values: Array) -> bytes:
+    """A bit each, 1 for negative."""
+    return np.packbits(np.signbit(values), bitorder="little").tobytes()
+
+
+def read_signs(blob: bytes, count: int) -> Array:
+    """-1 or 1 each, float32."""
+    bits = np.unpackbits(np.frombuffer(blob, np.uint8), bitorder="little")
+    if bits[count:].any():
+        raise WireError("the bits after the last sign should be zero")
+    return np.float32(1) - 2 * bits[:count].astype(np.float32)
+
+
+def scales(blob: bytes, magnitude: str) -> Array:
+    """Magnitudes, float32, checked."""
+    found = np.frombuffer(blob, "<f4").astype(np.float32)
+    if not (np.isfinite(found).all() and (found >= 0).all()):
+        raise WireError(f"{magnitude} should be finite and not negative")
+    return found

@@ -1,0 +1,44 @@
+"""Sparse ternary compression: the signs of the largest values, times the mean of their magnitudes (Sattler et al. 2019,
+arXiv:1903.02891). Its authors use it both ways and with error feedback (`codec_up.feedback=true`).
+
+Bytes: as ComPEFT's with one magnitude (fedtune/codecs/compeft.py).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from fedtune.codecs import sparse
+from fedtune.codecs.sparse import Shapes
+from fedtune.protocol import Tensors
+
+MAGIC = b"ft"
+
+
+@dataclass(frozen=True)
+class STC:
+    """
+    Raises:
+        ConfigError: naming the setting that is out of range.
+    """
+
+    lossless: ClassVar[bool] = False
+    density: float = 0.05
+    coder: str = "golomb"
+
+    def __post_init__(self) -> None:
+        sparse.check(self.density, self.coder)
+
+    def encode(self, tensors: Tensors, key: int) -> bytes:
+        flat = sparse.flattened(tensors)
+        chosen = sparse.largest(flat, self.density)
+        sent = flat[chosen]
+        mean = np.abs(sent).mean(dtype=np.float64) if len(sent) else 0.0
+        return sparse.encode(MAGIC, self.coder, chosen, len(flat), np.float32(mean).tobytes() + sparse.signs_of(sent))
+
+    def decode(self, blob: bytes, shapes: Shapes) -> Tensors:
+        flat, chosen, values = sparse.decode(MAGIC, blob, shapes, lambda count: 4 + (count + 7) // 8)
+        mean = sparse.scales(values[:4], "the mean magnitude")
+        flat[chosen] = sparse.read_signs(values[4:], len(chosen)) * mean[0]
+        return sparse.restored(flat, shapes)

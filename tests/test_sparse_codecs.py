@@ -1,0 +1,161 @@
+"""ComPEFT, top-k and STC against numpy, with every kind of tensor, and on hostile bytes."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.codecs.compeft import ComPEFT
+from fedtune.codecs.sparse import largest
+from fedtune.codecs.stc import STC
+from fedtune.codecs.topk import TopK
+from fedtune.errors import ConfigError, WireError
+
+CODERS = ["golomb", "range"]
+CODECS = [ComPEFT(), ComPEFT(scale="per_tensor", coder="range"), TopK(), TopK(values="float32", coder="range"), STC()]
+each = pytest.mark.parametrize("codec", CODECS, ids=repr)
+
+
+def shapes_of(tensors):
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def there_and_back(codec, tensors):
+    return codec.decode(codec.encode(tensors, 0), shapes_of(tensors))
+
+
+@pytest.mark.parametrize("coder", CODERS)
+def test_compeft_by_hand(coder):
+    """Six values over two tensors, by name: 1, -5, 0 | 3, -3, 2. Half of them are -5, 3 and -3. Their mean is -1/3,
+    their mean square 8, and the variance 8 - 1/9 = 71/9."""
+    tensors = {"b": torch.tensor([[3.0], [-3.0], [2.0]]), "a": torch.tensor([1.0, -5.0, 0.0])}
+    found = there_and_back(ComPEFT(density=0.5, alpha=2.0, coder=coder), tensors)
+    size = 2 * math.sqrt(71 / 9)
+    assert found["a"].tolist() == pytest.approx([0, -size, 0])
+    assert found["b"].flatten().tolist() == pytest.approx([size, -size, 0])
+    assert found["b"].shape == (3, 1)
+
+
+def test_a_magnitude_for_each_tensor():
+    """std(1, -5, 0) is sqrt(26/3 - 16/9) = sqrt(62)/3, that of 3, -3, 2 is sqrt(22/3 - 4/9) = sqrt(62)/3 as well."""
+    tensors = {"a": torch.tensor([1.0, -5.0, 0.0]), "b": torch.tensor([3.0, -3.0, 2.0]) * 10, "none": torch.zeros(0)}
+    found = there_and_back(ComPEFT(density=0.5, scale="per_tensor"), tensors)
+    assert found["a"].tolist() == [0, 0, 0]
+    assert found["b"].tolist() == pytest.approx(
+        [10 * math.sqrt(62) / 3, -10 * math.sqrt(62) / 3, 10 * math.sqrt(62) / 3]
+    )
+
+
+def test_topk_and_stc_by_hand():
+    tensors = {"w": torch.tensor([0.1, -4.0, 2.0, 0.0, -1.0])}
+    assert there_and_back(TopK(density=0.4), tensors)["w"].tolist() == [0, -4, 2, 0, 0]
+    assert there_and_back(STC(density=0.4), tensors)["w"].tolist() == [0, -3, 3, 0, 0]
+    third = torch.tensor([1 / 3])
+    assert there_and_back(TopK(density=1), {"w": third})["w"] == third.bfloat16().float()
+    assert there_and_back(TopK(density=1, values="float32"), {"w": third})["w"] == third
+    most = torch.tensor([torch.finfo(torch.float32).max])
+    assert torch.isfinite(there_and_back(TopK(density=1), {"w": most})["w"])
+
+
+@given(st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-40]), max_size=60), st.floats(0.01, 1))
+def test_as_many_as_asked_the_largest_and_of_equals_the_first(values, density):
+    flat = np.array(values, np.float32)
+    order = sorted((-abs(float(value)), place) for place, value in enumerate(flat) if value)
+    assert largest(flat, density).tolist() == sorted(place for _, place in order[: math.floor(density * len(flat))])
+
+
+@each
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        {"none": torch.zeros(0, 3)},
+        {"scalar": torch.tensor(-2.0)},
+        {"zeros": torch.zeros(7, 5)},
+        {"constant": torch.full((9, 9), -0.25), "none": torch.zeros(0)},
+        {"tiny": torch.full((40,), 1e-42), "half": torch.linspace(-1, 1, 333).bfloat16()},
+        {"odd": torch.randn(13, 7, 3, generator=torch.Generator().manual_seed(0))},
+    ],
+    ids=lambda tensors: "-".join(tensors) or "nothing",
+)
+def test_round_trips(codec, tensors):
+    found = there_and_back(codec, tensors)
+    assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in tensors.items()}
+    flat = np.concatenate([tensors[name].float().numpy().reshape(-1) for name in sorted(tensors)] or [np.zeros(0)])
+    got = np.concatenate([found[name].numpy().reshape(-1) for name in sorted(found)] or [np.zeros(0)])
+    chosen = largest(flat.astype(np.float32), codec.density)
+    assert not np.delete(got, chosen).any()
+    assert np.all((np.sign(got[chosen]) == np.sign(flat[chosen])) | (got[chosen] == 0))
+    assert codec.encode(tensors, 0) == codec.encode(tensors, 1)
+
+
+@pytest.mark.parametrize(("density", "bits"), [(0.01, 0.0911), (0.05, 0.3393), (0.1, 0.5756), (0.2, 0.9388)])
+def test_sizes(density, bits):
+    """Bits a parameter as published, and against the entropy."""
+    size = 1_000_000
+    tensors = {"w": torch.randn(size, generator=torch.Generator().manual_seed(1))}
+    entropy = -size * ((1 - density) * math.log2(1 - density) + density * math.log2(density / 2)) / 8
+    golomb, ranged = (len(ComPEFT(density=density, coder=coder).encode(tensors, 0)) for coder in CODERS)
+    assert golomb * 8 / size == pytest.approx(bits, rel=2e-3)
+    assert golomb <= 1.02 * entropy + 64
+    assert ranged <= 1.005 * entropy + 64
+
+
+@each
+def test_hostile_bytes_end_in_an_error_or_in_tensors(codec):
+    draw = np.random.default_rng(0)
+    shapes = {"a": (30, 7), "b": (5,), "c": ()}
+    right = codec.encode({name: torch.randn(shape) for name, shape in shapes.items()}, 0)
+    refused = 0
+    for number in range(600):
+        blob = bytearray(right)
+        if number % 3 == 0:
+            blob[draw.integers(len(blob))] ^= 1 << draw.integers(8)
+        elif number % 3 == 1:
+            blob = blob[: draw.integers(len(blob))] + draw.bytes(draw.integers(4) if number % 2 else 0)
+        else:
+            blob = blob[:5] + draw.bytes(draw.integers(60))
+        try:
+            found = codec.decode(bytes(blob), shapes)
+        except WireError:
+            refused += 1
+        else:
+            assert shapes_of(found) == shapes
+            assert all(torch.isfinite(tensor).all() for tensor in found.values())
+    assert refused > 300
+
+
+@each
+def test_another_codecs_blob_is_refused(codec):
+    shapes = {"w": (50,)}
+    for other in CODECS:
+        if type(other) is not type(codec):
+            with pytest.raises(WireError, match="begin with"):
+                codec.decode(other.encode({"w": torch.ones(50)}, 0), shapes)
+    with pytest.raises(WireError, match="50 values are sent, of 8"):
+        codec.decode(replace(codec, density=1).encode({"w": torch.ones(50)}, 0), {"w": (8,)})
+
+
+def test_infinities_are_refused_by_name():
+    with pytest.raises(WireError, match="'bad'"):
+        ComPEFT().encode({"bad": torch.tensor([1.0, math.inf])}, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: ComPEFT(density=0), "density=0: expected a share"),
+        (lambda: TopK(density=1.5), "density=1.5: expected a share"),
+        (lambda: STC(coder="zip"), "coder=zip is not known: expected golomb or range"),
+        (lambda: ComPEFT(alpha=-1), "alpha=-1: expected a number above 0"),
+        (lambda: ComPEFT(scale="row"), "scale=row is not known"),
+        (lambda: TopK(values="int8"), "values=int8 is not known"),
+    ],
+)
+def test_settings_out_of_range(make, said):
+    with pytest.raises(ConfigError, match=said):
+        make()
