@@ -159,7 +159,7 @@ def add_(weight: Tensor, seed: int, name: str, c: float, kind: str = "normal") -
     rows = flat[: whole * SPAN].view(-1, SPAN)
     _each(kernels.add, [kind, _places(weight.device), step], [keys[:whole], table.word[:whole], kernels.in_pairs(rows)])
     if len(rest := flat[whole * SPAN :]):
-        padded = torch.nn.functional.pad(rest, (0, SPAN - len(rest)))[None]
+        padded = _rows(rest)
         _each(
             kernels.add,
             [kind, _places(weight.device), step],
@@ -244,7 +244,7 @@ def project(vector: Tensor, seeds: Sequence[int], name: str, kind: str = "normal
 def _blocks(table: Table, names: Sequence[str] | None, seeds: int) -> Iterator[tuple[slice, slice]]:
     """Which rows to take with which seeds: a block goes through all seeds before the next is read."""
     for span in _joined([table.spans[name] for name in (table.sizes if names is None else names)]):
-        block = BLOCK if seeds > 1 else table.rows
+        block = BLOCK if seeds > 1 else max(table.rows, 1)
         for start in range(span.start, span.stop, block):
             rows = slice(start, min(start + block, span.stop))
             whole = seeds - seeds % TOGETHER
