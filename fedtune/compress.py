@@ -41,7 +41,7 @@ from fedtune.coding import wide
 from fedtune.config import CONF, build, choices, compose
 from fedtune.errors import ConfigError, ExportError, WireError
 from fedtune.export import ADAPTER_CONFIG
-from fedtune.folder import beside
+from fedtune.folder import beside, new_folder
 from fedtune.model_file import MALFORMED
 from fedtune.protocol import Codec, Tensors, describe, is_lossless
 from fedtune.schema import one_of
@@ -129,7 +129,7 @@ def compress(
         FedtuneError: if there is no such codec or setting, an adapter can't be read or coded, the start has other
             tensors, or `out` can't be written; nothing is left of `out` then.
     """
-    target = _new(out)
+    target = new_folder(out)
     made = chosen(codec, words)
     if start is not None and is_lossless(made):
         raise ConfigError(f"codec={codec} keeps every bit and takes no difference: leave --start out")
@@ -158,7 +158,7 @@ def decompress(packed: str, out: str, start: str | None = None) -> Path:
         FedtuneError: if the file is damaged or there is none, it needs another start, or `out` can't be written;
             nothing is left of `out` then.
     """
-    target = _new(out)
+    target = new_folder(out)
     source = Path(packed).expanduser()
     path = source / PACKED
     coded = read(_content(path, "a folder that fedtune compress made"), path)
@@ -355,13 +355,6 @@ def _content(path: Path, wanted: str) -> bytes:
         raise ExportError(f"{path} has {size} bytes, more than any adapter that is read here: at most {MAX_FILE}")
     with _naming(path):
         return path.read_bytes()
-
-
-def _new(out: str) -> Path:
-    target = Path(out).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ExportError(f"{out} is there already, and not empty: name a new folder")
-    return target
 
 
 @contextmanager

@@ -62,9 +62,7 @@ def export(source: str, out: str, base: str | None = None) -> Exported:
         FedtuneError: if there is nothing to export, it can't be one model, the base isn't here or is another, or `out`
             can't be written; nothing is left of `out` then.
     """
-    target = Path(out).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ExportError(f"{out} is there already, and not empty: name a new folder")
+    target = new_folder(out)
     found = _source(Path(source).expanduser())
     # The dtype that `auto` was where it ran, on whatever is here
     spec = replace(found.experiment.model, dtype=found.dtype)
@@ -195,6 +193,18 @@ def _merged(base: Base, files: dict[str, bytes]) -> Any:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         return PeftModel.from_pretrained(base.model, folder).merge_and_unload()
+
+
+def new_folder(out: str) -> Path:
+    """Where to write.
+
+    Raises:
+        ExportError: if something is there.
+    """
+    target = Path(out).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(f"{out} is there already, and not empty: name a new folder")
+    return target
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import struct
 
 import pytest
 import torch
+from conftest import setting
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -360,15 +361,6 @@ def forge(small, change, body=None):
     head = change(head) or head
     text = (head if isinstance(head, str) else json.dumps(head)).encode()
     (small / PACKED).write_bytes(signed(len(text), text + (content[BEGIN + length :] if body is None else body)))
-
-
-def setting(*path, value):
-    def change(head):
-        for key in path[:-1]:
-            head = head[key]
-        head[path[-1]] = value
-
-    return change
 
 
 def shape(value):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SMALL, rows, summary_of
+from conftest import SMALL, rows, setting, summary_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -290,15 +290,6 @@ def _about(path):
 
     with safe_open(path, framework="pt") as opened:
         return json.loads(opened.metadata()[KEY])
-
-
-def setting(*path, value):
-    def change(about):
-        for key in path[:-1]:
-            about = about[key]
-        about[path[-1]] = value
-
-    return change
 
 
 def config(old, new):

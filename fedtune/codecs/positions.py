@@ -31,6 +31,7 @@ Every set has one blob of each kind, and the decoders take no other.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import constriction  # type: ignore[import-untyped]
@@ -96,12 +97,7 @@ def golomb_decode(blob: bytes, size: int, count: int) -> Positions:
     Raises:
         WireError: no `count` positions in range(size) have this blob.
     """
-    try:
-        n = _coded(size, count)
-        coded = _golomb_positions(blob, size, n)
-    except WireError as error:
-        raise WireError(f"not the Golomb code of {count} positions of {size} ({len(blob)} bytes): {error}") from None
-    return coded if n == count else _others(coded, size)
+    return _decoded("Golomb", _golomb_positions, blob, size, count)
 
 
 def range_encode(positions: Positions, size: int) -> bytes:
@@ -119,11 +115,16 @@ def range_decode(blob: bytes, size: int, count: int) -> Positions:
     Raises:
         WireError: no `count` positions in range(size) have this blob.
     """
+    return _decoded("range", _range_positions, blob, size, count)
+
+
+def _decoded(code: str, read: Callable[[bytes, int, int], Positions], blob: bytes, size: int, count: int) -> Positions:
+    """The positions, of which `read` finds those that are coded: they themselves, or all others."""
     try:
         n = _coded(size, count)
-        coded = _range_positions(blob, size, n)
+        coded = read(blob, size, n)
     except WireError as error:
-        raise WireError(f"not the range code of {count} positions of {size} ({len(blob)} bytes): {error}") from None
+        raise WireError(f"not the {code} code of {count} positions of {size} ({len(blob)} bytes): {error}") from None
     return coded if n == count else _others(coded, size)
 
 
