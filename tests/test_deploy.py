@@ -15,7 +15,7 @@ from deployed import call, failures, run
 from fedtune.config import compose
 from fedtune.runtime.local import run_local
 from simulations.fleet import Fleet, Site
-from simulations.fleet.processes import wait_until
+from simulations.fleet.processes import marked, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -143,15 +143,21 @@ def test_a_late_client_starves_no_later_round_and_when_all_fail_the_run_says_so(
 
 
 def test_a_node_that_is_started_again_at_once_loses_its_turn_and_no_time(fleet, tmp_path):
-    """Flower takes it back before it has missed it, so only we notice that its message is gone."""
+    """Flower takes it back before it has missed it, so only we notice that its message is gone. The log's stream breaks
+    off too, as it does when the SuperLink is busy; each line of the log is shown once all the same."""
     folder = tmp_path / "run"
     process = call(fleet, *words(folder, *mischief.WORDS, "seed=5", "rounds=3", "runtime.timeout=500"))
     node = fleet.nodes[0]
     assert wait_until(lambda: round_is_done(folder, 0) and working_on(node, 1), 120)
+    watching = [pid for pid, line in marked(f"{fleet.mark}/operator").items() if "--stream" in line]
+    for pid in watching:
+        os.kill(pid, signal.SIGKILL)
     node.stop()
     node.start()
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
+    assert watching
+    assert [out.count(f"\nround {number} ") for number in range(4)] == [1, 1, 1, 1], out
     lost = failures(folder)
     assert lost.keys() - {(2, 0)} == {(1, 0)}
     assert "its node was started again" in lost[1, 0] or "its node went away" in lost[1, 0]

@@ -9,7 +9,8 @@ import os
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from fedtune.errors import ConfigError, DeploymentError, Interrupted
 from fedtune.schema import Experiment
 
 ROOT = CONF.parent
+
+PATIENCE = 20.0  # seconds for which a SuperLink that doesn't say how a run stands is asked again
+HEADER = "Starting logstream"  # in the line of Flower's own before the log of a run
 
 Value = str | int | float | bool
 
@@ -42,46 +46,70 @@ def run_deployed(experiment: Experiment, resume: str | None = None) -> None:
         file = Path(folder) / "run.toml"
         write_toml(file, settings)
         link = [experiment.runtime.superlink] if experiment.runtime.superlink else []
-        run = _stream(["run", str(ROOT), *link, "--stream", "--run-config", str(file)])
-    if run is None:
-        raise DeploymentError("flwr run started no run; what it said stands above")
-    status, details = _status(run, link)
+        status, details = _watch(["run", str(ROOT), *link, "--stream", "--run-config", str(file)], link)
     if status != "finished:completed":
-        raise DeploymentError(f"run {run} is {status}{f': {details}' if details else ''}")
+        raise DeploymentError(f"the run is {status}{f': {details}' if details else ''}")
 
 
-def _stream(words: list[str]) -> str | None:
-    """Call Flower's command line, pass on what it prints, and return the id of the run that it started."""
-    run = None
+def _watch(words: list[str], link: list[str]) -> tuple[str, str]:
+    """Start a run, pass on its log until it has ended, and say how."""
+    run, seen = None, 0  # lines of its log
+    try:
+        for line in _said(words):
+            print(line, end="", flush=True)
+            if "Successfully started run " in line:
+                run = line.rpartition("run ")[2].strip()
+            seen = 0 if HEADER in line else seen + 1
+        if run is None:
+            raise DeploymentError("flwr run started no run; what it said stands above")
+        # A busy SuperLink breaks the stream off, and the run goes on
+        while not (ended := _status(run, link))[0].startswith("finished"):
+            print(f"fedtune: the log broke off, and run {run} is {ended[0]}; watching on", flush=True)
+            time.sleep(1)
+            lines = 0
+            for line in _said(["log", run, *link]):
+                lines = 0 if HEADER in line else lines + 1
+                if lines > seen:
+                    print(line, end="", flush=True)
+            seen = max(seen, lines)
+        return ended
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"no longer watching; run {run} goes on. Look again with: flwr log {run}; end it with: flwr stop {run}"
+        ) from None
+
+
+def _said(words: list[str]) -> Iterator[str]:
+    """The lines that Flower's command line prints."""
     # Without a SuperLink of one's own Flower starts one, by name
     environment = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
     with subprocess.Popen(
         [script("flwr"), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:
-        try:
-            for line in process.stdout or ():
-                print(line, end="", flush=True)
-                if "Successfully started run " in line:
-                    run = line.rpartition("run ")[2].strip()
-        except KeyboardInterrupt:
-            process.wait()
-            raise Interrupted(
-                f"no longer watching; run {run} goes on. Look again with: flwr log {run}; end it with: flwr stop {run}"
-            ) from None
-    return run
+        yield from process.stdout or ()
 
 
 def _status(run: str, link: list[str]) -> tuple[str, str]:
+    """Flower's word for how the run stands, and its details; asked again while the SuperLink doesn't answer.
+
+    Raises:
+        DeploymentError: if it hasn't for `PATIENCE` seconds.
+    """
     # The exit code of `flwr run --stream` is 0 for a run that failed
     words = [script("flwr"), "ls", *link, "--run-id", run, "--format", "json"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
-    try:
-        found = json.loads(done.stdout)["runs"][0]
-        return found["status"], found["status-details"]
-    except (ValueError, KeyError, IndexError) as error:
-        raise DeploymentError(
-            f"flwr ls can't tell how run {run} ended: {(done.stderr or done.stdout).strip()}"
-        ) from error
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+        try:
+            found = json.loads(done.stdout)["runs"][0]
+            return found["status"], found["status-details"]
+        except (ValueError, KeyError, IndexError) as error:
+            if time.monotonic() > deadline:
+                raise DeploymentError(
+                    f"flwr ls can't tell how run {run} stands: {(done.stderr or done.stdout).strip()}. If its "
+                    f"SuperLink is still there, the run goes on; look again with: flwr log {run}"
+                ) from error
+        time.sleep(1)
 
 
 def script(name: str) -> str:
