@@ -15,17 +15,35 @@ sent follows the sum of what was meant.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedtune.codecs.packed import Packed, Reader, varint
-from fedtune.errors import WireError
+from fedtune.config import build
+from fedtune.errors import ConfigError, WireError
 from fedtune.protocol import Codec, Tensors, describe, is_lossless
 
 MAGIC = b"fd"
 VERSION = 1
 WHOLE = Packed()
+
+
+def build_codec(spec: Mapping[str, Any], where: str) -> tuple[Codec, bool]:
+    """The codec that a choice of conf/codec describes, and its `feedback`: whether what it leaves out is to be sent
+    later, which is for whoever keeps it to do.
+
+    Raises:
+        ConfigError: as for `build`, and for feedback where nothing is left out.
+    """
+    codec: Codec = build({name: value for name, value in spec.items() if name != "feedback"}, where)
+    feedback = spec.get("feedback", False)
+    if not isinstance(feedback, bool):
+        raise ConfigError(f"{where}.feedback={feedback}: expected true or false")
+    if feedback and is_lossless(codec):
+        raise ConfigError(f"{where}.feedback=true: this codec leaves nothing out")
+    return codec, feedback
 
 
 def encode(codec: Codec, tensors: Tensors, key: int, known: Tensors) -> bytes:

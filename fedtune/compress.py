@@ -37,13 +37,13 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from fedtune.codecs.packed import DTYPES, MAX_DIMENSIONS, Packed, Reader, read_head
-from fedtune.coding import wide
+from fedtune.coding import build_codec, wide
 from fedtune.config import CONF, build, choices, compose
 from fedtune.errors import ConfigError, ExportError, WireError
 from fedtune.export import ADAPTER_CONFIG
 from fedtune.folder import beside, new_folder
 from fedtune.model_file import MALFORMED
-from fedtune.protocol import Codec, Tensors, describe, is_lossless
+from fedtune.protocol import Codec, Tensors, describe, grid, is_lossless
 from fedtune.schema import one_of
 from fedtune.wire import check_finite
 
@@ -190,12 +190,16 @@ def chosen(name: str, words: Sequence[str]) -> Codec:
             raise ConfigError(f"{word}: expected a setting of the codec, as in codec.density=0.1")
     settings = [f"codec_up.{word.removeprefix('codec.')}" for word in words]
     try:
-        spec = dict(compose([f"codec_up={name}", *settings]).codec_up)
+        codec, feedback = build_codec(compose([f"codec_up={name}", *settings]).codec_up, "codec")
     except ConfigError as error:
         raise ConfigError(str(error).replace("codec_up", "codec")) from None
-    if spec.pop("feedback", False):
+    if feedback:
         raise ConfigError("codec.feedback=true: there is no later message that could carry what is left out")
-    return _codec(spec, "codec")
+    if grid(codec):
+        raise ConfigError(
+            "codec: which of several values of a setting is best shows on data, and here is none: give one"
+        )
+    return codec
 
 
 def dump(codec: Codec, tensors: Tensors, start: Tensors, sha256: str | None) -> bytes:
@@ -216,8 +220,9 @@ def dump(codec: Codec, tensors: Tensors, start: Tensors, sha256: str | None) -> 
     coded = tensors if is_lossless(codec) else {name: _minus(x, start.get(name)) for name, x in tensors.items()}
     body = codec.encode(coded, 0)
     kind = type(codec)
+    settings = {name: value for name, value in vars(codec).items() if value is not None}
     head = {
-        "codec": {"_target_": f"{kind.__module__}.{kind.__qualname__}", **vars(codec)},
+        "codec": {"_target_": f"{kind.__module__}.{kind.__qualname__}", **settings},
         "tensors": {name: (NAMES[dtype], shape) for name, (dtype, shape) in sorted(_slots(tensors).items())},
         "start": sha256,
     }

@@ -1,5 +1,6 @@
 """A party: what one process of the server or of a client holds to take its part."""
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from flwr.app import RecordDict
 from platformdirs import user_state_path
 
 from fedtune.adapters import LocalModel
-from fedtune.coding import decode, left_out, with_feedback
+from fedtune.coding import build_codec, decode, encode, left_out, with_feedback
 from fedtune.config import build, from_run_config
 from fedtune.corpus import FederatedData, load_data
 from fedtune.errors import ConfigError, DataError
@@ -23,7 +24,7 @@ from fedtune.memory import Memory
 from fedtune.merging import installed_version
 from fedtune.models import Base, load_base, pick_device
 from fedtune.population import server_peer
-from fedtune.protocol import Client, Codec, Instruction, Strategy, Tensors, Update, is_lossless
+from fedtune.protocol import Client, Codec, Instruction, Strategy, Tensors, Update, grid, is_lossless
 from fedtune.schema import Experiment
 from fedtune.traits import check_codecs, check_traits, traits_of
 from fedtune.wire import blob_of, pack_instruction, pack_update, unpack_instruction
@@ -42,9 +43,11 @@ class Party:
         self.strategy: Strategy[Any] = build(experiment.strategy, "method.strategy")
         self.client: Client = build(experiment.method.client, "method.client")
         check_traits(experiment, traits_of(self.strategy))
-        self.codec_up, self.feedback = _codec(experiment.codec_up, "codec_up")
-        self.codec_down, _ = _codec(experiment.codec_down, "codec_down")
-        check_codecs(experiment.method_name, traits_of(self.strategy), self.codec_up, self.codec_down)
+        self.codec_up, self.feedback = build_codec(experiment.codec_up, "codec_up")
+        self.codec_down, kept = build_codec(experiment.codec_down, "codec_down")
+        if kept:
+            raise ConfigError("codec_down.feedback=true: only clients keep what they left out: take codec_up.feedback=true")
+        check_codecs(experiment, traits_of(self.strategy), self.codec_up, self.codec_down)
         # A device with fewer cores than the server is not made to run more threads than it has
         torch.set_num_threads(min(experiment.runtime.threads, os.cpu_count() or 1))
 
@@ -119,15 +122,36 @@ class Party:
 
     def answer(self, run: str, index: int, round: int, instruction: Instruction) -> RecordDict:
         """Client `index` does its part of a round (`turn`); its answer as it is sent."""
+        before = self.memory.recall(run, index, round) if grid(self.codec_up) else {}
         update = self.turn(run, index, round, instruction)
         key, known = fold(self.experiment.seed, "up", round, index), instruction.tensors
-        if not self.feedback:
-            return pack_update(update, self.codec_up, key, known)
-        update = replace(update, tensors=with_feedback(update.tensors, self.residuals.recall(run, index, round)))
-        content = pack_update(update, self.codec_up, key, known)
-        sent = decode(self.codec_up, blob_of(content), known)
-        self.residuals.keep(run, index, round, left_out(update.tensors, sent))
+        if self.feedback:
+            update = replace(update, tensors=with_feedback(update.tensors, self.residuals.recall(run, index, round)))
+        codec = self._best(index, instruction, update, before, key)
+        content = pack_update(update, codec, key, known)
+        if self.feedback:
+            sent = decode(codec, blob_of(content), known)
+            self.residuals.keep(run, index, round, left_out(update.tensors, sent))
         return content
+
+    def _best(self, index: int, told: Instruction, update: Update, memory: Tensors, key: int) -> Codec:
+        """The uplink codec; of a grid, the one under which what is sent of `update` has the lowest loss on the client's
+        own held-out data. Of equals, and without such data, the first.
+
+        Args:
+            memory: what the client held before its turn.
+        """
+        tried = grid(self.codec_up)
+        own = self.data.heldout[index]
+        if not tried or not len(own):
+            return tried[0] if tried else self.codec_up
+        losses = []
+        for codec in tried:
+            sent = decode(codec, encode(codec, update.tensors, key, told.tensors), told.tensors)
+            self.install(Instruction({**told.tensors, **sent}, told.settings), dict(memory))
+            loss = self._score(own).loss
+            losses.append(loss if math.isfinite(loss) else math.inf)
+        return tried[losses.index(min(losses))]
 
     def turn(self, run: str, index: int, round: int, instruction: Instruction) -> Update:
         """Client `index` trains, on a model that holds nothing of the turn before.
@@ -182,23 +206,6 @@ class Party:
 
     def _score(self, rows: Any) -> Score:
         return score(self.model, self.data.corpus, rows, self.experiment.evaluate.batch_size, self.data.pad)
-
-
-def _codec(spec: Mapping[str, Any], where: str) -> tuple[Codec, bool]:
-    """The codec of a direction, and whether what it leaves out is to be sent later.
-
-    Raises:
-        ConfigError: for feedback where nothing is left out, or where nobody keeps it.
-    """
-    codec: Codec = build({name: value for name, value in spec.items() if name != "feedback"}, where)
-    feedback = spec.get("feedback", False)
-    if not isinstance(feedback, bool):
-        raise ConfigError(f"{where}.feedback={feedback}: expected true or false")
-    if feedback and where != "codec_up":
-        raise ConfigError(f"{where}.feedback=true: only clients keep what they left out; take codec_up.feedback=true")
-    if feedback and is_lossless(codec):
-        raise ConfigError(f"{where}.feedback=true: this codec leaves nothing out")
-    return codec, feedback
 
 
 def home() -> Path:

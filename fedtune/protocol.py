@@ -237,6 +237,12 @@ def is_lossless(codec: Codec) -> TypeIs[LosslessCodec]:
     return codec.lossless
 
 
+def grid(codec: Codec) -> Sequence[Codec]:
+    """The codecs among which a client chooses by held-out loss, where a setting of this one says several values."""
+    tried: Sequence[Codec] = getattr(codec, "grid", ())
+    return tried
+
+
 def share(replies: Sequence[tuple[Peer, Update]]) -> list[float]:
     """The weight p_k = n_k / sum(n) of each reply, summing to one.
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fedtune.errors import ConfigError
-from fedtune.protocol import Codec, Traits, is_lossless
+from fedtune.protocol import Codec, Traits, grid, is_lossless
 from fedtune.schema import Experiment
 
 LOW_RANK = ("lora", "rslora", "pissa")  # adapters that are s B A and nothing else
@@ -42,14 +42,23 @@ def check_traits(experiment: Experiment, traits: Traits) -> None:
         raise ConfigError(f"{why}, which adapter={kind} hasn't got: take adapter={', '.join(LOW_RANK)}")
 
 
-def check_codecs(name: str, traits: Traits, up: Codec, down: Codec) -> None:
+def check_codecs(experiment: Experiment, traits: Traits, up: Codec, down: Codec) -> None:
     """
-    Args:
-        name: the method's.
-
     Raises:
-        ConfigError: for a lossy codec where messages have to come as they were sent.
+        ConfigError: for a lossy codec where messages have to come as they were sent, or a choice by held-out loss for
+            those who hold no data of their own.
     """
+    name = experiment.method_name
+    if grid(down):
+        raise ConfigError(
+            "codec_down: several values of a setting are for clients, who choose by their own held-out loss; the "
+            "server would choose by the data that it is judged on. Give it one, and the clients codec_up."
+        )
+    if grid(up) and not experiment.data.client_heldout:
+        raise ConfigError(
+            "codec_up: clients choose among several values of a setting by their own held-out loss, and "
+            "data.client_heldout=0 leaves them nothing to do that with. Set it above 0, or give one value"
+        )
     for where, codec, fits in (("up", up, traits.lossy_up), ("down", down, traits.lossy_down)):
         if not (fits or is_lossless(codec)):
             raise ConfigError(

@@ -1,14 +1,17 @@
 """ComPEFT: the signs of the largest values, and one magnitude (Yadav et al. 2023, arXiv:2311.13171).
 
 Of an update tau, the `density` largest values by magnitude become alpha std(tau) times their sign, std over all of tau
-("global") or over each tensor's own values ("per_tensor"); the others become zero.
+("global") or over each tensor's own values ("per_tensor"); the others become zero. Without an alpha it is
+1 / sqrt(density), with which what is sent is as long as tau; of several, clients choose as the authors do, by loss on
+data that they don't train on.
 
 Bytes: one bit of sign and the position for each value sent, 4 a magnitude, and a head of up to 24: at 5 % density 0.34
 bits a value of tau, 47 times less than bfloat16 (fedtune/codecs/positions.py has the lengths of positions).
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 
@@ -26,28 +29,45 @@ SCALES = ("global", "per_tensor")
 @dataclass(frozen=True)
 class ComPEFT:
     """
+    Args:
+        alpha: a number, several to choose from, or None.
+
     Raises:
         ConfigError: naming the setting that is out of range.
     """
 
     lossless: ClassVar[bool] = False
     density: float = 0.05
-    alpha: float = 1.0
+    alpha: float | Sequence[float] | None = None
     scale: str = "global"
     coder: str = "golomb"
 
     def __post_init__(self) -> None:
         sparse.check(self.density, self.coder)
-        if isinstance(self.alpha, bool) or not 0 < self.alpha < math.inf:
-            raise ConfigError(f"codec.alpha={self.alpha}: expected a number above 0")
+        alphas = self.alpha if isinstance(self.alpha, Sequence) else [self.alpha]
+        if self.alpha is not None and not (alphas and all(map(_is_alpha, alphas))):
+            raise ConfigError(f"codec.alpha={self.alpha}: expected a number above 0, or several")
+        if isinstance(self.alpha, Sequence):
+            object.__setattr__(self, "alpha", tuple(self.alpha))
         if self.scale not in SCALES:
             raise ConfigError(f"codec.scale={self.scale} is not known: expected {' or '.join(SCALES)}")
 
+    @property
+    def grid(self) -> Sequence["ComPEFT"]:
+        """One for each alpha, where there are several."""
+        return [replace(self, alpha=alpha) for alpha in self.alpha] if isinstance(self.alpha, Sequence) else ()
+
     def encode(self, tensors: Tensors, key: int) -> bytes:
+        """Raises:
+        ConfigError: if alpha isn't chosen yet.
+        """
+        if isinstance(self.alpha, Sequence):
+            raise ConfigError(f"codec.alpha={list(self.alpha)}: one of these has to be chosen first")
+        alpha = 1 / math.sqrt(self.density) if self.alpha is None else self.alpha
         flat = sparse.flattened(tensors)
         chosen = sparse.largest(flat, self.density)
         ends = self._ends({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        magnitudes = [self.alpha * sparse.deviation(flat[start:end]) for start, end in pairwise([0, *ends])]
+        magnitudes = [alpha * sparse.deviation(flat[start:end]) for start, end in pairwise([0, *ends])]
         values = np.asarray(magnitudes, "<f4").tobytes() + sparse.signs_of(flat[chosen])
         return sparse.encode(MAGIC, self.coder, chosen, len(flat), values)
 
@@ -65,3 +85,7 @@ class ComPEFT:
         """Where each part with a magnitude of its own ends."""
         sizes = [math.prod(shapes[name]) for name in sorted(shapes)]
         return np.cumsum(sizes, dtype=np.int64) if self.scale == "per_tensor" else np.array([sum(sizes)])
+
+
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

@@ -31,7 +31,8 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from fedtune.codecs.sparse import CODERS
-from fedtune.config import CONF, build, choices
+from fedtune.coding import build_codec
+from fedtune.config import CONF, choices
 from fedtune.lowrank import name_of
 from fedtune.protocol import Codec, Tensors, is_lossless
 from simulations.benchmarks.seeded import best
@@ -86,12 +87,11 @@ def codecs() -> Iterator[tuple[str, Codec]]:
     """All of conf/codec, by name."""
     for name in choices("codec"):
         spec: dict[str, Any] = dict(OmegaConf.load(CONF / "codec" / f"{name}.yaml"))
-        spec.pop("feedback", None)  # the party's, not the codec's
         if "coder" not in spec:
-            yield name, build(spec, name)
+            yield name, build_codec(spec, name)[0]
             continue
         for coder in CODERS:
-            yield f"{name}, {coder}", build({**spec, "coder": coder}, name)
+            yield f"{name}, {coder}", build_codec({**spec, "coder": coder}, name)[0]
 
 
 def made_up(size: Size, spread: float) -> Tensors:
