@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from fedtune.broadcast import Sent
 from fedtune.errors import RunFolderError
 from fedtune.protocol import Tensors
 
@@ -29,10 +30,11 @@ class Checkpoint:
     config_sha256: str
     state: Any
     run: str  # the run's id, by which clients find what they kept
+    sent: Sent = field(default_factory=Sent)  # what was broadcast so far, where broadcasts build on one another
 
 
-def flatten(state: Any) -> tuple[Any, Tensors]:
-    """The state as a JSON-ready tree and the tensors that its leaves name.
+def flatten(state: Any, root: str = "") -> tuple[Any, Tensors]:
+    """The state as a JSON-ready tree and the tensors that its leaves name, their names beginning with `root`.
 
     Raises:
         TypeError: for a value that a checkpoint can't hold exactly, naming where it is.
@@ -55,7 +57,7 @@ def flatten(state: Any) -> tuple[Any, Tensors]:
             return value
         raise TypeError(f"state{path}: a checkpoint can't hold a {type(value).__name__}")
 
-    return walk(state, ""), tensors
+    return walk(state, root), tensors
 
 
 def unflatten(tree: Any, tensors: Tensors, template: Any) -> Any:
@@ -93,13 +95,15 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         OSError: if it can't be written; the old one is then untouched.
     """
     tree, tensors = flatten(checkpoint.state)
+    sent, links = flatten(checkpoint.sent, "sent")
     header = {
         "round": str(checkpoint.round),
         "config_sha256": checkpoint.config_sha256,
         "run": checkpoint.run,
         "state": json.dumps(tree),
+        "sent": json.dumps(sent),
     }
-    apart, same = _apart(tensors)
+    apart, same = _apart(tensors | links)
     if same:
         header["same"] = json.dumps(same)
     write_atomically(path, save(apart, metadata=header))
@@ -117,7 +121,8 @@ def load_checkpoint(path: Path, template: Any) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         tensors |= {name: tensors[first] for name, first in json.loads(header.get("same", "{}")).items()}
         state = unflatten(json.loads(header["state"]), tensors, template)
-        return Checkpoint(int(header["round"]), header["config_sha256"], state, header["run"])
+        sent = unflatten(json.loads(header["sent"]), tensors, Sent()) if "sent" in header else Sent()
+        return Checkpoint(int(header["round"]), header["config_sha256"], state, header["run"], sent)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunFolderError(
             f"{path} is no checkpoint of this method: {error}. Start anew with another out="

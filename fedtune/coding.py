@@ -30,16 +30,16 @@ VERSION = 1
 WHOLE = Packed()
 
 
-def build_codec(spec: Mapping[str, Any], where: str) -> tuple[Codec, bool]:
+def build_codec(spec: Mapping[str, Any], where: str) -> tuple[Codec, bool | None]:
     """The codec that a choice of conf/codec describes, and its `feedback`: whether what it leaves out is to be sent
-    later, which is for whoever keeps it to do.
+    later, which is for whoever keeps it to do; None if that is for the direction to say.
 
     Raises:
         ConfigError: as for `build`, and for feedback where nothing is left out.
     """
     codec: Codec = build({name: value for name, value in spec.items() if name != "feedback"}, where)
     feedback = spec.get("feedback", False)
-    if not isinstance(feedback, bool):
+    if not (feedback is None or isinstance(feedback, bool)):
         raise ConfigError(f"{where}.feedback={feedback}: expected true or false")
     if feedback and is_lossless(codec):
         raise ConfigError(f"{where}.feedback=true: this codec leaves nothing out")

@@ -154,7 +154,7 @@ def _tuned(found: Source, party: Party) -> tuple[LocalModel, int]:
         raise ExportError(
             f"{found.path} was run with other settings than its config.yaml has now: put back what was changed"
         )
-    party.install(party.broadcast(checkpoint.state, checkpoint.round + 1), memory={})
+    party.install(party.broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={})
     return party.model, checkpoint.round
 
 

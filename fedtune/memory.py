@@ -27,6 +27,7 @@ class Memory:
     def __init__(self, folder: Path):
         self._folder = folder
         self._empty = ("", -1)  # a run and a round before which nobody had kept anything
+        self._shared: dict[tuple[str, str], Path] = {}  # where the last one kept what several keep alike
 
     def recall(self, run: str, index: int, round: int) -> Tensors:
         """What client `index` kept before `round`; nothing if that is its first turn.
@@ -48,8 +49,11 @@ class Memory:
         except (SafetensorError, OSError) as error:
             raise ClientError(f"client {index} can't read what it kept in {path}: {error}") from error
 
-    def keep(self, run: str, index: int, round: int, tensors: Tensors) -> None:
+    def keep(self, run: str, index: int, round: int, tensors: Tensors, alike: str = "") -> None:
         """Keep `tensors` as what client `index` holds after `round`.
+
+        Args:
+            alike: a name for what others keep as well, bit by bit: those of one process then share one file.
 
         Raises:
             ClientError: if the disk can't take it.
@@ -57,7 +61,10 @@ class Memory:
         path = self._path(run, index, round)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, save({name: tensor.detach().cpu() for name, tensor in tensors.items()}))
+            if not (alike and self._link(self._shared.get((run, alike)), path)):
+                write_atomically(path, save({name: tensor.detach().cpu() for name, tensor in tensors.items()}))
+            if alike:
+                self._shared = {(run, alike): path}
             # Later rounds are of a future that a resume undid
             known = self._rounds(run, index)
             earlier = [number for number in known if number <= round]
@@ -65,6 +72,20 @@ class Memory:
                 self._path(run, index, number).unlink(missing_ok=True)
         except OSError as error:
             raise ClientError(f"client {index} can't keep its state in {path}: {error.strerror or error}") from error
+
+    def _link(self, source: Path | None, path: Path) -> bool:
+        """Give a file another name, `path`; whether that could be done."""
+        if source is None:
+            return False
+        link = path.with_name(f".{path.name}.link")
+        try:
+            link.unlink(missing_ok=True)
+            link.hardlink_to(source)
+            link.replace(path)
+            link.unlink(missing_ok=True)  # a rename between names of one file leaves both
+        except OSError:  # it has gone, or the file system knows no links
+            return False
+        return True
 
     def _path(self, run: str, index: int, round: int) -> Path:
         return Path(self._place(run, index), f"{round}.safetensors")

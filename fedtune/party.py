@@ -14,10 +14,11 @@ from flwr.app import RecordDict
 from platformdirs import user_state_path
 
 from fedtune.adapters import LocalModel
+from fedtune.broadcast import Sent, hear, is_link
 from fedtune.coding import build_codec, decode, encode, left_out, with_feedback
 from fedtune.config import build, from_run_config
 from fedtune.corpus import FederatedData, load_data
-from fedtune.errors import ConfigError, DataError
+from fedtune.errors import DataError
 from fedtune.evaluate import Score, score
 from fedtune.keys import fold, permutation
 from fedtune.memory import Memory
@@ -27,7 +28,9 @@ from fedtune.population import server_peer
 from fedtune.protocol import Client, Codec, Instruction, Strategy, Tensors, Update, grid, is_lossless
 from fedtune.schema import Experiment
 from fedtune.traits import check_codecs, check_traits, traits_of
-from fedtune.wire import blob_of, pack_instruction, pack_update, unpack_instruction
+from fedtune.wire import blob_of, pack_instruction, pack_told, pack_update, unpack_instruction, unpack_settings
+
+NUMBER = "$number"  # in what a client keeps of a broadcast, beside the tensors
 
 
 class Party:
@@ -43,10 +46,10 @@ class Party:
         self.strategy: Strategy[Any] = build(experiment.strategy, "method.strategy")
         self.client: Client = build(experiment.method.client, "method.client")
         check_traits(experiment, traits_of(self.strategy))
-        self.codec_up, self.feedback = build_codec(experiment.codec_up, "codec_up")
-        self.codec_down, kept = build_codec(experiment.codec_down, "codec_down")
-        if kept:
-            raise ConfigError("codec_down.feedback=true: only clients keep what they left out: take codec_up.feedback=true")
+        self.codec_up, feedback = build_codec(experiment.codec_up, "codec_up")
+        self.feedback = bool(feedback)
+        self.codec_down, feedback = build_codec(experiment.codec_down, "codec_down")
+        self.chained = feedback is None or feedback  # a broadcast is the difference from the one before
         check_codecs(experiment, traits_of(self.strategy), self.codec_up, self.codec_down)
         # A device with fewer cores than the server is not made to run more threads than it has
         torch.set_num_threads(min(experiment.runtime.threads, os.cpu_count() or 1))
@@ -98,27 +101,94 @@ class Party:
             raise DataError(f"there is no client {index}: the data is divided among {len(self.data.train)}")
         return len(self.data.train[index])
 
-    def installed_version(self, run: str, index: int, round: int) -> int:
-        """Which version of the base (fedtune/merging.py) client `index` holds before `round`."""
-        return installed_version(self.memory.recall(run, index, round))
+    def holds(self, run: str, index: int, round: int) -> tuple[int, int]:
+        """Before `round`, which version of the base (fedtune/merging.py) client `index` holds, and which broadcast."""
+        return installed_version(self.memory.recall(run, index, round)), self._recall(run, index, round)[0]
 
     @cached_property
     def start(self) -> Tensors:
-        """What every model starts from: what a lossy broadcast is the difference from."""
+        """What every model starts from: what a lossy broadcast is the difference from, the first at least."""
         return {} if is_lossless(self.codec_down) else self.model.layout.initial
 
-    def tell(self, instruction: Instruction, key: int, run: str) -> tuple[RecordDict, Instruction]:
-        """An instruction as it is sent, and what of it the answer will be the difference from."""
+    @cached_property
+    def heard(self) -> Memory:
+        """What this process's clients decoded of the last broadcast, where broadcasts build on one another."""
+        return Memory(self._place("broadcasts"))
+
+    def announce(self, sent: Sent, state: Any, number: int) -> Sent:
+        """What will have been broadcast when round `number` begins."""
+        instruction = self.configure(state, number)
+        if not self._continues(instruction):
+            return sent
+        return sent.follow(self.codec_down, instruction.tensors, fold(self.experiment.seed, "down", number), self.start)
+
+    def broadcast(self, sent: Sent, state: Any, number: int) -> Instruction:
+        """What a fully capable client that holds nothing yet hears in round `number`, through the wire's codec: what is
+        evaluated and exported is what clients decode."""
+        instruction = self.configure(state, number)
+        if self._continues(instruction):
+            return self._heard(sent, instruction)
+        return self.tell(instruction, fold(self.experiment.seed, "down", number), "")[1]
+
+    def configure(self, state: Any, number: int) -> Instruction:
+        """What the server would send in round `number` to a fully capable client that holds nothing yet."""
+        return self.strategy.configure(state, number, server_peer(self.experiment, self.model.layout))
+
+    def tell(
+        self, instruction: Instruction, key: int, run: str, sent: Sent | None = None, since: int = 0
+    ) -> tuple[RecordDict, Instruction]:
+        """An instruction as it is sent, and as it is heard.
+
+        Args:
+            sent: what was broadcast, if this instruction is the last of it.
+            since: the number of the broadcast that the receiver holds.
+        """
+        if sent is not None:
+            blob = sent.blob(since, self._rest(instruction))
+            return pack_told(blob, instruction.settings, run), self._heard(sent, instruction)
         content = pack_instruction(instruction, self.codec_down, key, run, self.start)
-        if is_lossless(self.codec_up):
-            return content, Instruction({}, instruction.settings)
         if is_lossless(self.codec_down):
             return content, instruction
         return content, unpack_instruction(content, self.codec_down, self.start)[0]
 
-    def hear(self, content: RecordDict) -> tuple[Instruction, str]:
-        """The instruction in a message, and the run's id."""
-        return unpack_instruction(content, self.codec_down, self.start)
+    def hear(self, content: RecordDict, index: int, before: int, round: int | None = None) -> tuple[Instruction, str]:
+        """The instruction in a message to client `index`, and the run's id.
+
+        Args:
+            before: the round before which it kept what the message builds on.
+            round: under which it is to keep what it hears, for the next; None: it isn't to.
+        """
+        blob = blob_of(content)
+        if not is_link(blob) or is_lossless(self.codec_down):
+            return unpack_instruction(content, self.codec_down, self.start)
+        settings, run = unpack_settings(content)
+        heard = hear(blob, self.codec_down, self.start, lambda: self._recall(run, index, before))
+        if round is not None:
+            kept = {**heard.held, NUMBER: torch.tensor(heard.number)}
+            self.heard.keep(run, index, round, kept, alike=str(heard.number))
+        return Instruction(heard.told, settings), run
+
+    def _recall(self, run: str, index: int, round: int) -> tuple[int, Tensors]:
+        kept = self.heard.recall(run, index, round)
+        return int(kept.pop(NUMBER, torch.tensor(0))), kept
+
+    def _heard(self, sent: Sent, instruction: Instruction) -> Instruction:
+        return Instruction({**sent.told, **self._rest(instruction)}, instruction.settings)
+
+    def _rest(self, instruction: Instruction) -> Tensors:
+        return {name: tensor for name, tensor in instruction.tensors.items() if name not in self.start}
+
+    def _continues(self, instruction: Instruction) -> bool:
+        """Whether it can be told as the difference from the one before: all that has a start has its start's shape."""
+        return (
+            self.chained
+            and not is_lossless(self.codec_down)
+            and all(
+                tensor.shape == self.start[name].shape and tensor.dtype == self.start[name].dtype
+                for name, tensor in instruction.tensors.items()
+                if name in self.start
+            )
+        )
 
     def answer(self, run: str, index: int, round: int, instruction: Instruction) -> RecordDict:
         """Client `index` does its part of a round (`turn`); its answer as it is sent."""
@@ -188,12 +258,6 @@ class Party:
         """Make the model what a client with this memory would hold after receiving `instruction`."""
         self.model.reset()
         self.client.receive(self.model, instruction, memory)
-
-    def broadcast(self, state: Any, number: int) -> Instruction:
-        """What the server would send in round `number` to a fully capable client that holds nothing yet, through the
-        wire's codec: what is evaluated and exported is what clients decode."""
-        instruction = self.strategy.configure(state, number, server_peer(self.experiment, self.model.layout))
-        return self.hear(self.tell(instruction, fold(self.experiment.seed, "down", number), "")[0])[0]
 
     def evaluate(self) -> Score | None:
         """Score the model as it stands on data that no client holds; None if there is none (data.heldout=0)."""

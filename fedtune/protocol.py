@@ -63,6 +63,7 @@ class Peer:
     rank: int = 0  # r_k of the adapter that it trains; 0: the layout's, as everybody's
     scaling: float = 0.0  # s_k, what its B A is multiplied by; 0: the layout's
     installed_version: int = 0  # the last change of the base (or of what else it keeps) that it is known to hold
+    heard: int = 0  # the last broadcast that it is known to hold, where broadcasts build on one another
 
 
 @dataclass(frozen=True)
@@ -258,9 +259,10 @@ def share(replies: Sequence[tuple[Peer, Update]]) -> list[float]:
 
 def same_instruction(one: Instruction, other: Instruction) -> bool:
     """Whether one encoding serves both: the very same tensors, which need no comparing, and equal settings."""
-    if one.settings != other.settings:
-        return False
-    mine, theirs = one.tensors, other.tensors
+    return one.settings == other.settings and same_tensors(one.tensors, other.tensors)
+
+
+def same_tensors(mine: Tensors, theirs: Tensors) -> bool:
     return mine is theirs or (
         mine.keys() == theirs.keys() and all(tensor is theirs[name] for name, tensor in mine.items())
     )

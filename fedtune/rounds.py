@@ -19,6 +19,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune import wire
+from fedtune.broadcast import Sent
 from fedtune.checkpoint import Checkpoint, state_sha256
 from fedtune.config import differences
 from fedtune.errors import DivergedError, FedtuneError, Interrupted, QuorumError, RunFolderError, WireError
@@ -35,7 +36,7 @@ from fedtune.model_file import TunedModel, dump
 from fedtune.party import Party
 from fedtune.population import sample_cohort, server_peer
 from fedtune.progress import View, make_view
-from fedtune.protocol import Instruction, Update, same_instruction
+from fedtune.protocol import Instruction, Update, is_lossless, same_instruction, same_tensors
 from fedtune.replies import Replies
 from fedtune.roster import Roster
 from fedtune.run_folder import RunFolder, check_vacant
@@ -113,6 +114,7 @@ class Server:
         self.adapter_config = b""  # as last written
         self.told: dict[int, Instruction] = {}  # each client's last, as far as its answer needs it
         self.state: Any = None
+        self.sent = Sent()  # where broadcasts build on one another
         self.run_id = secrets.token_hex(8)  # a resumed run has the one it began with
         self.ledger = Ledger()
         self.roster = Roster(exchange, self.experiment, party.model.layout, self._book, view.note)
@@ -163,6 +165,7 @@ class Server:
                     + ", or start a new run with another out="
                 )
             self.state, self.done, self.run_id = checkpoint.state, checkpoint.round, checkpoint.run
+            self.sent = checkpoint.sent
             self.state_sha256 = state_sha256(self.state)
         self.ledger = Ledger(self.folder.forget_after(self.done))
         self.roster.run = self.run_id
@@ -212,18 +215,25 @@ class Server:
             number: the round that the instruction is made for.
             label: the round under which it is booked, if that is another.
         """
-        packed: list[tuple[Instruction, RecordDict, Instruction, int, int]] = []
+        packed: list[tuple[Instruction, int, RecordDict, Instruction, int, int]] = []
         key = fold(self.experiment.seed, "down", number)
         label = number if label is None else label
+        announced = self.party.configure(self.state, number) if self.sent.number else None
         for index in cohort:
             begun = time.perf_counter()
             instruction = self.strategy.configure(self.state, number, self.roster.peers[index])
-            known = next((made for made in packed if same_instruction(made[0], instruction)), None)
+            last = self.sent if announced and same_tensors(announced.tensors, instruction.tensors) else None
+            since = self.roster.peers[index].heard if last else 0
+            known = next((made for made in packed if made[1] == since and same_instruction(made[0], instruction)), None)
             if known is None:
-                content, held = self.party.tell(instruction, key, self.run_id)
-                known = (instruction, content, held, wire.payload_bytes(content), content_bytes(content))
+                content, heard = self.party.tell(instruction, key, self.run_id, last, since)
+                if is_lossless(self.party.codec_up):  # then an answer says all by itself
+                    heard = Instruction({}, heard.settings)
+                known = (instruction, since, content, heard, wire.payload_bytes(content), content_bytes(content))
                 packed.append(known)
-            _, content, self.told[index], payload, size = known
+            _, _, content, self.told[index], payload, size = known
+            if last and kind == MessageType.TRAIN:  # taken back if its turn fails
+                self.roster.peers[index] = replace(self.roster.peers[index], heard=last.number)
             node = self.roster.nodes[index]
             message = Message(content, node, kind, group_id=str(label))
             sent = wire.wire_bytes(message, size)
@@ -248,7 +258,7 @@ class Server:
         except FedtuneError as error:
             self._fail(index, played, str(error))
             # Nobody knows what it kept of this turn: next time it is sent everything
-            self.roster.peers[index] = replace(peer, installed_version=0)
+            self.roster.peers[index] = replace(peer, installed_version=0, heard=0)
         else:
             if (version := int(told.settings.get(VERSION, 0))) != peer.installed_version:
                 self.roster.peers[index] = replace(peer, installed_version=version)
@@ -286,8 +296,9 @@ class Server:
         self.view.evaluating()
         begun = time.monotonic()
         number, every = played.number, self.experiment.evaluate.every
-        sent = self.party.broadcast(self.state, number + 1)
-        self.party.install(sent, memory={})
+        self.sent = self.party.announce(self.sent, self.state, number + 1)
+        heard = self.party.broadcast(self.sent, self.state, number + 1)
+        self.party.install(heard, memory={})
         found, rounding = None, self.party.model.base_change.rounding
         if every and number % every == 0:
             found = self._examine(number) if traits_of(self.strategy).personal else self.party.evaluate()
@@ -328,8 +339,8 @@ class Server:
         self.adapter_config = config
         if self.party.model.is_seeded:
             model = self.party.model
-            self.folder.write_model(dump(TunedModel(self.experiment, sent, model.origin, model.dtype, number)))
-        self.folder.save_checkpoint(Checkpoint(number, self.experiment.sha256, self.state, self.run_id))
+            self.folder.write_model(dump(TunedModel(self.experiment, heard, model.origin, model.dtype, number)))
+        self.folder.save_checkpoint(Checkpoint(number, self.experiment.sha256, self.state, self.run_id, self.sent))
         self.done, self.state_sha256 = number, state_sha256(self.state)
         self._summarise()
         self.view.round_ends(row)

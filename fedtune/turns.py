@@ -32,17 +32,19 @@ def take_turn(
     index = index_of(node_config)
     if kind == MessageType.QUERY:
         run, before = unpack_question(content)
-        version = party.installed_version(run, index, before) if run else 0
-        peer = Peer(index, party.samples(index), capability_of(node_config), installed_version=version)
+        version, heard = party.holds(run, index, before) if run else (0, 0)
+        capability = capability_of(node_config)
+        peer = Peer(index, party.samples(index), capability, installed_version=version, heard=heard)
         return pack_greeting(peer, party.model.layout.sha256)
     if kind not in (MessageType.TRAIN, MessageType.EVALUATE):
         raise WireError(f"message type '{kind}' is not known: expected query, train or evaluate")
     if not round.isdecimal():
         raise WireError(f"expected the round's number as the message's group, got {round!r}")
     number = int(round)
-    instruction, run = party.hear(content)
     if kind == MessageType.EVALUATE:
+        instruction, run = party.hear(content, index, number + 1)
         return pack_score(party.examine(run, index, number, instruction))
+    instruction, run = party.hear(content, index, number, number)
     return party.answer(run, index, number, instruction)
 
 

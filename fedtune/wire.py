@@ -38,12 +38,26 @@ def pack_instruction(
         known: the tensors that the receiver holds already; a lossy codec carries the difference.
         run: the run's id, which stays the same over resumes: a client finds what it kept by it.
     """
-    settings = ConfigRecord({**instruction.settings, **({RUN: run} if run else {})})
-    return RecordDict({PAYLOAD: _payload(encode(codec, instruction.tensors, key, known or {})), SETTINGS: settings})
+    return pack_told(encode(codec, instruction.tensors, key, known or {}), instruction.settings, run)
+
+
+def pack_told(blob: bytes, settings: Mapping[str, Setting], run: str = "") -> RecordDict:
+    """The content of a message to a client whose tensors are in `blob`."""
+    return RecordDict({PAYLOAD: _payload(blob), SETTINGS: ConfigRecord({**settings, **({RUN: run} if run else {})})})
 
 
 def unpack_instruction(content: RecordDict, codec: Codec, known: Tensors | None = None) -> tuple[Instruction, str]:
     """What `pack_instruction` packed: the instruction, and the run's id or "".
+
+    Raises:
+        WireError: if the content has another form.
+    """
+    settings, run = unpack_settings(content)
+    return Instruction(decode(codec, blob_of(content), known or {}), settings), run
+
+
+def unpack_settings(content: RecordDict) -> tuple[dict[str, Setting], str]:
+    """What an instruction says beside its tensors, and the run's id or "".
 
     Raises:
         WireError: if the content has another form.
@@ -56,7 +70,7 @@ def unpack_instruction(content: RecordDict, codec: Codec, known: Tensors | None 
     run = settings.pop(RUN, "")
     if not isinstance(run, str):
         raise WireError(f"setting '{RUN}' should be the run's id, got {run!r}")
-    return Instruction(decode(codec, blob_of(content), known or {}), settings), run
+    return settings, run
 
 
 def pack_update(update: Update, codec: Codec, key: int, known: Tensors | None = None) -> RecordDict:
@@ -259,8 +273,8 @@ def pack_greeting(peer: Peer, layout_sha256: str) -> RecordDict:
     """What a client says of itself at the handshake. Of its capability, only what is limited."""
     limits = {name: value for name, value in vars(peer.capability).items() if value != getattr(_UNLIMITED, name)}
     greeting = {"index": peer.index, "samples": peer.samples, "layout": layout_sha256, **limits}
-    if peer.installed_version:
-        greeting["version"] = peer.installed_version
+    held = {"version": peer.installed_version, "heard": peer.heard}
+    greeting |= {name: number for name, number in held.items() if number}
     return RecordDict({GREETING: ConfigRecord(greeting)})
 
 
@@ -273,7 +287,7 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str) -> Pe
     """
     record = dict(_record(content, GREETING, ConfigRecord))
     index, samples, layout = (record.pop(name, None) for name in ("index", "samples", "layout"))
-    version = record.pop("version", 0)
+    held = {name: record.pop(name, 0) for name in ("version", "heard")}
     if not isinstance(index, int) or not 0 <= index < clients:
         raise WireError(f"client index should be 0 ... {clients - 1}, got {index!r}")
     if not isinstance(samples, int) or samples < 1:
@@ -283,10 +297,11 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str) -> Pe
             f"client {index} has other trainable tensors than the server: it runs another model, adapter or version, "
             "or, where the base itself is trained (adapter=none), it holds another base"
         )
-    if not isinstance(version, int) or version < 0:
-        raise WireError(f"client {index} should hold a version from 0 up, got {version!r}")
+    for name, number in held.items():
+        if not isinstance(number, int) or number < 0:
+            raise WireError(f"client {index}: '{name}' should be a number from 0 up, got {number!r}")
     try:
-        return Peer(index, samples, Capability(**record), installed_version=version)
+        return Peer(index, samples, Capability(**record), installed_version=held["version"], heard=held["heard"])
     except (TypeError, ValueError) as error:
         raise WireError(f"client {index} describes what it can do in a way that is not understood: {error}") from error
 

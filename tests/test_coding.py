@@ -180,13 +180,26 @@ def test_feedback_lasts_over_a_resume_and_changes_what_is_sent(small_run):
     assert not (without / "residuals").exists()
 
 
+def test_of_several_alphas_each_client_takes_the_one_with_the_lowest_loss(small_run):
+    """Of 3, which learns, and 1000, which doesn't, every client takes 3 in every round; of one there is no choice."""
+    words = ("codec_up=compeft", "train.lr=0.01")
+    results = {
+        alpha: summary_of(small_run(*words, f"codec_up.alpha={alpha}", name=f"run-{number}"))["state_sha256"]
+        for number, alpha in enumerate(["3", "[3]", "[1000,3]", "[1000]"])
+    }
+    assert results["3"] == results["[3]"] == results["[1000,3]"] != results["[1000]"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["method=flora", "codec_up=stc"], "codec_up=stc is lossy, and what method=flora sends up"),
         (["method=fedex_lora", "codec=topk"], "codec_down=topk is lossy, and what method=fedex_lora sends down"),
         (["method=fedkseed", "codec_up=compeft"], "codec_up=compeft is lossy"),
-        (["codec_down=stc", "codec_down.feedback=true"], "take codec_up.feedback=true"),
+        (["codec_down=packed", "+codec_down.feedback=true"], "codec_down.feedback=true: this codec leaves nothing out"),
+        (["codec=compeft", "codec.alpha=[1,2]"], "codec_down: several values of a setting are for clients"),
+        (["codec_up=compeft", "codec_up.alpha=[1,2]", "data.client_heldout=0"], "client_heldout=0 leaves them nothing"),
+        (["codec_up=compeft", "codec_up.alpha=[]"], "expected a number above 0, or several"),
         (["codec_up=raw", "codec_up.feedback=true"], "feedback"),
         (["codec_up=stc", "codec_up.feedback=3"], "expected true or false"),
         (["codec=compeft", "codec.density=2"], "density=2: expected a share"),

@@ -45,7 +45,7 @@ def server_model(folder):
     party = Party(compose([*summary_of(folder)["command"].split()[2:]]))
     state = party.strategy.init(party.model.layout)
     checkpoint = load_checkpoint(folder / "checkpoint" / "state.safetensors", state)
-    party.install(party.broadcast(checkpoint.state, checkpoint.round + 1), memory={})
+    party.install(party.broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={})
     return party.model.module
 
 

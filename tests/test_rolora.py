@@ -150,7 +150,7 @@ def test_what_it_is_spared_does_not_change_what_a_client_trains(tmp_path):
             held = party.model.adapter()
             assert all(torch.equal(held[name], tensor) for name, tensor in frozen.items())
             versions[index] = int(told.settings[VERSION])
-            assert party.installed_version(RUN, index, number + 1) == versions[index]
+            assert party.holds(RUN, index, number + 1)[0] == versions[index]
             whole = strategy.configure(states[number - 1], number, replace(peer, installed_version=0))
             assert state_sha256(party.turn("1" * 16, index, number, whole)) == state_sha256(update)
 
