@@ -105,9 +105,9 @@ class Party:
         return {} if is_lossless(self.codec_down) else self.model.layout.initial
 
     def tell(self, instruction: Instruction, key: int, run: str) -> tuple[RecordDict, Instruction]:
-        """An instruction as it is sent, and what of it the answer will be the difference from."""
+        """An instruction as it is sent, and what of it is needed with the answer: what that is the difference from."""
         content = pack_instruction(instruction, self.codec_down, key, run, self.start)
-        if is_lossless(self.codec_up):
+        if is_lossless(self.codec_up) and not self.experiment.evaluate.similarity:
             return content, Instruction({}, instruction.settings)
         if is_lossless(self.codec_down):
             return content, instruction

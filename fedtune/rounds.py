@@ -39,6 +39,7 @@ from fedtune.protocol import Instruction, Update, same_instruction
 from fedtune.replies import Replies
 from fedtune.roster import Roster
 from fedtune.run_folder import RunFolder, check_vacant
+from fedtune.similarity import Signs, every_two, signs_of
 from fedtune.summary import summarise
 from fedtune.traits import traits_of
 
@@ -52,6 +53,7 @@ class Round:
     failures: list[tuple[int, int, str]] = field(default_factory=list)
     seconds: float = 0.0
     error: float | None = None  # how far the server's update is from the mean of the clients'
+    signs: dict[int, Signs] = field(default_factory=dict)  # of the updates that count, if they are asked for
     _sums: dict[str, tuple[int, float]] = field(default_factory=dict)  # per metric: examples, and their weighted sum
 
     def count(self, update: Update) -> None:
@@ -252,6 +254,9 @@ class Server:
         else:
             if (version := int(told.settings.get(VERSION, 0))) != peer.installed_version:
                 self.roster.peers[index] = replace(peer, installed_version=version)
+            if self.experiment.evaluate.similarity:
+                known = told.tensors if traits_of(self.strategy).lossy_up else None
+                played.signs[index] = signs_of(update.tensors, blob, self.party.codec_up, known)
             replies.add(peer, update, blob, told.tensors)
             played.count(update)
             part, size = "train", wire.update_bytes(blob, update)
@@ -319,6 +324,7 @@ class Server:
         }
         self.folder.append_ledger(entries)
         self.folder.append_failures(played.failures)
+        self.folder.append_similarity(number, every_two(played.signs))
         self.folder.append_metrics(row)
         files = adapter_files(self.party.model)
         if (config := files.get(ADAPTER_CONFIG, b"")) == self.adapter_config:  # it changes with the ranks alone
