@@ -54,11 +54,9 @@ def encode(codec: Codec, tensors: Tensors, key: int, known: Tensors) -> bytes:
     """
     if is_lossless(codec):
         return codec.encode(tensors, key)
-    parts = {name: _part(known[name], tensor.shape) for name, tensor in tensors.items() if name in known}
     coded = {
         name: tensors[name].detach().cpu().to(wide(part)) - part.cpu().to(wide(part))
-        for name, part in parts.items()
-        if part is not None and part.is_floating_point() and tensors[name].dtype == part.dtype
+        for name, part in starts_of(tensors, known).items()
     }
     others = {name: tensor for name, tensor in tensors.items() if name not in coded}
     rest = WHOLE.encode(others, key) if others else b""
@@ -87,6 +85,17 @@ def decode(codec: Codec, blob: bytes, known: Tensors) -> Tensors:
         assert part is not None
         tensors[name] = (part.cpu().to(wide(part)) + moved.to(wide(part))).to(part.dtype)
     return dict(sorted(tensors.items()))
+
+
+def starts_of(tensors: Tensors, known: Tensors) -> Tensors:
+    """What each tensor is the difference from, by name: the part of the known one that has its shape. Not in it are
+    tensors that aren't known, are known with another dtype, or hold whole numbers."""
+    parts = {name: _part(known[name], tensor.shape) for name, tensor in tensors.items() if name in known}
+    return {
+        name: part
+        for name, part in parts.items()
+        if part is not None and part.is_floating_point() and tensors[name].dtype == part.dtype
+    }
 
 
 def with_feedback(tensors: Tensors, residual: Mapping[str, Tensor]) -> Tensors:

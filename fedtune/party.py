@@ -194,7 +194,7 @@ class Party:
         """Client `index` does its part of a round (`turn`); its answer as it is sent."""
         before = self.memory.recall(run, index, round) if grid(self.codec_up) else {}
         update = self.turn(run, index, round, instruction)
-        key, known = fold(self.experiment.seed, "up", round, index), instruction.tensors
+        key, known = fold(self.experiment.seed, "up", round, index), self.known(instruction)
         if self.feedback:
             update = replace(update, tensors=with_feedback(update.tensors, self.residuals.recall(run, index, round)))
         codec = self._best(index, instruction, update, before, key)
@@ -203,6 +203,10 @@ class Party:
             sent = decode(codec, blob_of(content), known)
             self.residuals.keep(run, index, round, left_out(update.tensors, sent))
         return content
+
+    def known(self, told: Instruction) -> Tensors:
+        """What a lossy answer is the difference from: what the client was told, else what every model starts from."""
+        return told.tensors if is_lossless(self.codec_up) else {**self.model.layout.initial, **told.tensors}
 
     def _best(self, index: int, told: Instruction, update: Update, memory: Tensors, key: int) -> Codec:
         """The uplink codec; of a grid, the one under which what is sent of `update` has the lowest loss on the client's
@@ -217,7 +221,7 @@ class Party:
             return tried[0] if tried else self.codec_up
         losses = []
         for codec in tried:
-            sent = decode(codec, encode(codec, update.tensors, key, told.tensors), told.tensors)
+            sent = decode(codec, encode(codec, update.tensors, key, self.known(told)), self.known(told))
             self.install(Instruction({**told.tensors, **sent}, told.settings), dict(memory))
             loss = self._score(own).loss
             losses.append(loss if math.isfinite(loss) else math.inf)

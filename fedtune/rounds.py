@@ -40,6 +40,7 @@ from fedtune.protocol import Instruction, Update, is_lossless, same_instruction,
 from fedtune.replies import Replies
 from fedtune.roster import Roster
 from fedtune.run_folder import RunFolder, check_vacant
+from fedtune.similarity import Signs, every_two, signs_of
 from fedtune.summary import summarise
 from fedtune.traits import traits_of
 
@@ -53,6 +54,7 @@ class Round:
     failures: list[tuple[int, int, str]] = field(default_factory=list)
     seconds: float = 0.0
     error: float | None = None  # how far the server's update is from the mean of the clients'
+    signs: dict[int, Signs] = field(default_factory=dict)  # of the updates that count, if they are asked for
     _sums: dict[str, tuple[int, float]] = field(default_factory=dict)  # per metric: examples, and their weighted sum
 
     def count(self, update: Update) -> None:
@@ -227,7 +229,8 @@ class Server:
             known = next((made for made in packed if made[1] == since and same_instruction(made[0], instruction)), None)
             if known is None:
                 content, heard = self.party.tell(instruction, key, self.run_id, last, since)
-                if is_lossless(self.party.codec_up):  # then an answer says all by itself
+                if is_lossless(self.party.codec_up) and not self.experiment.evaluate.similarity:
+                    # Nothing of it is needed with the answer
                     heard = Instruction({}, heard.settings)
                 known = (instruction, since, content, heard, wire.payload_bytes(content), content_bytes(content))
                 packed.append(known)
@@ -250,7 +253,8 @@ class Server:
             blob = wire.blob_of(content)
             payload = len(blob)
             told = self.told[index]
-            update = wire.unpack_update(content, blob, self.party.codec_up, told.tensors)
+            known = self.party.known(told)
+            update = wire.unpack_update(content, blob, self.party.codec_up, known)
             if update.examples > peer.samples:
                 raise WireError(f"it claims {update.examples} examples; at the handshake it had {peer.samples}")
             check_scaling(update, float(told.settings.get(SCALING, self.party.model.layout.scaling)))
@@ -262,7 +266,10 @@ class Server:
         else:
             if (version := int(told.settings.get(VERSION, 0))) != peer.installed_version:
                 self.roster.peers[index] = replace(peer, installed_version=version)
-            replies.add(peer, update, blob, told.tensors)
+            if self.experiment.evaluate.similarity:
+                start = told.tensors if traits_of(self.strategy).lossy_up else None
+                played.signs[index] = signs_of(update.tensors, blob, self.party.codec_up, start, known)
+            replies.add(peer, update, blob, known)
             played.count(update)
             part, size = "train", wire.update_bytes(blob, update)
         self._book_arrival(played.number, index, part, arrival, payload, size)
@@ -330,6 +337,7 @@ class Server:
         }
         self.folder.append_ledger(entries)
         self.folder.append_failures(played.failures)
+        self.folder.append_similarity(number, every_two(played.signs))
         self.folder.append_metrics(row)
         files = adapter_files(self.party.model)
         if (config := files.get(ADAPTER_CONFIG, b"")) == self.adapter_config:  # it changes with the ranks alone

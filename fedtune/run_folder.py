@@ -5,6 +5,7 @@ metrics.csv     a line per round
 ledger.csv      a line per message
 failures.csv    what went wrong, with whom; a line per failed client and round
 clients.csv     what each client's own model is worth, where a method leaves clients with one
+similarity.csv  how much the signs of clients' updates agree, where evaluate.similarity asks for it; a line per pair
 summary.json    totals, versions, hashes; replaced after each round
 checkpoint/     the strategy's state after the last finished round
 adapter/        the global adapter, for PeftModel.from_pretrained; none where the base itself is trained
@@ -51,6 +52,7 @@ METRICS = (
     "requantization_error",  # of the whole change of the base, relative; empty where it is kept beside the base
 )
 FAILURES = ("round", "peer", "error")
+SIMILARITY = ("round", "peer", "other", "similarity")
 CLIENTS = ("round", "peer", "eval_loss", "eval_accuracy", "tokens")
 
 
@@ -130,6 +132,13 @@ class RunFolder:
         ]
         self._append("clients.csv", CLIENTS, _csv_text(lines))
 
+    def append_similarity(self, round: int, pairs: Iterable[tuple[int, int, float | None]]) -> None:
+        """Args:
+        pairs: as fedtune.similarity.every_two has them.
+        """
+        lines = [[_cell(cell) for cell in (round, *pair)] for pair in pairs]
+        self._append("similarity.csv", SIMILARITY, _csv_text(lines))
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         with self._writing("summary.json") as path:
             write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
@@ -159,7 +168,8 @@ class RunFolder:
         A killed run may have written lines of a round whose checkpoint it didn't reach; that round is run again.
         """
         kept: list[Entry] = []
-        tables = dict.fromkeys(("metrics.csv", "failures.csv", "clients.csv"), _round_of) | {"ledger.csv": ledger.parse}
+        by_round = ("metrics.csv", "failures.csv", "clients.csv", "similarity.csv")
+        tables = dict.fromkeys(by_round, _round_of) | {"ledger.csv": ledger.parse}
         for name, parse in tables.items():
             path = self.path / name
             if not path.exists():

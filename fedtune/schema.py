@@ -232,6 +232,7 @@ class EvaluateSpec:
     batch_size: int = option(16, "examples per forward pass")
     clients: bool = option(False, "each client also scores what it received on its own held-out data")
     exactness: bool = option(True, "measure each round how far the server's update is from the mean of the clients'")
+    similarity: bool = option(False, "write each round how much the signs of clients' updates agree: similarity.csv")
 
     def __post_init__(self) -> None:
         at_least("evaluate.every", self.every, 0)

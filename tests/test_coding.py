@@ -196,7 +196,7 @@ def test_of_several_alphas_each_client_takes_the_one_with_the_lowest_loss(small_
         (["method=flora", "codec_up=stc"], "codec_up=stc is lossy, and what method=flora sends up"),
         (["method=fedex_lora", "codec=topk"], "codec_down=topk is lossy, and what method=fedex_lora sends down"),
         (["method=fedkseed", "codec_up=compeft"], "codec_up=compeft is lossy"),
-        (["codec_down=packed", "+codec_down.feedback=true"], "codec_down.feedback=true: this codec leaves nothing out"),
+        (["codec_down=packed", "codec_down.feedback=true"], "feedback"),
         (["codec=compeft", "codec.alpha=[1,2]"], "codec_down: several values of a setting are for clients"),
         (["codec_up=compeft", "codec_up.alpha=[1,2]", "data.client_heldout=0"], "client_heldout=0 leaves them nothing"),
         (["codec_up=compeft", "codec_up.alpha=[]"], "expected a number above 0, or several"),
