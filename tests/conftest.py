@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,17 @@ from flwr.clientapp import ClientApp
 from fedtune.config import compose
 from fedtune.runtime.app import make_server_app
 from fedtune.runtime.local import LocalGrid, run_local, server_context
+from fedtune.schema import Experiment
 
 hypothesis.settings.register_profile("fedtune", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("fedtune")
 
+# Few and short examples: tokenising the default data takes longer than such a run
+PAIRS = Path(__file__).with_name("pairs.jsonl")
 # A few small clients on the toy model: a run takes under a second once everything is imported
 SMALL = (
     "model=tiny",
+    f"data.path={PAIRS}",
     "data.partition=iid",
     "population.clients=4",
     "population.cohort=3",
@@ -56,13 +62,37 @@ def _turn(name: str) -> int:
     return LONG.index(name) if name in LONG else len(LONG) + (name == LAST)
 
 
+def small(*overrides: str, out: Path) -> Experiment:
+    """A small experiment. Hydra takes a third of a small run's time, and is asked once for the same words."""
+    composed = _composed(overrides)
+    return replace(composed, out=str(out), overrides=[*composed.overrides, f"out={out}"])
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> Experiment:
+    return compose([*SMALL, *overrides])
+
+
 @pytest.fixture
 def small_run(tmp_path: Path) -> Callable[..., Path]:
     """Run a small experiment in this process; returns its folder."""
 
     def run(*overrides: str, name: str = "run", rounds: int = 2) -> Path:
         folder = tmp_path / name
-        run_local(compose([*SMALL, f"rounds={rounds}", f"out={folder}", *overrides]))
+        run_local(small(f"rounds={rounds}", *overrides, out=folder))
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Small experiments that are run once for all tests of a file, which write nowhere near their folders."""
+
+    @cache
+    def run(*overrides: str, rounds: int = 2) -> Path:
+        folder = tmp_path_factory.mktemp("shared") / "run"
+        run_local(small(f"rounds={rounds}", *overrides, out=folder))
         return folder
 
     return run
@@ -88,8 +118,9 @@ def fedtune(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 def run_on(grid_class: type[LocalGrid], app: ClientApp, folder: Path, *overrides: str) -> LocalGrid:
     """Run a small experiment on a Grid and a ClientApp of the test's own; returns the Grid."""
-    config = {"config": compose([*SMALL, f"out={folder}", *overrides]).text()}
-    grid = grid_class(app, 4, config)
+    experiment = small(*overrides, out=folder)
+    config = {"config": experiment.text()}
+    grid = grid_class(app, experiment.population.clients, config)
     make_server_app()(grid=grid, context=server_context(config))
     return grid
 

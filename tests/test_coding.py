@@ -141,9 +141,9 @@ def test_replies_that_wait_on_disk_are_decoded_against_what_was_sent(tmp_path):
 
 
 @pytest.mark.parametrize("codec", LOSSY)
-def test_runs_learn_with_it_up_and_down_and_the_ledger_has_its_bytes(small_run, codec):
+def test_runs_learn_with_it_up_and_down_and_the_ledger_has_its_bytes(small_run, shared_run, codec):
     folder = small_run(*f"codec={codec}".split(), "train.lr=0.01", "method=fedit", rounds=3)
-    raw = small_run("method=fedit", "train.lr=0.01", name="raw", rounds=3)
+    raw = shared_run("train.lr=0.01", "method=fedit", rounds=3)
     losses = [float(row["eval_loss"]) for row in rows(folder, "metrics.csv")]
     assert losses[-1] < losses[0]
     for direction in ("up", "down"):

@@ -1,11 +1,13 @@
 """What every method promises, on the real engine: a new file in conf/method is taken up here by itself."""
 
+import shutil
 from collections.abc import Iterable
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, rows, run_on, summary_of
+from conftest import rows, run_on, small, summary_of
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
@@ -13,7 +15,7 @@ from flwr.common.serde import message_to_proto
 from fedtune import wire
 from fedtune.base_change import DENSE
 from fedtune.checkpoint import state_sha256
-from fedtune.config import choices, compose
+from fedtune.config import choices
 from fedtune.errors import QuorumError
 from fedtune.lowrank import pairs
 from fedtune.merging import from_residual
@@ -24,13 +26,11 @@ from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.traits import traits_of
 
 METHODS = choices("method")
-PAIRS = Path(__file__).with_name("pairs.jsonl")
 pytestmark = pytest.mark.parametrize("method", METHODS)
 
 
 def of(method):
-    """The words for a method, on few and short examples: most of a small run is tokenising."""
-    return f"method={method}", f"data.path={PAIRS}", *SEEDED.get(method, ())
+    return f"method={method}", *SEEDED.get(method, ())
 
 
 # Few and large steps, for two rounds of which the tiny model has to learn something
@@ -44,53 +44,91 @@ SEEDED = {
 }
 
 
+def party_of(method):
+    return Party(small(*of(method), "rounds=2", out=Path("unused")))
+
+
 def among_several(method):
-    if compose(["model=tiny", *of(method)]).method.pooled:
+    if party_of(method).experiment.method.pooled:
         pytest.skip("one client has all the data: there is nobody to be left with")
 
 
-def personal(method):
-    return traits_of(Party(compose(["model=tiny", *of(method)])).strategy).personal
+def traits(method):
+    return traits_of(party_of(method).strategy)
 
 
 def without_times(table):
     return [{key: value for key, value in row.items() if "seconds" not in key} for row in table]
 
 
-def test_two_rounds_learn_and_leave_a_whole_folder(method, small_run):
-    folder = small_run(*of(method))
-    metrics = rows(folder, "metrics.csv")
+@pytest.fixture
+def two_rounds(method, shared_run):
+    """The folder of the method's plain run."""
+    return shared_run(*of(method))
+
+
+def test_two_rounds_learn_and_leave_a_whole_folder(method, two_rounds):
+    metrics = rows(two_rounds, "metrics.csv")
     assert [row["round"] for row in metrics] == ["0", "1", "2"]
     assert float(metrics[2]["eval_loss"]) < float(metrics[0]["eval_loss"])
-    assert summary_of(folder)["status"] == "finished"
+    assert summary_of(two_rounds)["status"] == "finished"
     result = "model.fedtune" if method in SEEDED else "adapter"
-    assert {path.name for path in folder.iterdir()} >= {
+    assert {path.name for path in two_rounds.iterdir()} >= {
         "config.yaml", "metrics.csv", "ledger.csv", "summary.json", "checkpoint", result,
     }  # fmt: skip
 
 
-def test_one_seed_has_one_result(method, small_run):
-    one, again = small_run(*of(method), name="one"), small_run(*of(method), name="again")
-    assert summary_of(one)["state_sha256"] == summary_of(again)["state_sha256"]
-    assert without_times(rows(one, "metrics.csv")) == without_times(rows(again, "metrics.csv"))
-    assert without_times(rows(one, "ledger.csv")) == without_times(rows(again, "ledger.csv"))
+def test_one_seed_has_one_result(method, two_rounds, small_run):
+    again = small_run(*of(method), name="again")
+    assert summary_of(two_rounds)["state_sha256"] == summary_of(again)["state_sha256"]
+    assert without_times(rows(two_rounds, "metrics.csv")) == without_times(rows(again, "metrics.csv"))
+    assert without_times(rows(two_rounds, "ledger.csv")) == without_times(rows(again, "ledger.csv"))
     other = small_run(*of(method), "seed=1", name="other")
-    assert summary_of(other)["state_sha256"] != summary_of(one)["state_sha256"]
+    assert summary_of(other)["state_sha256"] != summary_of(two_rounds)["state_sha256"]
 
 
-def test_resume_equals_uninterrupted(method, tmp_path, small_run):
-    whole = small_run(*of(method), name="whole", rounds=4)
-    parts = small_run(*of(method), name="parts", rounds=2)
-    run_local(compose([*SMALL, "rounds=4", *of(method), f"out={parts}"]), resume=str(parts))
+def test_resume_equals_uninterrupted(method, tmp_path, two_rounds, captured):
+    whole, parts = captured(method).folder, tmp_path / "parts"
+    shutil.copytree(two_rounds, parts)
+    run_local(small(*of(method), "rounds=4", out=parts), resume=str(parts))
     assert summary_of(whole)["state_sha256"] == summary_of(parts)["state_sha256"]
     assert without_times(rows(whole, "metrics.csv")) == without_times(rows(parts, "metrics.csv"))
-    result = "checkpoint/state.safetensors" if method in SEEDED else "adapter/adapter_model.safetensors"
-    if method not in SEEDED:
-        assert (whole / result).read_bytes() == (parts / result).read_bytes()
+    result = "model.fedtune" if method in SEEDED else "adapter/adapter_model.safetensors"
+    assert (whole / result).read_bytes() == (parts / result).read_bytes()
+
+
+def sent(folder, direction):
+    return sum(int(row["payload_bytes"]) for row in rows(folder, "ledger.csv") if row["direction"] == direction)
+
+
+# Where what is sent has, in part, no start that the other end was told, and goes whole: it saves less than half
+PARTLY = {("fed_sb", "down"), ("rolora", "up"), ("scaffold", "up"), ("scaffold", "down")}
+
+
+def test_lossy_codecs_where_the_method_takes_them_save_bytes(method, two_rounds, small_run):
+    """int8 in each direction that the method's traits allow, against the same run with raw."""
+    allowed = {"up": traits(method).lossy_up, "down": traits(method).lossy_down}
+    if not any(allowed.values()):
+        pytest.skip("what it sends has to come as it is")
+    codecs = [f"codec_{direction}={'int8' if fits else 'raw'}" for direction, fits in allowed.items()]
+    folder = small_run(*of(method), *codecs, name="int8")
+    assert summary_of(folder)["status"] == "finished"
+    assert not rows(folder, "failures.csv")
+    assert [row["failed"] for row in rows(folder, "metrics.csv")] == ["0", "0", "0"]
+    if method == "local_only":
+        return  # it sends no tensor either way
+    for direction, fits in allowed.items():
+        mine, raw = sent(folder, direction), sent(two_rounds, direction)
+        if not fits:
+            assert mine == raw
+        elif (method, direction) in PARTLY:
+            assert raw / 2 < mine < raw
+        else:
+            assert 0 < mine < raw / 2
 
 
 class CapturingGrid(LocalGrid):
-    """The real Grid, keeping what crosses it in serialised form."""
+    """The real Grid, measuring what crosses it in serialised form."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -115,17 +153,31 @@ class CapturingGrid(LocalGrid):
         return replies
 
 
-def test_the_ledger_is_what_crossed_the_grid(method, tmp_path):
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory):
+    """A method's run of four rounds on a CapturingGrid, played once; its folder is the grid's `folder`."""
+
+    @cache
+    def play(method):
+        folder = tmp_path_factory.mktemp("captured") / "run"
+        grid = run_on(CapturingGrid, make_client_app(), folder, *of(method), "rounds=4")
+        grid.folder = folder
+        return grid
+
+    return play
+
+
+def test_the_ledger_is_what_crossed_the_grid(method, captured):
     among_several(method)
-    grid = run_on(CapturingGrid, make_client_app(), tmp_path / "run", *of(method), "rounds=3")
+    grid = captured(method)
     booked = [
         (int(r["round"]), int(r["peer"]), r["direction"], int(r["wire_bytes"]), int(r["payload_bytes"]))
-        for r in rows(tmp_path / "run", "ledger.csv")
+        for r in rows(grid.folder, "ledger.csv")
     ]
     assert sorted(booked) == sorted(grid.captured)
-    looks = 2 * 4 * 4 if personal(method) else 0  # all four are asked after each round, and before the first
-    assert len(booked) == 2 * 4 + 2 * 3 * 3 + looks  # a handshake with all four, and three rounds with three of them
-    totals = summary_of(tmp_path / "run")["totals"]
+    looks = 2 * 5 * 4 if traits(method).personal else 0  # all four are asked after each round, and before the first
+    assert len(booked) == 2 * 4 + 2 * 4 * 3 + looks  # a handshake with all four, and four rounds with three of them
+    totals = summary_of(grid.folder)["totals"]
     for direction in ("up", "down"):
         assert totals[f"{direction}_wire_bytes"] == sum(
             size for _, _, way, size, _ in grid.captured if way == direction
@@ -145,25 +197,37 @@ def tampering_app(tamper):
     return app
 
 
-def test_a_round_goes_on_without_a_client_that_drops_out(method, tmp_path):
+@pytest.fixture(scope="module")
+def tampered(tmp_path_factory):
+    """A method's run of four rounds with all four clients, played once for each way to tamper with replies."""
+
+    @cache
+    def play(method, tamper):
+        folder = tmp_path_factory.mktemp("tampered") / "run"
+        how = partial(tamper, party_of(method).codec_up)
+        run_on(LocalGrid, tampering_app(how), folder, *of(method), "rounds=4", "population.cohort=4")
+        return folder
+
+    return play
+
+
+def without_client_one(codec, index, reply):
+    if index == 1:
+        raise ConnectionError("the battery is flat")
+    return reply
+
+
+def test_a_round_goes_on_without_a_client_that_drops_out(method, tampered):
     among_several(method)
-
-    def drop_the_first(index, reply):
-        if index == 0:
-            raise ConnectionError("the battery is flat")
-        return reply
-
-    overrides = [*of(method), "rounds=2", "population.cohort=4"]
-    run_on(LocalGrid, tampering_app(drop_the_first), tmp_path / "run", *overrides)
-    failures = rows(tmp_path / "run", "failures.csv")
-    assert [(r["round"], r["peer"]) for r in failures] == [("1", "0"), ("2", "0")]
+    folder = tampered(method, without_client_one)
+    failures = rows(folder, "failures.csv")
+    assert [(r["round"], r["peer"]) for r in failures] == [(number, "1") for number in "1234"]
     assert "the battery is flat" in failures[0]["error"]
-    failed = [r for r in rows(tmp_path / "run", "ledger.csv") if r["part"] == "failed"]
+    failed = [r for r in rows(folder, "ledger.csv") if r["part"] == "failed"]
     assert [(r["round"], r["peer"], r["direction"], r["payload_bytes"]) for r in failed] == [
-        ("1", "0", "up", "0"),
-        ("2", "0", "up", "0"),
+        (number, "1", "up", "0") for number in "1234"
     ]
-    assert [r["failed"] for r in rows(tmp_path / "run", "metrics.csv")] == ["0", "1", "1"]
+    assert [r["failed"] for r in rows(folder, "metrics.csv")] == ["0", "1", "1", "1", "1"]
 
 
 def something(update):
@@ -171,104 +235,105 @@ def something(update):
     return update.tensors or {"": torch.zeros(1)}
 
 
-def lies():
-    def not_finite(content, codec):
-        update = wire.unpack_update(content, wire.blob_of(content), codec)
-        broken = {name: torch.full(tensor.shape, float("nan")) for name, tensor in something(update).items()}
-        return wire.pack_update(Update(broken, update.examples, update.metrics), codec, 0)
+def not_finite(content, codec):
+    update = wire.unpack_update(content, wire.blob_of(content), codec)
+    broken = {name: torch.full(tensor.shape, float("nan")) for name, tensor in something(update).items()}
+    return wire.pack_update(Update(broken, update.examples, update.metrics), codec, 0)
 
-    def too_many_examples(content, codec):
-        update = wire.unpack_update(content, wire.blob_of(content), codec)
-        return wire.pack_update(Update(update.tensors, 10**12, update.metrics), codec, 0)
 
-    def renamed(content, codec):
-        update = wire.unpack_update(content, wire.blob_of(content), codec)
-        return wire.pack_update(Update({f"x{n}": t for n, t in something(update).items()}, update.examples), codec, 0)
+def too_many_examples(content, codec):
+    update = wire.unpack_update(content, wire.blob_of(content), codec)
+    return wire.pack_update(Update(update.tensors, 10**12, update.metrics), codec, 0)
 
-    def nothing(content, codec):
-        return RecordDict()
 
-    return [not_finite, too_many_examples, renamed, nothing]
+def renamed(content, codec):
+    update = wire.unpack_update(content, wire.blob_of(content), codec)
+    return wire.pack_update(Update({f"x{n}": t for n, t in something(update).items()}, update.examples), codec, 0)
+
+
+def nothing(content, codec):
+    return RecordDict()
+
+
+LIES = {"1": not_finite, "2": too_many_examples, "3": renamed, "4": nothing}  # by round
+
+
+def client_one_lies(codec, index, reply):
+    if index == 1:
+        reply.content = LIES[reply.metadata.group_id](reply.content, codec)
+    return reply
+
+
+@pytest.mark.parametrize("number", LIES, ids=lambda number: LIES[number].__name__)
+def test_a_lying_client_changes_nothing(method, number, tampered):
+    """The result is the one without that client, to the last bit: the loss after the round of this lie, and the state
+    at the end."""
+    among_several(method)
+    lied, dropped = tampered(method, client_one_lies), tampered(method, without_client_one)
+    one, other = (rows(folder, "metrics.csv")[int(number)] for folder in (lied, dropped))
+    assert (one["clients"], one["failed"]) == ("3", "1")
+    assert one["eval_loss"] == other["eval_loss"]
+    assert summary_of(lied)["totals"]["failed"] == 4
+    assert summary_of(lied)["state_sha256"] == summary_of(dropped)["state_sha256"]
+
+
+def test_fewer_replies_than_the_quorum_stop_the_run_and_keep_what_was_done(method, tmp_path, captured):
+    among_several(method)
+    asked = []
+
+    def fail_in_round_two(index, reply):
+        if reply.metadata.group_id == "2":
+            asked.append(index)
+            if len(asked) > 1:
+                raise ConnectionError("gone")
+        return reply
+
+    words, folder = (*of(method), "rounds=4"), tmp_path / "run"
+    with pytest.raises(
+        QuorumError, match=r"round 2: 1 of 3 clients gave a usable update, population.quorum asks for 2"
+    ):
+        run_on(LocalGrid, tampering_app(fail_in_round_two), folder, *words)
+    summary = summary_of(folder)
+    assert (summary["status"], summary["rounds"]) == ("failed", 1)
+    assert [r["round"] for r in rows(folder, "metrics.csv")] == ["0", "1"]
+    assert len(rows(folder, "failures.csv")) == 2
+    run_local(small(*words, out=folder), str(folder))
+    assert summary_of(folder)["state_sha256"] == summary_of(captured(method).folder)["state_sha256"]
 
 
 RUN = "0" * 16
 
 
-@pytest.mark.parametrize("lie", lies(), ids=lambda lie: lie.__name__)
-def test_a_lying_client_changes_nothing(method, lie, tmp_path):
-    """The result is the one without that client, to the last bit."""
-    among_several(method)
-    codec = Party(compose(["model=tiny", *of(method)])).codec_up
+@pytest.fixture(scope="module")
+def first_updates():
+    """A method's strategy, its first state, what all clients answer to it, and the hashes of both, made once."""
 
-    def tamper(index, reply):
-        if index == 1:
-            reply.content = lie(reply.content, codec)
-        return reply
+    @cache
+    def make(method):
+        party = party_of(method)
+        state = party.strategy.init(party.model.layout)
+        peers = [Peer(index, party.samples(index)) for index in range(party.experiment.population.clients)]
+        updates = [party.turn(RUN, peer.index, 1, party.strategy.configure(state, 1, peer)) for peer in peers]
+        replies = list(zip(peers, updates, strict=True))
+        return party.strategy, state, replies, hashes(state, replies)
 
-    def drop(index, reply):
-        if index == 1:
-            raise ConnectionError("gone")
-        return reply
-
-    overrides = [*of(method), "rounds=1", "population.cohort=4"]
-    run_on(LocalGrid, tampering_app(tamper), tmp_path / "lied", *overrides)
-    run_on(LocalGrid, tampering_app(drop), tmp_path / "dropped", *overrides)
-    lied, dropped = summary_of(tmp_path / "lied"), summary_of(tmp_path / "dropped")
-    assert lied["totals"]["failed"] == 1
-    assert lied["state_sha256"] == dropped["state_sha256"]
+    return make
 
 
-def test_fewer_replies_than_the_quorum_stop_the_run_and_keep_what_was_done(method, tmp_path):
-    among_several(method)
-    done = []
-
-    def fail_in_round_two(index, reply):
-        if reply.metadata.group_id == "2" and index != 3:
-            raise ConnectionError("gone")
-        done.append(index)
-        return reply
-
-    with pytest.raises(
-        QuorumError, match=r"round 2: 1 of 4 clients gave a usable update, population.quorum asks for 2"
-    ):
-        run_on(
-            LocalGrid,
-            tampering_app(fail_in_round_two),
-            tmp_path / "run",
-            *of(method),
-            "rounds=3",
-            "population.cohort=4",
-        )
-    summary = summary_of(tmp_path / "run")
-    assert (summary["status"], summary["rounds"]) == ("failed", 1)
-    assert [r["round"] for r in rows(tmp_path / "run", "metrics.csv")] == ["0", "1"]
-    assert len(rows(tmp_path / "run", "failures.csv")) == 3
-    run_local(
-        compose([*SMALL, *of(method), "rounds=3", "population.cohort=4", f"out={tmp_path / 'run'}"]),
-        str(tmp_path / "run"),
-    )
-    run_local(compose([*SMALL, *of(method), "rounds=3", "population.cohort=4", f"out={tmp_path / 'never'}"]))
-    assert summary_of(tmp_path / "run")["state_sha256"] == summary_of(tmp_path / "never")["state_sha256"]
+def hashes(state, replies):
+    return state_sha256(state), [state_sha256(update) for _, update in replies]
 
 
-def first_updates(method):
-    party = Party(compose([*SMALL, *of(method)]))
-    state = party.strategy.init(party.model.layout)
-    peers = [Peer(index, party.samples(index)) for index in range(party.experiment.population.clients)]
-    updates = [party.turn(RUN, peer.index, 1, party.strategy.configure(state, 1, peer)) for peer in peers]
-    return party.strategy, state, list(zip(peers, updates, strict=True))
-
-
-def test_identical_clients_are_a_fixed_point(method):
+def test_identical_clients_are_a_fixed_point(method, first_updates):
     if method == "ferret":
         pytest.skip("each client has directions of its own, so that equal coordinates are no equal updates")
-    strategy, state, replies = first_updates(method)
+    strategy, state, replies, _ = first_updates(method)
     peer, update = replies[0]
     alone = strategy.aggregate(state, 1, [(peer, update)])
     together = strategy.aggregate(state, 1, [(Peer(index, peer.samples), update) for index in range(7)])
     if traits_of(strategy).averages:
         assert state_sha256(alone.adapter) == state_sha256(together.adapter)
-    party = Party(compose([*SMALL, *of(method)]))
+    party = party_of(method)
     one, seven = (change_of(party, strategy.configure(after, 2, Peer(SERVER, 1))) for after in (alone, together))
     assert one.keys() == seven.keys()
     for module, matrix in one.items():
@@ -290,17 +355,16 @@ def change_of(party, instruction):
     return change
 
 
-def test_aggregating_changes_neither_the_old_state_nor_the_updates(method):
-    strategy, state, replies = first_updates(method)
-    before = state_sha256(state), [state_sha256(update) for _, update in replies]
+def test_aggregating_changes_neither_the_old_state_nor_the_updates(method, first_updates):
+    strategy, state, replies, before = first_updates(method)
     strategy.aggregate(state, 1, replies)
-    assert before == (state_sha256(state), [state_sha256(update) for _, update in replies])
+    assert before == hashes(state, replies)
 
 
-def test_a_turn_leaves_no_trace_in_the_next(method):
+def test_a_turn_leaves_no_trace_in_the_next(method, first_updates):
     """A client's update is the same whether it goes first or after all others."""
-    _, _, forward = first_updates(method)
-    party = Party(compose([*SMALL, *of(method)]))
+    _, _, forward, _ = first_updates(method)
+    party = party_of(method)
     state = party.strategy.init(party.model.layout)
     backward = {
         index: party.turn(RUN, index, 1, party.strategy.configure(state, 1, Peer(index, 1)))

@@ -5,10 +5,11 @@ import math
 import shutil
 import struct
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from conftest import SMALL, rows, setting, summary_of
+from conftest import rows, setting, summary_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +21,6 @@ from fedtune.folder import PROMPTS, export
 from fedtune.model_file import KEY, LONGEST, check_target, dump, read
 from fedtune.models import load_base
 from fedtune.party import Party
-from fedtune.runtime.local import run_local
 from fedtune.schema import ADAPTERS, FULL, ModelSpec
 from fedtune.tiny import tiny_model, tiny_tokenizer
 
@@ -58,18 +58,9 @@ def loaded(folder):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(shared_run):
     """Runs of a few words, each played once for all tests, which write nowhere near them."""
-    known = {}
-
-    def run(*words):
-        if words not in known:
-            folder = tmp_path_factory.mktemp("runs") / "run"
-            run_local(compose([*SMALL, "rounds=2", "train.lr=0.02", f"out={folder}", *words]))
-            known[words] = folder
-        return known[words]
-
-    return run
+    return partial(shared_run, "train.lr=0.02")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from conftest import SMALL, rows, run_on, summary_of
+from conftest import rows, run_on, small, summary_of
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from layers import distance
@@ -17,7 +17,6 @@ from safetensors.torch import load, load_file
 
 from fedtune import wire
 from fedtune.checkpoint import load_checkpoint
-from fedtune.config import compose
 from fedtune.merging import FROM, VERSION, from_residual, installed_version, size_of
 from fedtune.party import Party
 from fedtune.protocol import SERVER, Peer
@@ -135,11 +134,11 @@ def test_after_a_turn_that_failed_everything_is_sent_again(method, states, tmp_p
 @pytest.mark.parametrize("method", MERGING)
 def test_resumed_in_the_middle_it_ends_the_same(method, limit, tmp_path):
     """With room for all merges, and with so little that they are cut back on the way."""
-    words = [*SMALL, *FEW, f"method={method}", f"method.strategy.residual_rank={limit}"]
+    words = [*FEW, f"method={method}", f"method.strategy.residual_rank={limit}"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_local(compose([*words, "rounds=6", f"out={whole}"]))
-    run_local(compose([*words, "rounds=3", f"out={parts}"]))
-    run_local(compose([*words, "rounds=6", f"out={parts}"]), resume=str(parts))
+    run_local(small(*words, "rounds=6", out=whole))
+    run_local(small(*words, "rounds=3", out=parts))
+    run_local(small(*words, "rounds=6", out=parts), resume=str(parts))
     assert summary_of(whole)["state_sha256"] == summary_of(parts)["state_sha256"]
 
     def sent(folder):
@@ -161,7 +160,7 @@ def test_flora_is_the_full_delta_oracle(ranks, tmp_path):
     found = {}
     for method in ("flora", "full_delta"):
         folder = tmp_path / method
-        experiment = compose([*SMALL, "rounds=4", f"method={method}", f"out={folder}", *ranks])
+        experiment = small("rounds=4", f"method={method}", *ranks, out=folder)
         run_local(experiment)
         party = Party(experiment)
         template = party.strategy.init(party.model.layout)
@@ -178,8 +177,8 @@ def test_flora_is_the_full_delta_oracle(ranks, tmp_path):
 @pytest.mark.parametrize("method", ["flora", "florist", "flexlora", "full_delta"])
 def test_mixed_ranks_run(method, tmp_path):
     folder = tmp_path / "run"
-    words = [*SMALL, "rounds=2", f"method={method}", "population.ranks=[4,2,1]", "population.scaling=per_rank"]
-    run_local(compose([*words, f"out={folder}"]))
+    words = ["rounds=2", f"method={method}", "population.ranks=[4,2,1]", "population.scaling=per_rank"]
+    run_local(small(*words, out=folder))
     metrics = rows(folder, "metrics.csv")
     assert float(metrics[2]["eval_loss"]) < float(metrics[0]["eval_loss"])
     assert json.loads((folder / "adapter/adapter_config.json").read_text())["r"] >= 1
@@ -188,7 +187,7 @@ def test_mixed_ranks_run(method, tmp_path):
 def test_the_exported_adapter_is_the_model_that_was_scored(tmp_path):
     """What was merged into the base is part of it."""
     folder = tmp_path / "run"
-    experiment = compose([*SMALL, "rounds=3", "method=fedex_lora", f"out={folder}"])
+    experiment = small("rounds=3", "method=fedex_lora", out=folder)
     run_local(experiment)
     party = Party(experiment)
     template = party.strategy.init(party.model.layout)
