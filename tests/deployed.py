@@ -1,17 +1,22 @@
 """What the tests on real nodes share."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 from conftest import rows
 
+HERE = Path(__file__).parent
+PATHS = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+
 
 def call(fleet, *arguments):
-    """`fedtune run ...`, as the operator of the fleet."""
+    """`fedtune run ...` of this checkout, which need not be the one that is installed, as the operator of the fleet."""
     return subprocess.Popen(
         [sys.executable, "-m", "fedtune.cli", "run", *arguments],
         cwd=fleet.operator,
-        env=fleet.environment(fleet.operator, f"{fleet.mark}/operator"),
+        env={**fleet.environment(fleet.operator, f"{fleet.mark}/operator"), **PATHS},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,8 +1,9 @@
 """A client that misbehaves when told to, for tests against real processes.
 
 MISCHIEF="how:seed:round:index ..." in the environment of the process that trains; how is one of `raise`, `die`
-(SIGKILL), `die-once` (a file in MISCHIEF_DONE remembers), `hang`, `slow` (4 s) and `nan`. But for `slow` nothing is
-remembered of such a turn, so a run in which the same turns just raise has the same result.
+(SIGKILL), `hang`, `slow` (12 s) and `nan`; with `-once` it is so at the first try only (a file in the folder
+MISCHIEF_DONE remembers). But for `slow` the client keeps nothing of such a turn, so a run in which the same turns just
+raise has the same result.
 """
 
 import os
@@ -25,17 +26,17 @@ class Mischief(Remembering):
     def train(self, model, batches, instruction, memory, key):
         told = [word.split(":") for word in os.environ.get("MISCHIEF", "").split()]
         how = next((how for how, *at in told if key == fold(int(at[0]), "train", int(at[1]), int(at[2]))), None)
+        if how and how.endswith("-once"):
+            done = Path(os.environ["MISCHIEF_DONE"], how)
+            how = None if done.exists() else how.removesuffix("-once")
+            done.touch()
         if how == "raise":
             raise ConnectionError("the battery is flat")
         if how == "nan":
             broken = {name: tensor * torch.nan for name, tensor in instruction.tensors.items()}
             return Update(broken, batches.examples)
-        if how == "die-once":
-            done = Path(os.environ["MISCHIEF_DONE"])
-            how = None if done.exists() else "die"
-            done.touch()
         if how == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if how in ("hang", "slow"):
-            time.sleep(10_000 if how == "hang" else 4)
+            time.sleep(10_000 if how == "hang" else 12)
         return super().train(model, batches, instruction, memory, key)

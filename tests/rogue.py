@@ -12,6 +12,7 @@ It answers the handshake with the content in the file GREETING, and then
 """
 
 import hashlib
+import signal
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,7 @@ from fedtune.protocol import Update
 
 def main() -> None:
     superlink, authority, key_file, greeting = sys.argv[1:]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # says goodbye: else later runs wait for its greeting
     private = load_ssh_private_key(Path(key_file).read_bytes(), None)
     keys = private, private.public_key()
     with http_request_response(superlink, False, Path(authority).read_bytes(), keys) as connection:

@@ -146,30 +146,6 @@ def test_a_taken_port_is_left_for_another(fleet):
     assert node.node_id == before
 
 
-def test_a_node_that_lost_its_power_comes_back_as_itself(fleet):
-    """Flower notices after two missed heartbeats, and turns the node away until then.
-
-    The node stays away until the run has ended: if it came back between two looks of the server (every 3 s), Flower
-    would not notice, and its message would stay unanswered for the 12 hours that a message lives.
-    """
-    node = fleet.nodes[0]
-    before = node.node_id
-    run = fleet.begin({"seconds": 2.0})
-    assert wait_until(node.client_apps, 60)
-    node.kill()
-    assert not fleet.node_process_ids(0)
-    with pytest.raises(DeploymentError, match="Exit Code: 305"):
-        node.start()
-    result = run.wait(120)
-    assert result.completed
-    lost, answered = sorted(answers(result.log.read_text()))
-    assert lost == "error 5"
-    assert "site-1" in answered
-    node.start(patience=60)
-    assert node.node_id == before
-    assert fleet.online()[before] == "online"
-
-
 def test_nothing_is_left_of_a_fleet_that_ends_in_the_middle_of_a_run(app, tmp_path):
     others = set(psutil.Process().children(recursive=True))
     with Fleet(tmp_path / "fleet", [Site("site-0")], app=app, secure=False) as fleet:

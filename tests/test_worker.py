@@ -112,11 +112,11 @@ def test_strangers_at_the_socket_change_nothing(place, tmp_path):
 @pytest.mark.slow
 def test_a_worker_that_dies_is_started_again_once(place, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MISCHIEF", "die-once:0:1:1 die:0:2:1")
-    monkeypatch.setenv("MISCHIEF_DONE", str(tmp_path / "died"))
+    monkeypatch.setenv("MISCHIEF_DONE", str(tmp_path))
     _, train, context = messages(tmp_path)
     with caplog.at_level("WARNING", logger="flwr"):
         update = ask(train, context)
-    assert (tmp_path / "died").exists()
+    assert (tmp_path / "die-once").exists()
     assert wire.blob_of(update)
     train.metadata.__dict__["_group_id"] = "2"
     with pytest.raises(ClientError, match="the worker died twice; the end of its log"):
