@@ -37,13 +37,13 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from fedtune.codecs.packed import DTYPES, MAX_DIMENSIONS, Packed, Reader, read_head
-from fedtune.coding import build_codec, wide
+from fedtune.coding import wide
 from fedtune.config import CONF, build, choices, compose
 from fedtune.errors import ConfigError, ExportError, WireError
 from fedtune.export import ADAPTER_CONFIG
 from fedtune.folder import beside, new_folder
 from fedtune.model_file import MALFORMED
-from fedtune.protocol import Codec, Tensors, describe, grid, is_lossless
+from fedtune.protocol import Codec, Tensors, describe, is_lossless
 from fedtune.schema import one_of
 from fedtune.wire import check_finite
 
@@ -190,16 +190,12 @@ def chosen(name: str, words: Sequence[str]) -> Codec:
             raise ConfigError(f"{word}: expected a setting of the codec, as in codec.density=0.1")
     settings = [f"codec_up.{word.removeprefix('codec.')}" for word in words]
     try:
-        codec, feedback = build_codec(compose([f"codec_up={name}", *settings]).codec_up, "codec")
+        spec = dict(compose([f"codec_up={name}", *settings]).codec_up)
     except ConfigError as error:
         raise ConfigError(str(error).replace("codec_up", "codec")) from None
-    if feedback:
+    if spec.pop("feedback", False):
         raise ConfigError("codec.feedback=true: there is no later message that could carry what is left out")
-    if grid(codec):
-        raise ConfigError(
-            "codec: which of several values of a setting is best shows on data, and here is none: give one"
-        )
-    return codec
+    return _codec({name: value for name, value in spec.items() if value is not None}, "codec")
 
 
 def dump(codec: Codec, tensors: Tensors, start: Tensors, sha256: str | None) -> bytes:

@@ -18,7 +18,7 @@ from fedtune.broadcast import Sent, hear, is_link
 from fedtune.coding import build_codec, decode, encode, left_out, with_feedback
 from fedtune.config import build, from_run_config
 from fedtune.corpus import FederatedData, load_data
-from fedtune.errors import DataError
+from fedtune.errors import ClientError, DataError
 from fedtune.evaluate import Score, score
 from fedtune.keys import fold, permutation
 from fedtune.memory import Memory
@@ -169,7 +169,10 @@ class Party:
         return Instruction(heard.told, settings), run
 
     def _recall(self, run: str, index: int, round: int) -> tuple[int, Tensors]:
-        kept = self.heard.recall(run, index, round)
+        try:
+            kept = self.heard.recall(run, index, round)
+        except ClientError:  # the server can send the whole
+            kept = {}
         return int(kept.pop(NUMBER, torch.tensor(0))), kept
 
     def _heard(self, sent: Sent, instruction: Instruction) -> Instruction:

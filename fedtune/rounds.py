@@ -340,6 +340,8 @@ class Server:
         self.folder.append_similarity(number, every_two(played.signs))
         self.folder.append_metrics(row)
         files = adapter_files(self.party.model)
+        for name, content in files.items() if number == 0 else ():
+            self.folder.write_adapter(name, content, "start")
         if (config := files.get(ADAPTER_CONFIG, b"")) == self.adapter_config:  # it changes with the ranks alone
             files.pop(ADAPTER_CONFIG, None)
         for name, content in files.items():

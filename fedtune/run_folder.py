@@ -9,6 +9,7 @@ similarity.csv  how much the signs of clients' updates agree, where evaluate.sim
 summary.json    totals, versions, hashes; replaced after each round
 checkpoint/     the strategy's state after the last finished round
 adapter/        the global adapter, for PeftModel.from_pretrained; none where the base itself is trained
+start/          what it was before the first round, for fedtune compress --start
 model.fedtune   all that makes the model of its base, where that is numbers along seeded directions: a few kB
 """
 
@@ -153,8 +154,11 @@ class RunFolder:
         path = self.path / "checkpoint" / "state.safetensors"
         return load_checkpoint(path, template) if path.exists() else None
 
-    def write_adapter(self, name: str, content: bytes) -> None:
-        with self._writing(f"adapter/{name}") as path:
+    def write_adapter(self, name: str, content: bytes, place: str = "adapter") -> None:
+        """Args:
+        place: `start` for the adapter before the first round, which `fedtune compress` takes the difference from.
+        """
+        with self._writing(f"{place}/{name}") as path:
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, content)
 

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import mischief
 import pytest
@@ -201,12 +202,13 @@ def test_a_resumed_run_ends_in_the_same_bits_and_sends_the_same_bytes(small_run)
     assert metrics[0] == metrics[1]
 
 
-def test_a_client_that_lost_what_it_kept_says_so_when_asked_and_is_sent_the_whole(small_run):
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"harm")], ids=["gone", "damaged"])
+def test_a_client_that_lost_what_it_kept_says_so_when_asked_and_is_sent_the_whole(small_run, harm):
     folder = small_run(*WORDS, rounds=3)
     kept = sorted((folder / "broadcasts").rglob("*.safetensors"))
     assert kept
     for path in kept:
-        path.unlink()
+        harm(path)
     run_local(compose([*SMALL, *WORDS, "rounds=5", f"out={folder}"]), resume=str(folder))
     assert not rows(folder, "failures.csv")
     assert rows(folder, "metrics.csv")[-1]["clients"] == "3"

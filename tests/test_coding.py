@@ -182,7 +182,7 @@ def test_feedback_lasts_over_a_resume_and_changes_what_is_sent(small_run):
 
 def test_of_several_alphas_each_client_takes_the_one_with_the_lowest_loss(small_run):
     """Of 3, which learns, and 1000, which doesn't, every client takes 3 in every round; of one there is no choice."""
-    words = ("codec_up=compeft", "train.lr=0.01")
+    words = ("codec_up=compeft", "train.lr=0.01", "data.client_heldout=0.3")
     results = {
         alpha: summary_of(small_run(*words, f"codec_up.alpha={alpha}", name=f"run-{number}"))["state_sha256"]
         for number, alpha in enumerate(["3", "[3]", "[1000,3]", "[1000]"])

@@ -80,10 +80,11 @@ def round_is_done(folder, number):
 
 def test_a_fleet_gives_the_bits_of_one_process_and_resumes_exactly(fleet, tmp_path, monkeypatch):
     """The SuperLink is killed inside round 2, in which some clients have learnt already, and they remember what they
-    learnt. Somebody tries to go on with other settings; then a new Flower run goes on, for a round more than was asked
-    for at first."""
+    learnt, what they left out of their answers, and the broadcast that the next will build on. Somebody tries to go on
+    with other settings; then a new Flower run goes on, for a round more than was asked for at first."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    process = call(fleet, *words(folder, "seed=1", "rounds=2"))
+    asked = ("seed=1", "codec=compeft", "codec_up.feedback=true")
+    process = call(fleet, *words(folder, *asked, "rounds=2"))
     assert wait_until(lambda: round_is_done(folder, 1), 200)
     assert wait_until(lambda: has_done(fleet.nodes[0], 2), 60)
     fleet.superlink.kill()
@@ -91,18 +92,19 @@ def test_a_fleet_gives_the_bits_of_one_process_and_resumes_exactly(fleet, tmp_pa
     assert process.returncode != 0
     assert not round_is_done(folder, 2)
     with pytest.raises(RunFolderError, match=r"was started with other settings: .*train\.lr: 0\.001 -> 0\.5"):
-        run_local(compose(words(folder, "seed=1", "rounds=2", "train.lr=0.5")), resume=str(folder))
+        run_local(compose(words(folder, *asked, "rounds=2", "train.lr=0.5")), resume=str(folder))
     fleet.superlink.start()
     code, out = run(fleet, f"resume={folder}", "rounds=3")
     assert code == 0, out
     assert "resumed after round 1" in out
-    run_here(whole, monkeypatch, [], "seed=1", "rounds=3")
+    run_here(whole, monkeypatch, [], *asked, "rounds=3")
     assert summary_of(folder)["state_sha256"] == summary_of(whole)["state_sha256"]
     assert failures(folder) == {}
     metrics = rows(folder, "metrics.csv")
     assert [row["clients"] for row in metrics] == ["0", "4", "4", "4"]
+    same = ("eval_loss", "train_loss", "up_payload_bytes", "down_payload_bytes")
     for row, other in zip(metrics, rows(whole, "metrics.csv"), strict=True):
-        assert {row[name] == other[name] for name in ("eval_loss", "train_loss", "up_payload_bytes")} == {True}
+        assert {name: row[name] for name in same} == {name: other[name] for name in same}
 
 
 @dataclass(frozen=True)

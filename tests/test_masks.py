@@ -134,7 +134,7 @@ def test_merging_masks_is_averaging_what_is_decoded():
 @pytest.mark.parametrize("coder", ["golomb", "range"])
 def test_masks_of_compeft_are_those_on_the_wire(coder):
     """Even of values so small beside their starts that the server's sum of both doesn't show them."""
-    codec, shapes = ComPEFT(density=0.2, alpha=1e-9, coder=coder), {"a": (1001,), "b": (7, 11)}
+    codec, shapes = ComPEFT(density=0.2, alpha=1e-9, scale="global", coder=coder), {"a": (1001,), "b": (7, 11)}
     draw = torch.Generator().manual_seed(1)
     known = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
     blob = encode(codec, {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}, 0, known)

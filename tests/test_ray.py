@@ -37,10 +37,11 @@ def failures(folder):
 
 @pytest.mark.slow
 def test_ray_gives_the_bits_of_one_process_and_resumes_exactly(small_run, tmp_path):
-    whole = small_run(*remembering.WORDS, name="whole", rounds=3)
+    more = (*remembering.WORDS, "codec=compeft", "codec_up.feedback=true")
+    whole = small_run(*more, name="whole", rounds=3)
     parts = tmp_path / "parts"
-    run_ray(compose(words(parts, *remembering.WORDS, "rounds=2")))
-    run_ray(compose(words(parts, *remembering.WORDS, "rounds=3")), resume=str(parts))
+    run_ray(compose(words(parts, *more, "rounds=2")))
+    run_ray(compose(words(parts, *more, "rounds=3")), resume=str(parts))
     assert summary_of(parts)["state_sha256"] == summary_of(whole)["state_sha256"]
     assert summary_of(parts)["totals"]["failed"] == 0
     assert (parts / "adapter/adapter_model.safetensors").read_bytes() == (

@@ -24,7 +24,7 @@ from fedtune.party import Party
 from fedtune.protocol import Peer
 from fedtune.runtime.local import run_local
 from fedtune.wire import pack_greeting
-from simulations.fleet import Fleet, Site, SuperLink
+from simulations.fleet import Fleet, Site
 from simulations.fleet.credentials import make_node_key
 from simulations.fleet.processes import wait_until
 from simulations.fleet.runs import LINK
@@ -37,27 +37,20 @@ MEGABYTES = 500
 TIMEOUT = 30  # one turn waits for it in vain; the others take a second, and the first one loads the model
 
 
-class SuperLinkWithoutDatabase(SuperLink):
-    """Flower's default. With one, removing a message of 500 MB locks SQLite for seconds; a busy machine takes longer
-    than the five for which Flower 1.41 waits, and then a SuperNode that asks for messages ends."""
-
-    def _options(self):
-        return [word for word in super()._options() if word not in ("--database", "state.db")]
-
-
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory):
-    """A secure fleet of two nodes that reach the SuperLink through a proxy each."""
+    """A secure fleet of two nodes that reach the SuperLink through a proxy each. It has no database: removing a message
+    of 500 MB locks SQLite for seconds, on a busy machine longer than the five for which Flower 1.41 waits, and a
+    SuperNode that asks for messages then ends."""
     environment = {"PYTHONPATH": str(HERE), "MEGABYTES": str(MEGABYTES)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("simulations.fleet.SuperLink", SuperLinkWithoutDatabase)
-        with Fleet(tmp_path_factory.mktemp("fleet"), [], app=HERE.parent, env=environment) as fleet:
-            target = ("127.0.0.1", fleet.superlink.port)
-            with CountingProxy(target) as one, CountingProxy(target) as two:
-                fleet.proxies = [one, two]
-                for index, proxy in enumerate(fleet.proxies):
-                    fleet.add(Site(f"site-{index}", superlink=f"127.0.0.1:{proxy.port}")).start()
-                yield fleet
+    folder = tmp_path_factory.mktemp("fleet")
+    with Fleet(folder, [], app=HERE.parent, env=environment, database=False) as fleet:
+        target = ("127.0.0.1", fleet.superlink.port)
+        with CountingProxy(target) as one, CountingProxy(target) as two:
+            fleet.proxies = [one, two]
+            for index, proxy in enumerate(fleet.proxies):
+                fleet.add(Site(f"site-{index}", superlink=f"127.0.0.1:{proxy.port}")).start()
+            yield fleet
 
 
 def population(clients):

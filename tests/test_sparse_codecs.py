@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedtune.codecs import sparse
 from fedtune.codecs.compeft import ComPEFT
 from fedtune.codecs.sparse import largest
 from fedtune.codecs.stc import STC
@@ -16,7 +17,13 @@ from fedtune.codecs.topk import TopK
 from fedtune.errors import ConfigError, WireError
 
 CODERS = ["golomb", "range"]
-CODECS = [ComPEFT(), ComPEFT(scale="per_tensor", coder="range"), TopK(), TopK(values="float32", coder="range"), STC()]
+CODECS = [
+    ComPEFT(),
+    ComPEFT(density=0.05, scale="global", coder="range"),
+    TopK(),
+    TopK(values="float32", coder="range"),
+    STC(),
+]
 each = pytest.mark.parametrize("codec", CODECS, ids=repr)
 
 
@@ -33,7 +40,7 @@ def test_compeft_by_hand(coder):
     """Six values over two tensors, by name: 1, -5, 0 | 3, -3, 2. Half of them are -5, 3 and -3. Their mean is -1/3,
     their mean square 8, and the variance 8 - 1/9 = 71/9."""
     tensors = {"b": torch.tensor([[3.0], [-3.0], [2.0]]), "a": torch.tensor([1.0, -5.0, 0.0])}
-    found = there_and_back(ComPEFT(density=0.5, alpha=2.0, coder=coder), tensors)
+    found = there_and_back(ComPEFT(density=0.5, alpha=2.0, scale="global", coder=coder), tensors)
     size = 2 * math.sqrt(71 / 9)
     assert found["a"].tolist() == pytest.approx([0, -size, 0])
     assert found["b"].flatten().tolist() == pytest.approx([size, -size, 0])
@@ -43,7 +50,7 @@ def test_compeft_by_hand(coder):
 def test_a_magnitude_for_each_tensor():
     """std(1, -5, 0) is sqrt(26/3 - 16/9) = sqrt(62)/3, that of 3, -3, 2 is sqrt(22/3 - 4/9) = sqrt(62)/3 as well."""
     tensors = {"a": torch.tensor([1.0, -5.0, 0.0]), "b": torch.tensor([3.0, -3.0, 2.0]) * 10, "none": torch.zeros(0)}
-    found = there_and_back(ComPEFT(density=0.5, scale="per_tensor"), tensors)
+    found = there_and_back(ComPEFT(density=0.5, alpha=1, scale="per_tensor"), tensors)
     assert found["a"].tolist() == [0, 0, 0]
     assert found["b"].tolist() == pytest.approx(
         [10 * math.sqrt(62) / 3, -10 * math.sqrt(62) / 3, 10 * math.sqrt(62) / 3]
@@ -159,3 +166,30 @@ def test_infinities_are_refused_by_name():
 def test_settings_out_of_range(make, said):
     with pytest.raises(ConfigError, match=said):
         make()
+
+
+@pytest.mark.parametrize("density", [1e-4, 0.01, 0.05, 0.5, 1])
+@pytest.mark.parametrize("kind", ["normal", "equal", "steps", "sparse", "the sample is large", "the sample is zero"])
+def test_the_largest_wherever_the_sample_leads(kind, density):
+    draw = np.random.default_rng(0)
+    flat = draw.standard_normal(3 * sparse.BLOCK + 5).astype(np.float32)
+    if kind == "equal":
+        flat[:] = -0.1
+    elif kind == "steps":
+        flat = np.round(2 * flat)
+    elif kind == "sparse":
+        flat[draw.random(len(flat)) > 0.01] = -0.0
+    elif kind.startswith("the sample"):
+        flat[:: sparse.STRIDE] *= 100 if "large" in kind else 0
+    # A stable sort by magnitude, without the zeros
+    order = np.argsort(-np.abs(flat), kind="stable")[: math.floor(density * len(flat))]
+    assert largest(flat, density).tolist() == sorted(order[flat[order] != 0].tolist())
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000, sparse.BLOCK, sparse.BLOCK + 1, 5 * sparse.BLOCK - 1])
+@pytest.mark.parametrize("mean", [0, -30, 1e4])
+def test_a_deviation_is_numpys(size, mean):
+    values = (np.random.default_rng(size).standard_normal(size) + mean).astype(np.float32)
+    assert sparse.deviation(values) == pytest.approx(values.std(dtype=np.float64), rel=1e-13)
+    assert np.float32(sparse.deviation(values)) == np.float32(values.std(dtype=np.float64))
+    assert sparse.deviation(values[:0]) == 0

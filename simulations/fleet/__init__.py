@@ -47,6 +47,8 @@ class Fleet:
         sites: the devices, in the order of their partitions.
         app: the folder of the Flower app to run.
         secure: TLS with a CA of its own, and a registered key for each node; else everything in the open.
+        database: keep the SuperLink's state in a file, so that it can be killed and started again. A busy machine's
+            database is locked at times, above all when messages of hundreds of megabytes are written to it.
         env: environment variables for every process.
         say: told each step, in a line.
     """
@@ -58,10 +60,12 @@ class Fleet:
         *,
         app: Path,
         secure: bool = True,
+        database: bool = True,
         env: Mapping[str, str] | None = None,
         say: Callable[[str], None] = lambda line: None,
     ):
         self.folder, self.app, self.secure = folder.resolve(), app.resolve(), secure
+        self.database = database
         self.sites, self.env, self.say = tuple(sites), dict(env or {}), say
         self.mark = secrets.token_hex(8)
         self.authority = self.folder / "ca.crt"

@@ -129,7 +129,7 @@ class Part:
 
 
 class SuperLink(Part):
-    """The server's side. Its state is in a database, so that it can be killed and started again."""
+    """The server's side."""
 
     def __init__(self, fleet: "Fleet"):
         super().__init__(fleet, "superlink", {})
@@ -172,7 +172,8 @@ class SuperLink(Part):
             return False
 
     def _options(self) -> list[str | Path]:
-        common: list[str | Path] = ["--host", "127.0.0.1", "--port", str(self.port), "--database", "state.db"]
+        common: list[str | Path] = ["--host", "127.0.0.1", "--port", str(self.port)]
+        common += ["--database", "state.db"] if self.fleet.database else []
         common += ["--log-file", "superlink.log", "--disable-runtime-dependency-installation"]
         if not self.fleet.secure:
             return ["--insecure", *common]
