@@ -21,8 +21,11 @@ def threads(monkeypatch):
 
 def test_the_quick_form_prints_every_codec(capsys, tmp_path):
     folder = tmp_path / "my-run"
-    (folder / "adapter").mkdir(parents=True)
-    save_file({"w": torch.randn(50, 3).bfloat16()}, folder / "adapter" / "adapter_model.safetensors")
+    learnt = torch.randn(50, 3)
+    for place, tensor in (("start", learnt), ("adapter", learnt.bfloat16())):
+        (folder / place).mkdir(parents=True)
+        save_file({"w": tensor}, folder / place / "adapter_model.safetensors")
+    assert torch.equal(codecs.read(folder)["w"], learnt.bfloat16().float() - learnt)
     assert codecs.main(["--quick", "--run", str(folder)]) == 0
     told = capsys.readouterr().out
     assert all(name in told for name in choices("codec"))

@@ -83,6 +83,17 @@ MIXED = {
 }
 
 
+def test_a_runs_adapter_as_the_difference_from_where_it_began(small_run, tmp_path):
+    folder = small_run("train.lr=0.01")
+    done = compress(str(folder / "adapter"), str(tmp_path / "small"), "compeft", start=str(folder / "start"))
+    assert done.after < done.before / 3
+    assert done.of_difference is not None
+    assert 0 < done.of_difference < 1
+    began, learnt = (load_file(folder / place / WEIGHTS) for place in ("start", "adapter"))
+    assert not any(tensor.any() for name, tensor in began.items() if "lora_B" in name)
+    assert all(learnt[name].any() for name in began)
+
+
 @pytest.mark.parametrize("codec", LOSSLESS)
 def test_lossless_codecs_keep_every_bit(trained, tmp_path, codec):
     done = compress(str(trained), str(tmp_path / "small"), codec)

@@ -19,12 +19,14 @@ as many bits as one gap after another, and numpy reads and writes them whole.
 Range: what constriction's `RangeEncoder` makes (Pasco 1976; Martin 1979; https://bamler-lab.github.io/constriction) of
 
     gaps         n symbols 0 ... M of a categorical model: a gap below M, or M for one that is M or more
-    excesses     gap - M of every M, in order, in as few 16-bit digits as size - 1 needs, lowest first, equally likely
+    lengths      of every M, in order, how many bytes gap - M takes, less 1: at least one byte, 8 lengths equally likely
+    excesses     these bytes, the lowest of each first, all values equally likely
 
-as little-endian uint32. M = min(12 size // n, size, 16383), so that, unless n is below size / 1365, one gap in 160,000
-needs an excess. Symbol g has (T[g] >> 38) - (T[g + 1] >> 38) + 1 chances in 2**24, and symbol M has (T[M] >> 38) + 1,
-where T[0] = (2**24 - M - 1) << 38 and T[g + 1] = T[g] (size - n) // size: a geometric distribution. constriction takes
-floats, scales them to a sum of 2**24 - M - 1 and adds one to each. These are integers of that sum and below 2**24: its
+as little-endian uint32. M = min(12 size // n, size, 16383), so that, unless n is below size / 1365, one gap in
+160,000 needs an excess; where positions cluster more do, and cost less than a geometric distribution would have it.
+Symbol g has (T[g] >> 38) - (T[g + 1] >> 38) + 1 chances in 2**24, and symbol M has (T[M] >> 38) + 1, where T[0] =
+(2**24 - M - 1) << 38 and T[g + 1] = T[g] (size - n) // size: a geometric distribution. constriction takes floats,
+scales them to a sum of 2**24 - M - 1 and adds one to each. These are integers of that sum and below 2**24: its
 float64 hold them exactly, and its scale is 1.
 
 Every set has one blob of each kind, and the decoders take no other.
@@ -47,7 +49,7 @@ MAX_SIZE = 1 << 48  # beyond any model; so that no sum of a position and a hosti
 PRECISION = 24  # bits of a chance in constriction's Python classes
 FINER = 38  # bits of T below a chance; T fits int64
 MAX_SYMBOL = 16383  # a table of T is made for every message
-DIGIT = 16  # bits
+BYTES = 8  # of an excess, at most
 
 
 def golomb_parameter(density: float) -> int:
@@ -158,11 +160,12 @@ def _range_blob(gaps: Positions, size: int) -> bytes:
     if not len(gaps):
         return b""
     model, last = _model(size, len(gaps))
-    excesses = gaps[gaps >= last] - last
-    digits = excesses[:, None] >> _shifts(size) & (1 << DIGIT) - 1
+    parts = (gaps[gaps >= last] - last).astype("<u8").view(np.uint8).reshape(-1, BYTES)
+    lengths = ((parts > 0) * np.arange(1, BYTES + 1)).max(axis=1, initial=1)
     encoder = constriction.stream.queue.RangeEncoder()
     encoder.encode(np.minimum(gaps, last).astype(np.int32), model)
-    encoder.encode(digits.ravel().astype(np.int32), constriction.stream.model.Uniform(1 << DIGIT))
+    encoder.encode((lengths - 1).astype(np.int32), constriction.stream.model.Uniform(BYTES))
+    encoder.encode(parts[_within(lengths)].astype(np.int32), constriction.stream.model.Uniform(256))
     words: Array = encoder.get_compressed()
     return words.astype("<u4").tobytes()
 
@@ -176,19 +179,24 @@ def _range_positions(blob: bytes, size: int, n: int) -> Positions:
     if len(blob) % 4:
         raise WireError("a multiple of 4 bytes expected")
     model, last = _model(size, n)
-    shifts = _shifts(size)
     words = np.frombuffer(blob, "<u4").astype(np.uint32)
     try:
         decoder = constriction.stream.queue.RangeDecoder(words)
         gaps = decoder.decode(model, n).astype(np.int64)
         escaped = np.flatnonzero(gaps == last)
-        digits = decoder.decode(constriction.stream.model.Uniform(1 << DIGIT), len(escaped) * len(shifts))
+        lengths = decoder.decode(constriction.stream.model.Uniform(BYTES), len(escaped)) + 1
+        digits = decoder.decode(constriction.stream.model.Uniform(256), int(lengths.sum()))
     except BaseException as error:
         # A panic is a BaseException of a class that can't be imported
         if not isinstance(error, AssertionError) and type(error).__name__ != "PanicException":
             raise
         raise WireError("no symbols have its bytes") from None
-    gaps[escaped] += (digits.astype(np.int64).reshape(-1, len(shifts)) << shifts).sum(axis=1)
+    parts = np.zeros((len(escaped), BYTES), np.uint8)
+    parts[_within(lengths)] = digits
+    excesses = parts.view("<u8").ravel()
+    if (excesses >= size).any():
+        raise WireError(f"its last position is not below {size}")
+    gaps[escaped] += excesses.astype(np.int64)
     positions: Positions = np.cumsum(gaps + 1) - 1
     if positions.max() >= size:
         raise WireError(f"its last position is not below {size}")
@@ -209,9 +217,10 @@ def _model(size: int, n: int) -> tuple[Any, int]:
     return constriction.stream.model.Categorical(chances.astype(np.float64), lazy=False, perfect=False), last
 
 
-def _shifts(size: int) -> Array:
-    """Where the digits of an excess begin."""
-    return np.arange(0, (size - 1).bit_length(), DIGIT)
+def _within(lengths: Array) -> Array:
+    """Of each excess (row) which bytes count: (excesses, BYTES), bool."""
+    within: Array = np.arange(BYTES) < lengths[:, None]
+    return within
 
 
 def _gaps(positions: Positions, size: int) -> Positions:

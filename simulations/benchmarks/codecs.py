@@ -2,13 +2,13 @@
 
     python -m simulations.benchmarks.codecs              10 M values of made-up LoRA updates; a minute
     python -m simulations.benchmarks.codecs --quick      the same on few values, in a moment: do the parts still fit?
-    python -m simulations.benchmarks.codecs --run DIR    and DIR/adapter/adapter_model.safetensors, as if all of it
-                                                         were the update
+    python -m simulations.benchmarks.codecs --run DIR    and what a run learnt: DIR/adapter less DIR/start
 
-Every conf/codec/*.yaml is taken as it is, and those with a coder once with each. Made-up updates are normal, with a
-scale for each tensor: those of "even" are 10 % apart, as those of the lora_B are after a run of SmolLM2, and those of
-"uneven" 65 %. The entropy that ComPEFT is beside has no clusters: every value is as likely as the others to be sent.
-Uneven scales do cluster what is sent, which Golomb codes pay for and range codes gain by.
+Every conf/codec/*.yaml is taken, with the papers' 5 % where it sends few of the values, and those with a coder once
+with each. Made-up updates are normal, with a scale for each tensor: those of "even" are 10 % apart, as those of the
+lora_B are after a run of SmolLM2, and those of "uneven" 65 %. The entropy that ComPEFT is beside has no clusters:
+every value is as likely as the others to be sent. Uneven scales do cluster what is sent, which Golomb codes pay for
+and range codes gain by.
 
 Sizes are beside bfloat16, 2 bytes a value. MB/s are of float32, 4 bytes a value, there and back. "copies" is the time
 there and back over that of copying the tensors, taken in the same run. All take turns, and the best of several counts.
@@ -113,9 +113,9 @@ def made_up(size: Size, spread: float) -> Tensors:
 
 
 def read(folder: Path) -> Tensors:
-    """A run's adapter."""
-    path = folder / "adapter" / "adapter_model.safetensors"
-    return {name: tensor.float() for name, tensor in load_file(path).items() if tensor.is_floating_point()}
+    """What a run learnt: its adapter less the one that it began with."""
+    learnt, start = (load_file(folder / place / "adapter_model.safetensors") for place in ("adapter", "start"))
+    return {name: tensor.float() - start[name].float() for name, tensor in learnt.items() if tensor.is_floating_point()}
 
 
 def measure(update: Tensors, repeats: int) -> list[Line]:
