@@ -168,6 +168,60 @@ def test_settings_out_of_range(make, said):
         make()
 
 
+UNLIKE = {
+    "much": 100 * torch.randn(2000, generator=torch.Generator().manual_seed(0)),
+    "little": torch.randn(90, 333, generator=torch.Generator().manual_seed(1)),
+}
+BY_TENSORS = STC().encode(UNLIKE, 0)
+
+
+def test_golombs_parameter_is_each_tensors_own_where_that_is_shorter():
+    """Nearly all of one tensor is sent and little of the other, then as much of one as of the other."""
+    assert BY_TENSORS[3] == 2
+    chosen = largest(sparse.flattened(UNLIKE), 0.05)
+    whole = len(sparse.CODERS["golomb"][0](chosen, 2000 + 90 * 333))
+    assert len(BY_TENSORS) < 0.8 * (whole + len(chosen) / 8)
+    found, ranged = (there_and_back(STC(coder=coder), UNLIKE) for coder in CODERS)
+    assert all(torch.equal(found[name], ranged[name]) for name in UNLIKE)
+    assert found["much"].count_nonzero() > 0.7 * 2000
+    assert STC().encode({name: torch.randn(50) for name in "abc"}, 0)[3] == 0
+
+
+def test_hostile_positions_by_tensors():
+    draw, shapes = np.random.default_rng(0), shapes_of(UNLIKE)
+    errors = 0
+    for _ in range(2000):
+        blob = bytearray(BY_TENSORS)
+        for _ in range(draw.integers(1, 4)):
+            blob[draw.integers(4, 40 if draw.random() < 0.5 else len(blob))] ^= 1 << draw.integers(8)
+        if draw.random() < 0.3:
+            del blob[draw.integers(len(blob)) :]
+        try:
+            found = STC().decode(bytes(blob), shapes)
+        except WireError:
+            errors += 1
+            continue
+        assert shapes_of(found) == shapes
+    assert errors > 1000
+
+
+@pytest.mark.parametrize(
+    ("where", "count", "said"),
+    [
+        (b"", 0, "it ends within the number of a tensor's values"),
+        (b"\0\0\0\0\0", 0, "1 bytes follow the last tensor's positions"),
+        (b"\0\0\0\0", 1, "1 values are sent, and there are 0 positions"),
+        (b"\5\0\0\0", 5, "5 positions of 4"),
+        (b"\xff\xff\xff\xff\xff\xff\xff\xff\x7f\0\0\0", 1, "positions of 4"),
+        (b"\1\x7f\0\0", 1, "it ends within a tensor's positions"),
+    ],
+)
+def test_lies_about_positions_by_tensors(where, count, said):
+    values = b"\0" * (4 + (count + 7) // 8)
+    with pytest.raises(WireError, match=said):
+        STC().decode(b"ft\1\2" + bytes([count, len(where)]) + where + values, {"a": (4,), "b": (4,)})
+
+
 @pytest.mark.parametrize("density", [1e-4, 0.01, 0.05, 0.5, 1])
 @pytest.mark.parametrize("kind", ["normal", "equal", "steps", "sparse", "the sample is large", "the sample is zero"])
 def test_the_largest_wherever_the_sample_leads(kind, density):

@@ -66,10 +66,11 @@ class ComPEFT:
         alpha = 1 / math.sqrt(self.density) if self.alpha is None else self.alpha
         flat = sparse.flattened(tensors)
         chosen = sparse.largest(flat, self.density)
-        ends = self._ends({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        shapes = sparse.shapes_of(tensors)
+        ends = self._ends(shapes)
         magnitudes = [alpha * sparse.deviation(flat[start:end]) for start, end in pairwise([0, *ends])]
         values = np.asarray(magnitudes, "<f4").tobytes() + sparse.signs_of(flat[chosen])
-        return sparse.encode(MAGIC, self.coder, chosen, len(flat), values)
+        return sparse.encode(MAGIC, self.coder, chosen, sparse.ends_of(shapes), values)
 
     def decode(self, blob: bytes, shapes: Shapes) -> Tensors:
         ends = self._ends(shapes)
@@ -83,8 +84,8 @@ class ComPEFT:
 
     def _ends(self, shapes: Shapes) -> Array:
         """Where each part with a magnitude of its own ends."""
-        sizes = [math.prod(shapes[name]) for name in sorted(shapes)]
-        return np.cumsum(sizes, dtype=np.int64) if self.scale == "per_tensor" else np.array([sum(sizes)])
+        ends = sparse.ends_of(shapes)
+        return ends if self.scale == "per_tensor" else np.array([ends[-1] if len(ends) else 0])
 
 
 def _is_alpha(value: object) -> bool:

@@ -2,10 +2,14 @@
 
 All tensors count as one vector in the order of their names, of d values. The floor(`density` d) largest by magnitude
 are sent, or all that aren't zero if those are fewer; of equals the first. Positions are coded as gaps (`coder`): by
-Golomb-Rice as in the papers, or by a range coder, which comes closer to the entropy and takes longer.
+Golomb-Rice as in the papers, or by a range coder, which comes closer to the entropy and takes longer. Golomb's
+parameter is one for all tensors, or one for each where that is shorter: tensors that move by different amounts send
+different shares of their values.
 
-    blob    the codec's two letters, version 1, coder (one byte), number of values (varint), length of the positions
-            (varint), positions (fedtune/codecs/positions.py), and what the codec says of the values
+    blob    the codec's two letters, version 1, coder (one byte: 0 Golomb, 1 range, 2 Golomb by tensors), number of
+            values (varint), length of the positions (varint), positions (fedtune/codecs/positions.py; by tensors, for
+            each by name the number of its values and the length of their positions, varints, and these), and what the
+            codec says of the values
 """
 
 import math
@@ -31,7 +35,8 @@ BLOCK = 1 << 15  # values gone over at once: as float64 they stay in a core's ca
 CODERS: dict[str, tuple[Callable[[Array, int], bytes], Callable[[bytes, int, int], Array]]] = {
     "golomb": (at.golomb_encode, at.golomb_decode),
     "range": (at.range_encode, at.range_decode),
-}  # a coder's place is its code on the wire: append only
+}  # a coder's place is its code on the wire
+APART = len(CODERS)  # and the code of Golomb by tensors
 
 
 def check(density: float, coder: str) -> None:
@@ -131,14 +136,26 @@ def deviation(values: Array) -> float:
     return math.sqrt(math.fsum(sums) / len(values))
 
 
-def encode(magic: bytes, coder: str, positions: Array, size: int, values: bytes) -> bytes:
+def ends_of(shapes: Shapes) -> Array:
+    """Where each tensor ends in the vector, by name, int64."""
+    return np.cumsum([math.prod(shapes[name]) for name in sorted(shapes)], dtype=np.int64)
+
+
+def shapes_of(tensors: Tensors) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def encode(magic: bytes, coder: str, positions: Array, ends: Array, values: bytes) -> bytes:
     """
     Args:
-        size: d.
+        ends: of the tensors (`ends_of`).
         values: what the codec says of them.
     """
-    where = CODERS[coder][0](positions, size)
-    head = magic + bytes([VERSION, list(CODERS).index(coder)])
+    code = list(CODERS).index(coder)
+    where = CODERS[coder][0](positions, int(ends[-1]) if len(ends) else 0)
+    if coder == "golomb" and len(ends) > 1 and len(apart := _apart(positions, ends)) < len(where):
+        code, where = APART, apart
+    head = magic + bytes([VERSION, code])
     return head + varint(len(positions)) + varint(len(where)) + where + values
 
 
@@ -150,19 +167,46 @@ def decode(magic: bytes, blob: bytes, shapes: Shapes, length: Callable[[int], in
     """
     if blob[:3] != magic + bytes([VERSION]):
         raise WireError(f"it should begin with {magic!r}, version {VERSION}, got {blob[:3]!r}")
-    size = sum(math.prod(shape) for shape in shapes.values())
+    ends = ends_of(shapes)
+    size = int(ends[-1]) if len(ends) else 0
     reader = Reader(blob, 3)
     code = reader.take(1, "the coder")[0]
-    if code >= len(CODERS):
-        raise WireError(f"no coder has code {code}, the last is {len(CODERS) - 1}")
+    if code > APART:
+        raise WireError(f"no coder has code {code}, the last is {APART}")
     count = reader.varint("the number of values")
     if count > size:
         raise WireError(f"{count} values are sent, of {size}")
     where = reader.take(reader.varint("the length of the positions"), "the positions")
     if (left := len(blob) - reader.place) != length(count):
         raise WireError(f"{count} values should have {length(count)} bytes, got {left}")
-    positions = list(CODERS.values())[code][1](where, size, count)
+    positions = _read_apart(where, ends) if code == APART else list(CODERS.values())[code][1](where, size, count)
+    if len(positions) != count:
+        raise WireError(f"{count} values are sent, and there are {len(positions)} positions")
     return np.zeros(size, np.float32), positions, blob[reader.place :]
+
+
+def _apart(positions: Array, ends: Array) -> bytes:
+    """Positions by tensors."""
+    found = []
+    starts = np.concatenate([[0], ends[:-1]])
+    for start, end, part in zip(starts, ends, np.split(positions, np.searchsorted(positions, ends[:-1])), strict=True):
+        code = at.golomb_encode(part - start, int(end - start))
+        found += [varint(len(part)), varint(len(code)), code]
+    return b"".join(found)
+
+
+def _read_apart(where: bytes, ends: Array) -> Array:
+    reader = Reader(where, 0)
+    found = [np.zeros(0, np.int64)]
+    start = 0
+    for end in map(int, ends):
+        count = reader.varint("the number of a tensor's values")
+        code = reader.take(reader.varint("the length of a tensor's positions"), "a tensor's positions")
+        found.append(at.golomb_decode(code, end - start, count) + start)
+        start = end
+    if reader.place < len(where):
+        raise WireError(f"{len(where) - reader.place} bytes follow the last tensor's positions")
+    return np.concatenate(found)
 
 
 def signs_of(values: Array) -> bytes:

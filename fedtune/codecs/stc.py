@@ -35,7 +35,8 @@ class STC:
         chosen = sparse.largest(flat, self.density)
         sent = flat[chosen]
         mean = np.abs(sent).mean(dtype=np.float64) if len(sent) else 0.0
-        return sparse.encode(MAGIC, self.coder, chosen, len(flat), np.float32(mean).tobytes() + sparse.signs_of(sent))
+        ends = sparse.ends_of(sparse.shapes_of(tensors))
+        return sparse.encode(MAGIC, self.coder, chosen, ends, np.float32(mean).tobytes() + sparse.signs_of(sent))
 
     def decode(self, blob: bytes, shapes: Shapes) -> Tensors:
         flat, chosen, values = sparse.decode(MAGIC, blob, shapes, lambda count: 4 + (count + 7) // 8)

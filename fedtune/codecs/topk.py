@@ -41,7 +41,8 @@ class TopK:
         sent = torch.from_numpy(flat[chosen])
         if self.values == "bfloat16":
             sent = sent.clamp(-LARGEST, LARGEST)  # what would be rounded to infinity
-        return sparse.encode(MAGIC, self.coder, chosen, len(flat), _bytes(sent.to(VALUES[self.values])))
+        ends = sparse.ends_of(sparse.shapes_of(tensors))
+        return sparse.encode(MAGIC, self.coder, chosen, ends, _bytes(sent.to(VALUES[self.values])))
 
     def decode(self, blob: bytes, shapes: Shapes) -> Tensors:
         dtype = VALUES[self.values]
