@@ -117,20 +117,30 @@ class Party:
 
     def announce(self, sent: Sent, state: Any, number: int) -> Sent:
         """What will have been broadcast when round `number` begins."""
-        instruction = self.configure(state, number)
-        if not self._continues(instruction):
+        if (instruction := self.announced(state, number)) is None:
             return sent
         return sent.follow(self.codec_down, instruction.tensors, fold(self.experiment.seed, "down", number), self.start)
 
     def broadcast(self, sent: Sent, state: Any, number: int) -> Instruction:
         """What a fully capable client that holds nothing yet hears in round `number`, through the wire's codec: what is
         evaluated and exported is what clients decode."""
-        instruction = self.configure(state, number)
-        if self._continues(instruction):
+        if (instruction := self.announced(state, number)) is not None:
             return self._heard(sent, instruction)
-        return self.tell(instruction, fold(self.experiment.seed, "down", number), "")[1]
+        return self.tell(self._configure(state, number), fold(self.experiment.seed, "down", number), "")[1]
 
-    def configure(self, state: Any, number: int) -> Instruction:
+    def announced(self, state: Any, number: int) -> Instruction | None:
+        """What round `number` tells as the difference from the broadcast before; None where it can't, because something
+        in it has another shape than it starts with."""
+        if not self.chained or is_lossless(self.codec_down):
+            return None
+        instruction = self._configure(state, number)
+        starts = {
+            name: (self.start[name], tensor) for name, tensor in instruction.tensors.items() if name in self.start
+        }
+        alike = all(start.shape == tensor.shape and start.dtype == tensor.dtype for start, tensor in starts.values())
+        return instruction if alike else None
+
+    def _configure(self, state: Any, number: int) -> Instruction:
         """What the server would send in round `number` to a fully capable client that holds nothing yet."""
         return self.strategy.configure(state, number, server_peer(self.experiment, self.model.layout))
 
@@ -180,18 +190,6 @@ class Party:
 
     def _rest(self, instruction: Instruction) -> Tensors:
         return {name: tensor for name, tensor in instruction.tensors.items() if name not in self.start}
-
-    def _continues(self, instruction: Instruction) -> bool:
-        """Whether it can be told as the difference from the one before: all that has a start has its start's shape."""
-        return (
-            self.chained
-            and not is_lossless(self.codec_down)
-            and all(
-                tensor.shape == self.start[name].shape and tensor.dtype == self.start[name].dtype
-                for name, tensor in instruction.tensors.items()
-                if name in self.start
-            )
-        )
 
     def answer(self, run: str, index: int, round: int, instruction: Instruction) -> RecordDict:
         """Client `index` does its part of a round (`turn`); its answer as it is sent."""

@@ -220,7 +220,7 @@ class Server:
         packed: list[tuple[Instruction, int, RecordDict, Instruction, int, int]] = []
         key = fold(self.experiment.seed, "down", number)
         label = number if label is None else label
-        announced = self.party.configure(self.state, number) if self.sent.number else None
+        announced = self.party.announced(self.state, number)
         for index in cohort:
             begun = time.perf_counter()
             instruction = self.strategy.configure(self.state, number, self.roster.peers[index])

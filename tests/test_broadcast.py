@@ -1,7 +1,7 @@
 """Broadcasts that build on one another: what is left out comes later, and whoever was away is sent what it lacks."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mischief
@@ -221,6 +221,27 @@ def test_a_client_whose_turn_failed_is_sent_all_of_it(small_run, monkeypatch):
     sent = sent_of(folder)
     sizes = {peer: size for number, peer, size in train_rows(folder) if number == 4}
     assert sizes == {0: size_of_links(sent, 3, 4), 1: size_of_links(sent, 0, 4), 2: size_of_links(sent, 0, 4)}
+
+
+@dataclass(frozen=True)
+class Shrinking(FedIT):
+    """What it sends in round 2 has another shape than what everybody starts with."""
+
+    def configure(self, state, round, peer):
+        told = super().configure(state, round, peer)
+        return replace(told, tensors={name: t[:1] for name, t in told.tensors.items()}) if round == 2 else told
+
+
+def test_a_round_of_another_shape_is_told_from_the_start_and_the_chain_waits():
+    party = Party(compose([*SMALL, *WORDS]))
+    party.strategy = Shrinking()
+    state = party.strategy.init(party.model.layout)
+    first = party.announce(Sent(), state, 1)
+    second = party.announce(first, state, 2)
+    assert (first.number, second.number) == (1, 1)
+    assert party.announced(state, 2) is None
+    assert {t.shape[0] for t in party.broadcast(second, state, 2).tensors.values()} == {1}
+    assert party.announce(second, state, 3).number == 2
 
 
 def test_mixed_ranks_are_told_from_the_start(small_run):
