@@ -214,7 +214,7 @@ def compress(source: str, out: str, codec: str, words: Sequence[str], start: str
     from fedtune.progress import size
 
     done = compress(source, out, codec, words, start)
-    settings = "".join(f" {name}={value}" for name, value in vars(done.codec).items())
+    settings = "".join(f" {name}={value}" for name, value in vars(done.codec).items() if value is not None)
     back = shlex.join(["fedtune", "decompress", out, "NEW", *(["--start", start] if start else [])])
     print(f"wrote    {done.path}")
     print(f"codec    {codec}{settings}")
