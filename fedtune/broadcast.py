@@ -20,6 +20,7 @@ from fedtune import coding
 from fedtune.codecs.packed import Packed, Reader, varint
 from fedtune.errors import ClientError, WireError
 from fedtune.protocol import Codec, Tensors, expect_like
+from fedtune.replies import size_of
 
 MAGIC = b"fl"
 VERSION = 1
@@ -57,8 +58,7 @@ class Sent:
         heard = coding.decode(codec, link, known)
         held = {**known, **heard}
         links = [*self.links, torch.frombuffer(bytearray(link), dtype=torch.uint8)]
-        room = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
-        while sum(map(len, links)) > room:  # who lacks more than these is better off with the whole
+        while sum(map(len, links)) > size_of(held):  # who lacks more than these is better off with the whole
             links = links[1:]
         return Sent(self.number + 1, held, sorted(heard), links)
 

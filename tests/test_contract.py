@@ -44,8 +44,11 @@ SEEDED = {
 }
 
 
-def party_of(method):
-    return Party(small(*of(method), "rounds=2", out=Path("unused")))
+def party_of(method, out=Path("unused")):
+    """Args:
+    out: what its clients remember goes there; without turns, nothing does.
+    """
+    return Party(small(*of(method), "rounds=2", out=out))
 
 
 def among_several(method):
@@ -305,12 +308,12 @@ RUN = "0" * 16
 
 
 @pytest.fixture(scope="module")
-def first_updates():
+def first_updates(tmp_path_factory):
     """A method's strategy, its first state, what all clients answer to it, and the hashes of both, made once."""
 
     @cache
     def make(method):
-        party = party_of(method)
+        party = party_of(method, tmp_path_factory.mktemp("first"))
         state = party.strategy.init(party.model.layout)
         peers = [Peer(index, party.samples(index)) for index in range(party.experiment.population.clients)]
         updates = [party.turn(RUN, peer.index, 1, party.strategy.configure(state, 1, peer)) for peer in peers]
@@ -361,10 +364,10 @@ def test_aggregating_changes_neither_the_old_state_nor_the_updates(method, first
     assert before == hashes(state, replies)
 
 
-def test_a_turn_leaves_no_trace_in_the_next(method, first_updates):
+def test_a_turn_leaves_no_trace_in_the_next(method, first_updates, tmp_path):
     """A client's update is the same whether it goes first or after all others."""
     _, _, forward, _ = first_updates(method)
-    party = party_of(method)
+    party = party_of(method, tmp_path)
     state = party.strategy.init(party.model.layout)
     backward = {
         index: party.turn(RUN, index, 1, party.strategy.configure(state, 1, Peer(index, 1)))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedtune.codecs import sparse
 from fedtune.codecs.compeft import ComPEFT
-from fedtune.codecs.sparse import largest
+from fedtune.codecs.sparse import largest, shapes_of
 from fedtune.codecs.stc import STC
 from fedtune.codecs.topk import TopK
 from fedtune.errors import ConfigError, WireError
@@ -25,10 +25,6 @@ CODECS = [
     STC(),
 ]
 each = pytest.mark.parametrize("codec", CODECS, ids=repr)
-
-
-def shapes_of(tensors):
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def there_and_back(codec, tensors):

@@ -46,13 +46,15 @@ def run_deployed(experiment: Experiment, resume: str | None = None) -> None:
         file = Path(folder) / "run.toml"
         write_toml(file, settings)
         link = [experiment.runtime.superlink] if experiment.runtime.superlink else []
-        status, details = _watch(["run", str(ROOT), *link, "--stream", "--run-config", str(file)], link)
-    if status != "finished:completed":
-        raise DeploymentError(f"the run is {status}{f': {details}' if details else ''}")
+        _watch(["run", str(ROOT), *link, "--stream", "--run-config", str(file)], link)
 
 
-def _watch(words: list[str], link: list[str]) -> tuple[str, str]:
-    """Start a run, pass on its log until it has ended, and say how."""
+def _watch(words: list[str], link: list[str]) -> None:
+    """Start a run, and pass on its log until it has ended.
+
+    Raises:
+        DeploymentError: if it isn't started, or did not complete.
+    """
     run, seen = None, 0  # lines of its log
     try:
         for line in _said(words):
@@ -63,8 +65,8 @@ def _watch(words: list[str], link: list[str]) -> tuple[str, str]:
         if run is None:
             raise DeploymentError("flwr run started no run; what it said stands above")
         # A busy SuperLink breaks the stream off, and the run goes on
-        while not (ended := _status(run, link))[0].startswith("finished"):
-            print(f"fedtune: the log broke off, and run {run} is {ended[0]}; watching on", flush=True)
+        while not (status := _status(run, link))[0].startswith("finished"):
+            print(f"fedtune: the log broke off, and run {run} is {status[0]}; watching on", flush=True)
             time.sleep(1)
             lines = 0
             for line in _said(["log", run, *link]):
@@ -72,11 +74,13 @@ def _watch(words: list[str], link: list[str]) -> tuple[str, str]:
                 if lines > seen:
                     print(line, end="", flush=True)
             seen = max(seen, lines)
-        return ended
     except KeyboardInterrupt:
         raise Interrupted(
             f"no longer watching; run {run} goes on. Look again with: flwr log {run}; end it with: flwr stop {run}"
         ) from None
+    word, details = status
+    if word != "finished:completed":
+        raise DeploymentError(f"run {run} is {word}{f': {details}' if details else ''}")
 
 
 def _said(words: list[str]) -> Iterator[str]:

@@ -7,8 +7,8 @@
 Every conf/codec/*.yaml is taken, with the papers' 5 % where it sends few of the values, and those with a coder once
 with each. Made-up updates are normal, with a scale for each tensor: those of "even" are 10 % apart, as those of the
 lora_B are after a run of SmolLM2, and those of "uneven" 65 %. The entropy that ComPEFT is beside has no clusters:
-every value is as likely as the others to be sent. Uneven scales do cluster what is sent, which Golomb codes pay for
-and range codes gain by.
+every value is as likely as the others to be sent. Uneven scales do cluster what is sent, and codes of positions can
+come below it.
 
 Sizes are beside bfloat16, 2 bytes a value. MB/s are of float32, 4 bytes a value, there and back. "copies" is the time
 there and back over that of copying the tensors, taken in the same run. All take turns, and the best of several counts.
