@@ -9,13 +9,9 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fedtune import __version__
 from fedtune.errors import ConfigError, FedtuneError, Interrupted
-
-if TYPE_CHECKING:
-    from fedtune.schema import Experiment
 
 SUMMARY = """\
 Federated fine-tuning of language models: many clients, one base, and the true cost of each method.
@@ -23,6 +19,7 @@ Federated fine-tuning of language models: many clients, one base, and the true c
   fedtune run experiment=demo          fine-tune SmolLM2 across 20 clients
   fedtune run model=tiny rounds=2      the same in seconds, on a toy model
   fedtune run resume=runs/demo         go on with a run that was stopped
+  fedtune compare 'methods=[fedit,flora]'   several, over seeds, and a page of what came out
   fedtune plan population=mixed        what each device would be asked, and what that takes
   fedtune export runs/demo tuned       its model as a Hugging Face folder
   fedtune compress adapter small       a PEFT adapter, many times smaller
@@ -93,6 +90,27 @@ bases can be trained here, and, with --server, what the link to it carries. It t
 """
 
 
+COMPARE = """\
+Run methods x codecs x seeds in one folder, all by the same rules, and make a page of what came out. What is finished
+there is not run again; what was stopped or failed goes on where it stood. All other settings are those of fedtune run.
+
+  fedtune compare 'methods=[fedit,flora,ffa_lora]' experiment=demo out=runs/three
+  fedtune compare 'methods=[fedit]' 'codecs=[raw,int8,compeft]' 'seeds=[0,1,2,3,4]' rounds=10
+  fedtune compare 'methods=[fedit,fedkseed]' rounds=1000 budget.bytes=40e6           equal bytes
+  fedtune compare 'methods=[fedit,fedpipe]' population=mixed budget.seconds=600      equal time, of the virtual clock
+  fedtune compare 'methods=[fedit,fedadam]' 'tune.lr=[0.3x,1x,3x]'                   each at its own learning rate
+  fedtune compare methods=all jobs=4                                                 four runs at a time
+
+  methods=     names, or all. An item may bring settings and a label: 'methods=[fedit,"slow: fedit train.lr=1e-4"]'
+  codecs=      what updates and broadcasts look like on the wire; default leaves it to the method
+  seeds=       one run for each (default: 0, 1, 2)
+  tune.KEY=    values to try for each method on a seed of its own (tune.seed=): the one with the lowest held-out loss is
+               taken. tune.lr is the clients' learning rate, and 3x three times what the method has by itself
+  budget.      bytes=, seconds= or loss=: the first round that reaches it is the last
+  jobs=        runs at a time (default: one a core, and one beside a GPU)
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0 done, 1 an error that the message explains, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -106,6 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     running.add_argument("overrides", nargs="*")
     running.add_argument("-h", "--help", action="store_true")
+    comparing = commands.add_parser(
+        "compare",
+        help="run methods x codecs x seeds, and make a page of them",
+        usage="fedtune compare [-h] 'methods=[...]' ['codecs=[...]'] ['seeds=[...]'] [key=value ...]",
+        description=COMPARE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    comparing.add_argument("words", nargs="+", metavar="key=value")
     planning = commands.add_parser(
         "plan",
         help="what each device would be asked to do, before anything runs",
@@ -175,6 +201,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "methods":
             print_methods()
+        elif options.command == "compare":
+            from fedtune.compare.command import compare
+
+            return compare(options.words)
         elif options.command == "plan":
             from fedtune.plan_view import plan
 
@@ -210,11 +240,12 @@ def run(overrides: Sequence[str]) -> None:
         FedtuneError: if it can't be set up or can't go on.
     """
     from fedtune.config import compose, differences, load
+    from fedtune.runtime.start import start
 
     resume = [word.removeprefix("resume=") for word in overrides if word.startswith("resume=")]
     others = [word for word in overrides if not word.startswith("resume=")]
     if not resume:
-        _start(compose(others), None)
+        start(compose(others), None)
         return
     folder = Path(resume[-1]).expanduser()
     stored = folder / "config.yaml"
@@ -230,8 +261,8 @@ def run(overrides: Sequence[str]) -> None:
                 f"resume={folder} goes on with the settings it was started with, but these differ: "
                 f"{'; '.join(changed)}. Leave them out, or start a new run with out="
             )
-        experiment = replace(experiment, rounds=asked.rounds, overrides=asked.overrides)
-    _start(experiment, str(folder))
+        experiment = replace(experiment, rounds=asked.rounds, budget=asked.budget, overrides=asked.overrides)
+    start(experiment, str(folder))
 
 
 def export(source: str, out: str, base: str | None) -> None:
@@ -339,18 +370,6 @@ def print_run_help() -> None:
 
 def _print_wrapped(head: str, text: str, width: int) -> None:
     print(textwrap.fill(text, width, initial_indent=head, subsequent_indent=" " * len(head)))
-
-
-def _start(experiment: "Experiment", resume: str | None) -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if experiment.runtime.name == "ray":
-        from fedtune.runtime.ray import run_ray as start
-    elif experiment.runtime.name == "flower":
-        from fedtune.runtime.deploy import run_deployed as start
-    else:
-        from fedtune.runtime.local import run_local as start
-
-    start(experiment, resume)
 
 
 if __name__ == "__main__":

@@ -24,17 +24,19 @@ import numpy as np
 
 from fedtune.checkpoint import Progress
 from fedtune.costs import Costs, Weight, Work
-from fedtune.errors import CapacityError, QuorumError
+from fedtune.errors import CapacityError, FedtuneError, QuorumError
 from fedtune.installing import BATCH, BITS, RANK, STEPS, TRAIN
 from fedtune.keys import bits, fold
 from fedtune.lowrank import pairs
 from fedtune.party import Party
+from fedtune.population import server_peer
 from fedtune.protocol import Capability, Instruction, Peer
 from fedtune.replies import size_of
 from fedtune.selection import select
 from fedtune.traits import tells_its_work, traits_of
 
 BESIDE_BYTES = 500  # of a message that holds no tensor, about
+ANY_BATCH = 1 << 30  # samples of a client that never runs short of a batch
 LONGEST = 1e9  # virtual seconds of a turn, 30 years: one that takes more would drown all others in their sum
 
 
@@ -137,6 +139,17 @@ class Clock:
             layers=len(ranks),
             numbers=numbers,
         )
+
+    def memory(self, state: Any, number: int) -> float | None:
+        """Bytes that a turn of round `number` takes of a device without limits, by the cost model; None where that
+        can't be known."""
+        if not tells_its_work(self._party.client):
+            return None
+        peer = replace(server_peer(self._party.experiment, self._party.model.layout), samples=ANY_BATCH)
+        try:
+            return self.turn(peer, self._party.strategy.configure(state, number, peer), 0, 0).memory_bytes
+        except FedtuneError:  # a figure for the report is no reason to fail
+            return None
 
     def expected(self, peer: Peer, told: Instruction) -> Turn:
         """`turn` before there are messages: both as large as the tensors that are sent, times what the largest of the

@@ -19,6 +19,7 @@ from fedtune.errors import ConfigError, DataError
 from fedtune.keys import fold, permutation
 from fedtune.protocol import Batch
 from fedtune.schema import DataSpec
+from fedtune.sharing import once
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,10 @@ def load_data(spec: DataSpec, clients: int, tokenizer: Any, seed: int) -> Federa
         DataError: if the source can't be read, or a client would have nothing to train on.
         ConfigError: if the partition doesn't fit the data or the number of clients.
     """
-    examples = load_examples(spec)
-    corpus, kept = tokenise(examples, tokenizer, spec)
+    same = ("partition", "partition_by", "alpha", "classes", "partition_options", "heldout", "client_heldout")
+    source = tuple(str(value) for name, value in vars(spec).items() if name not in same)
+    examples = once(("examples", source), lambda: load_examples(spec))
+    corpus, kept = once(("corpus", source, id(tokenizer)), lambda: tokenise(examples, tokenizer, spec))
     if len(corpus) < clients + 1:
         raise DataError(f"{len(corpus)} examples are too few for {clients} clients: use fewer clients or more data")
     order = permutation(fold(seed, "data"), len(corpus))

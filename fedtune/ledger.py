@@ -36,7 +36,9 @@ TOTALS = {
 
 
 class Ledger:
-    """Totals over all entries, and the entries that are not yet on disk."""
+    """Totals over all entries, and the entries that are not yet on disk.
+
+    `spent_bytes` are the wire bytes of both directions without those of messages that only measure."""
 
     def __init__(self, entries: Iterable[Entry] = ()):
         self.totals: Counter[str] = Counter()
@@ -57,6 +59,7 @@ class Ledger:
         self.totals[payload] += entry.payload_bytes
         self.totals[wire] += entry.wire_bytes
         self.totals["framing_bytes"] += entry.framing_bytes
+        self.totals["spent_bytes"] += entry.wire_bytes * (entry.part != "evaluate")
         self.totals["messages"] += entry.wire_bytes > 0
         self.totals["failed"] += entry.part == "failed"
 

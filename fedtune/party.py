@@ -25,11 +25,12 @@ from fedtune.installing import BATCH, BITS, STEPS
 from fedtune.keys import fold, permutation
 from fedtune.memory import Memory
 from fedtune.merging import installed_version
-from fedtune.models import Base, load_base, pick_device
+from fedtune.models import Base, pick_device
 from fedtune.population import server_peer
 from fedtune.probe import base_bytes, costs_of, weights_of
 from fedtune.protocol import Client, Codec, Instruction, Layout, Strategy, Tensors, Update, grid, is_lossless
-from fedtune.schema import Experiment
+from fedtune.schema import FULL, Experiment, ModelSpec
+from fedtune.sharing import base_for
 from fedtune.traits import check_codecs, check_traits, traits_of
 from fedtune.wire import blob_of, pack_instruction, pack_told, pack_update, unpack_instruction, unpack_settings
 
@@ -61,8 +62,7 @@ class Party:
 
     @cached_property
     def model(self) -> LocalModel:
-        experiment = self.experiment
-        return self._on(load_base(experiment.model, pick_device(experiment.runtime.device)))
+        return self._load(self.experiment.model)
 
     def model_for(self, instruction: Instruction) -> LocalModel:
         """The model on a base in the bits that the instruction asks for. Each is loaded once a process.
@@ -77,7 +77,7 @@ class Party:
             raise ModelError(f"this base can't be held in {asked} bits; it can in {', '.join(known)}")
         if asked not in self._beside:
             spec = replace(self.experiment.model, quantization=QUANTIZATION.get(asked, "none"))
-            self._beside[asked] = self._on(load_base(spec, pick_device(self.experiment.runtime.device)))
+            self._beside[asked] = self._load(spec)
         return self._beside[asked]
 
     @cached_property
@@ -103,6 +103,10 @@ class Party:
     def costs(self) -> Costs:
         """What training this model on these data takes."""
         return costs_of(self.model, self.data, self.experiment.train.batch_size, self.experiment.seed)
+
+    def _load(self, spec: ModelSpec) -> LocalModel:
+        changes = self.experiment.adapter.kind == FULL or self.experiment.model.merge == "requantize"
+        return self._on(base_for(spec, pick_device(self.experiment.runtime.device), changes))
 
     def take(self, base: Base) -> None:
         """Have the model on this base, which was loaded already."""

@@ -18,7 +18,7 @@ from typing import Any
 from flwr.app import MessageType
 from flwr.serverapp import Grid
 
-from fedtune import wire
+from fedtune import budget, wire
 from fedtune.checkpoint import Checkpoint, state_sha256
 from fedtune.clock import Turn, limited
 from fedtune.config import differences
@@ -74,6 +74,7 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
         finally:
             folder.close()
     finally:
+        gc.unfreeze()  # a process may hold one run after the other
         view.close()
 
 
@@ -90,6 +91,9 @@ class Server(Talk):
         self.said_untimed = False
         self.status = "running"
         self.done = -1  # the last finished round
+        self.seconds = 0.0  # of the rounds so far, without evaluation: the virtual clock's where it runs
+        self.loss: float | None = None  # the last held-out one
+        self.memory_bytes: float | None = None  # of a client's turn, where devices have no limits
         self.state_sha256 = ""  # of the state after it
 
     def run(self) -> None:
@@ -105,8 +109,8 @@ class Server(Talk):
                     self.roster.peers[index] = replace(self.roster.peers[index], installed_version=0, heard=0)
             if self.done < 0:
                 self._finish_round(Round(0))
-            for number in range(self.done + 1, self.experiment.rounds + 1):
-                self._finish_round(self._play(number))
+            while self.done < self.experiment.rounds and not self._spent():
+                self._finish_round(self._play(self.done + 1))
         except BaseException as error:
             self.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(RunFolderError):  # the first error is the one to show
@@ -117,7 +121,16 @@ class Server(Talk):
                 raise Interrupted(f"interrupted {done}; go on with: fedtune run resume={self.folder.path}") from error
             raise
         self.status = "finished"
+        if (limit := self._spent()) and self.done < self.experiment.rounds:
+            self.view.note(f"ended after round {self.done} of {self.experiment.rounds}: {limit} is reached")
+        if not self.clock.timed:
+            self.memory_bytes = self.clock.memory(self.state, self.done + 1)
         self.view.finished(self._summarise(), self.folder.path)
+
+    def _spent(self) -> str | None:
+        """The limit of the budget that ended the run."""
+        spent = self.ledger.totals["spent_bytes"]
+        return budget.reached(self.experiment.budget, self.done, spent, self.seconds, self.loss)
 
     def _restore(self) -> None:
         """Take up the last checkpoint, if there is one."""
@@ -139,6 +152,7 @@ class Server(Talk):
             self.sent, self.clock.progress = checkpoint.sent, checkpoint.progress
             self.state_sha256 = state_sha256(self.state)
         self.ledger = Ledger(self.folder.forget_after(self.done))
+        self.seconds, self.loss = self.folder.spent()
         self.roster.run = self.run_id
 
     def _play(self, number: int) -> Round:
@@ -313,6 +327,8 @@ class Server(Talk):
             self.folder.write_model(dump(TunedModel(self.experiment, heard, model.origin, model.dtype, number)))
         self._save(number)
         self.done, self.state_sha256 = number, state_sha256(self.state)
+        self.seconds = self.seconds + played.seconds if played.virtual_seconds is None else played.virtual_seconds
+        self.loss = self.loss if found is None else found.loss
         self._summarise()
         self.view.round_ends(row)
 
@@ -345,6 +361,10 @@ class Server(Talk):
 
     def _summarise(self, error: BaseException | None = None) -> dict[str, Any]:
         scores = self.folder.scores()
+        if limit := self._spent():
+            scores["ended_by"] = limit
+        if self.memory_bytes is not None:
+            scores["memory_bytes"] = round(self.memory_bytes)
         if error is not None:
             scores["error"] = f"{type(error).__name__}: {error}"
         if self.clock.left_out:

@@ -75,7 +75,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = _lock(path)
+        self._lock = lock(path)
 
     @classmethod
     def create(cls, out: str | None, name: str) -> "RunFolder":
@@ -214,12 +214,19 @@ class RunFolder:
                 write_atomically(path, _csv_text([header, *good]).encode())
         return kept
 
+    def spent(self) -> tuple[float, float | None]:
+        """Seconds of the rounds so far, without evaluation (the virtual clock's where it runs), and the last held-out
+        loss."""
+        rows = self._rows()
+        clock = [row["virtual_seconds"] for row in rows if row.get("virtual_seconds")]
+        losses = [float(row["eval_loss"]) for row in rows if row["eval_loss"]]
+        seconds = float(clock[-1]) if clock else sum(float(row["seconds"]) for row in rows)
+        return seconds, losses[-1] if losses else None
+
     def scores(self) -> dict[str, Any]:
         """The first and the last held-out scores so far, and the time that rounds took, here and on the clients'
         devices."""
-        path = self.path / "metrics.csv"
-        header, *lines = _read_lines(path) if path.exists() else [list(METRICS)]
-        rows = [dict(zip(header, cells, strict=True)) for cells in lines]
+        rows = self._rows()
         scored = [row for row in rows if row["eval_loss"]]
         found: dict[str, Any] = {}
         for label, row in (("first", scored[0]), ("last", scored[-1])) if scored else ():
@@ -229,6 +236,11 @@ class RunFolder:
         if timed := [row["virtual_seconds"] for row in rows if row.get("virtual_seconds")]:
             found["virtual_seconds"] = float(timed[-1])
         return found
+
+    def _rows(self) -> list[dict[str, str]]:
+        path = self.path / "metrics.csv"
+        header, *lines = _read_lines(path) if path.exists() else [list(METRICS)]
+        return [dict(zip(header, cells, strict=True)) for cells in lines]
 
     def _append(self, name: str, header: Sequence[str], lines: str) -> None:
         if not lines:
@@ -342,8 +354,13 @@ def _write_all(descriptor: int, content: bytes) -> None:
         raise
 
 
-def _lock(path: Path) -> Any:
-    """Hold the folder for this process; the system lets go when the process ends, however it ends."""
+def lock(path: Path) -> Any:
+    """Hold the folder for this process, until what is returned is closed; the system lets go when the process ends,
+    however it ends.
+
+    Raises:
+        RunFolderError: if another process holds it.
+    """
     try:
         import fcntl
     except ImportError:  # not on Windows

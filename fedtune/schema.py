@@ -157,6 +157,22 @@ class EvaluateSpec:
 
 
 @dataclass(frozen=True)
+class BudgetSpec:
+    """A run ends with the first round that reaches one of these, and with the last of `rounds` at the latest."""
+
+    bytes: float | None = option(None, "wire bytes, both ways, without those of evaluation")
+    seconds: float | None = option(None, "of the virtual clock where devices have limits, else as measured")
+    loss: float | None = option(None, "held-out loss to come down to")
+    rounds: int = option(0, "rounds to play whatever they cost, so that equal rounds can be compared as well")
+
+    def __post_init__(self) -> None:
+        for name in ("bytes", "seconds", "loss"):
+            if (value := getattr(self, name)) is not None:
+                above_zero(f"budget.{name}", value)
+        at_least("budget.rounds", self.rounds, 0)
+
+
+@dataclass(frozen=True)
 class RuntimeSpec:
     name: str = option("local", "where clients run: local is this process")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
@@ -193,6 +209,7 @@ class Experiment:
     train: TrainSpec = field(default_factory=TrainSpec)
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
+    budget: BudgetSpec = field(default_factory=BudgetSpec)
     server_optimizer: dict[str, Any] = option(
         {}, "how the server steps towards the clients' average; empty: all the way"
     )
@@ -257,7 +274,7 @@ class Experiment:
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share with its beginning: they decide the result's bits, or where
         clients find what they kept."""
-        free = ("rounds", "out", "overrides")
+        free = ("rounds", "budget", "out", "overrides")
         kept = {key: value for key, value in to_dict(self).items() if key not in free}
         runtime = {key: kept["runtime"][key] for key in ("name", "device", "threads")}
         return {**kept, "runtime": runtime}

@@ -1,0 +1,1 @@
+"""Methods x codecs x seeds as runs in one folder, each by the same rules."""

@@ -1,0 +1,221 @@
+"""Play cells in processes that stay, each of which loads the base and the data once.
+
+    cell -> a free process -> its run folder; what it says goes to log.txt beside it
+
+A process that dies (out of memory, say) takes the runs of its neighbours along: they are run again one at a time, and
+the one that dies alone has failed. If this process is killed, so are the others within a second; what is on disk is
+what the next comparison goes on from.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from fedtune.compare.plan import Cell
+from fedtune.config import compose, differences, load
+from fedtune.errors import FedtuneError, Interrupted, RunFolderError
+from fedtune.runtime.work import WATCH_SECONDS, is_alive
+from fedtune.schema import Experiment
+
+LOG = "log.txt"
+POLL_SECONDS = 0.5
+_STAYS = contextlib.ExitStack()  # what a process has until it ends
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended."""
+
+    status: str  # done, failed or interrupted
+    error: str = ""
+    seconds: float = 0.0
+
+
+def asked(cell: Cell) -> Experiment:
+    """
+    Raises:
+        ConfigError: if these settings don't go together.
+        RunFolderError: if the folder holds a run with others.
+    """
+    experiment = replace(compose(list(cell.words)), out=str(cell.folder))
+    stored = cell.folder / "config.yaml"
+    if stored.is_file():
+        before = load(stored.read_text(encoding="utf-8"), str(stored))
+        if changed := differences(before.fixed(), experiment.fixed()):
+            raise RunFolderError(
+                f"{cell.folder} holds a run with other settings: {'; '.join(changed)}. Take another out=, or leave "
+                "these as they were"
+            )
+    return experiment
+
+
+def is_done(cell: Cell) -> bool:
+    """Whether the cell's folder holds it, finished.
+
+    Raises:
+        ConfigError, RunFolderError: as `asked`.
+    """
+    stored = cell.folder / "config.yaml"
+    if not stored.is_file():
+        return False
+    experiment = asked(cell)
+    before = load(stored.read_text(encoding="utf-8"), str(stored))
+    same = (before.rounds, before.budget) == (experiment.rounds, experiment.budget)
+    return same and status_of(cell.folder) == "finished"
+
+
+def status_of(folder: Path) -> str:
+    """What summary.json says, if it can be read; empty if not."""
+    try:
+        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(found.get("status", "")) if isinstance(found, dict) else ""
+
+
+def play(cell: Cell) -> Outcome:
+    """Run the cell, or go on with it, in this process. Whatever it says is in its log."""
+    signal.signal(signal.SIGINT, _interrupt_once)
+    begun = time.monotonic()
+    try:
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        with (
+            (cell.folder / LOG).open("a", encoding="utf-8", buffering=1) as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            print(f"$ {cell.command}")
+            try:
+                outcome = _play(cell)
+            except Exception as error:  # one cell's end is not the others'
+                outcome = Outcome("failed", _said(error))
+            print(outcome.error or outcome.status)
+    except KeyboardInterrupt:
+        outcome = Outcome("interrupted")
+    except OSError as error:
+        outcome = Outcome("failed", f"{cell.folder} can't be written: {error.strerror or error}")
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return replace(outcome, seconds=time.monotonic() - begun)
+
+
+def _play(cell: Cell) -> Outcome:
+    from fedtune.runtime.start import start
+
+    experiment = asked(cell)
+    resume = str(cell.folder) if (cell.folder / "config.yaml").is_file() else None
+    try:
+        start(experiment, resume)
+    except Interrupted:
+        return Outcome("interrupted")
+    return Outcome("done")
+
+
+def _said(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return words if isinstance(error, FedtuneError) else f"{type(error).__name__}: {words}"
+
+
+def _interrupt_once(*_: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what the first one ends is being written down
+    raise KeyboardInterrupt
+
+
+def _begin(parent: int) -> None:
+    """What a process does before its first cell."""
+    from fedtune.sharing import sharing
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _STAYS.enter_context(sharing())
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while is_alive(parent):
+        time.sleep(WATCH_SECONDS)
+    os._exit(1)
+
+
+class Processes:
+    """So many processes that play cells; a context."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self._pool is None:
+            return
+        if kind is not None:
+            for pid in list(self._pool._processes or {}):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGINT)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(
+        self,
+        cells: Sequence[Cell],
+        begins: Callable[[Cell], None],
+        ends: Callable[[Cell, Outcome], None],
+        waits: Callable[[], None],
+    ) -> None:
+        """Play all of them, in order as far as several at a time can be.
+
+        Args:
+            begins: told of each cell as it is handed over; `ends`, of how it ended.
+            waits: called now and then in between.
+        """
+        waiting, alone = deque(cells), deque[Cell]()
+        running: dict[Future[Outcome], Cell] = {}
+        suspects: set[Cell] = set()
+        while waiting or alone or running:
+            for cell in self._next(waiting, alone, running):
+                begins(cell)
+                running[self._submit(cell)] = cell
+            finished, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
+            waits()
+            died = []
+            for future in finished:
+                cell = running.pop(future)
+                try:
+                    ends(cell, future.result())
+                except BrokenProcessPool:
+                    died.append(cell)
+            if died:
+                died += running.values()
+                running.clear()
+                self._pool = None
+                for cell in died:
+                    if cell in suspects:
+                        ends(cell, Outcome("failed", f"its process died, twice; see {cell.folder / LOG}"))
+                    else:
+                        suspects.add(cell)
+                        alone.append(cell)
+
+    def _next(self, waiting: deque[Cell], alone: deque[Cell], running: dict[Future[Outcome], Cell]) -> Iterator[Cell]:
+        if alone:
+            if not running:
+                yield alone.popleft()
+            return
+        while waiting and len(running) < self.count:
+            yield waiting.popleft()
+
+    def _submit(self, cell: Cell) -> Future[Outcome]:
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(self.count, get_context("spawn"), _begin, (os.getpid(),))
+        return self._pool.submit(play, cell)

@@ -1,0 +1,98 @@
+"""A budget ends a run with the first round that reaches it."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from fedtune import budget
+from fedtune.cli import main
+from fedtune.errors import ConfigError
+from fedtune.schema import BudgetSpec
+
+RUN = (
+    "run",
+    "model=tiny",
+    "population.clients=4",
+    "population.cohort=2",
+    "train.steps=1",
+    "runtime.threads=1",
+    "evaluate.examples=8",
+    "evaluate.exactness=false",
+)
+
+
+def rows(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / name).open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def spent(folder: Path, until: int) -> int:
+    """Wire bytes up to and with a round, from the ledger's lines."""
+    lines = rows(folder, "ledger.csv")
+    return sum(int(line["wire_bytes"]) for line in lines if int(line["round"]) <= until and line["part"] != "evaluate")
+
+
+@pytest.mark.parametrize(
+    ("limits", "found", "ended"),
+    [
+        ({}, (9, 10**12, 1e9, 0.0), None),
+        ({"bytes": 100}, (1, 99, 0, 1.0), None),
+        ({"bytes": 100}, (1, 100, 0, 1.0), "budget.bytes=100"),
+        ({"seconds": 2.5}, (1, 0, 2.4, None), None),
+        ({"seconds": 2.5}, (1, 0, 2.5, None), "budget.seconds=2.5"),
+        ({"loss": 1.0}, (1, 0, 0, None), None),
+        ({"loss": 1.0}, (1, 0, 0, 1.01), None),
+        ({"loss": 1.0}, (1, 0, 0, 1.0), "budget.loss=1"),
+        ({"loss": 1.0, "rounds": 3}, (2, 0, 0, 0.5), None),
+        ({"loss": 1.0, "rounds": 3}, (3, 0, 0, 0.5), "budget.loss=1"),
+    ],
+)
+def test_which_limit_is_reached(limits, found, ended):
+    assert budget.reached(BudgetSpec(**limits), *found) == ended
+
+
+@pytest.mark.parametrize("limits", [{"bytes": 0}, {"seconds": -1.0}, {"loss": 0.0}, {"rounds": -1}])
+def test_limits_that_make_no_sense(limits):
+    with pytest.raises(ConfigError, match=rf"budget\.{next(iter(limits))}"):
+        BudgetSpec(**limits)
+
+
+def test_a_run_ends_when_its_bytes_are_spent_and_goes_on_with_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A round costs about 49 kB here. The run ends with the first whose sum is 120 kB or more; with a larger budget it
+    goes on to the bits of a run that never stopped."""
+    out = tmp_path / "run"
+    assert main([*RUN, "rounds=9", "budget.bytes=120e3", f"out={out}"]) == 0
+    last = int(rows(out, "metrics.csv")[-1]["round"])
+    assert 0 < last < 9
+    assert spent(out, last - 1) < 120e3 <= spent(out, last)
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["status"], summary["ended_by"]) == ("finished", "budget.bytes=120000")
+    assert f"ended after round {last} of 9: budget.bytes=120000 is reached" in capsys.readouterr().out
+    assert main(["run", f"resume={out}"]) == 0
+    assert int(rows(out, "metrics.csv")[-1]["round"]) == last, "nothing is left to spend"
+    assert main(["run", f"resume={out}", "budget.bytes=null", "rounds=4"]) == 0
+    assert main([*RUN, "rounds=4", f"out={tmp_path / 'whole'}"]) == 0
+    states = [json.loads((folder / "summary.json").read_text())["state_sha256"] for folder in (out, tmp_path / "whole")]
+    assert states[0] == states[1]
+
+
+def test_a_run_ends_by_the_virtual_clock_and_by_its_loss(tmp_path: Path):
+    timed, good = tmp_path / "timed", tmp_path / "good"
+    assert main([*RUN, "rounds=9", "population=mixed", f"out={tmp_path / 'all'}"]) == 0
+    every = rows(tmp_path / "all", "metrics.csv")
+    limit = float(every[3]["virtual_seconds"]) * 0.999
+    assert main([*RUN, "rounds=9", "population=mixed", f"budget.seconds={limit}", f"out={timed}"]) == 0
+    assert [row["virtual_seconds"] for row in rows(timed, "metrics.csv")] == [
+        row["virtual_seconds"] for row in every[:4]
+    ]
+    loss = float(every[2]["eval_loss"])
+    assert main([*RUN, "rounds=9", "population=mixed", f"budget.loss={loss}", f"out={good}"]) == 0
+    first = next(int(row["round"]) for row in every if float(row["eval_loss"]) <= loss)
+    assert int(rows(good, "metrics.csv")[-1]["round"]) == first
+
+
+def test_a_run_without_limited_devices_says_what_memory_a_turn_takes(tmp_path: Path):
+    assert main([*RUN, "rounds=1", f"out={tmp_path / 'run'}"]) == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["memory_bytes"] > 1e6
