@@ -146,7 +146,8 @@ def _experiment(folder: Path) -> Experiment:
         experiment = _loaded(path.read_text(encoding="utf-8"), str(path))
         experiment.method_name, experiment.server_optimizer_name  # noqa: B018 (what has no name can't be compared)
     except FedtuneError as error:
-        raise RunFolderError(str(error)) from error
+        named = str(path) in str(error)
+        raise RunFolderError(str(error) if named else f"{path} can't be read: {error}") from error
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise RunFolderError(f"{path} can't be read: {type(error).__name__}: {error}"[:300]) from error
     return experiment
