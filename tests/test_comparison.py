@@ -32,7 +32,7 @@ from fedtune.report.comparison import (
 )
 from fedtune.report.intervals import holm, paired_p
 from fedtune.report.labels import labels
-from fedtune.report.runs import read
+from fedtune.report.runs import Clients, read
 from fedtune.runtime.local import run_local
 
 METHODS, SEEDS = ("fedit", "ffa_lora"), (0, 1, 2)
@@ -155,10 +155,16 @@ def test_protocols_that_fit(out):
     assert seconds.kind == "seconds"
     assert Protocol("bytes", 40e6).title == "within 40.0 MB"
     assert Protocol("seconds", 60).title == "within 60 s"
-    # As soon as one method is too dear to do a round within another's bytes, these compare nothing
+    # Where a method is too dear to do a round within the other's bytes, its own are the limit
     wire = {("up", "train"): np.array([0, 1e9, 1e9, 1e9])}
     dear = replace(group.entries[0], runs=tuple(replace(run, wire=wire) for run in group.entries[0].runs))
-    assert [p.kind for p in protocols(replace(group, entries=(dear, group.entries[1])))] == ["rounds", "seconds"]
+    group = replace(group, entries=(dear, group.entries[1]))
+    assert protocols(group)[1] == Protocol("bytes", 3.03e9)
+    assert table(group, protocols(group)[1]).notes[0].startswith("ffa_lora used 0.00")
+    # Nobody knows what one of them sent
+    wire = {("up", "train"): np.full(4, math.nan)}
+    lost = replace(dear, runs=tuple(replace(run, wire=wire) for run in dear.runs))
+    assert [p.kind for p in protocols(replace(group, entries=(lost, group.entries[1])))] == ["rounds", "seconds"]
 
 
 def test_who_did_not_use_up_a_limit_is_named(out):
@@ -260,6 +266,17 @@ def test_verdicts(out):
     assert turned == {"best": "better", "alike": "within noise", "clear": "reference", "lone": "one seed"}
 
 
+def test_scores_on_other_data_are_no_reference(out):
+    """The lowest loss is one on clients' own data: the others are compared with the best of their own kind."""
+    own = Clients(3, np.arange(2), np.zeros(2), np.ones(2))
+    (group,) = load([out]).groups
+    runs = tuple(replace(edited(run, eval_loss=[5, 0, 0, 0]), clients=own) for run in group.entries[0].runs)
+    found = table(replace(group, entries=(Entry("local_only", runs), group.entries[1])), Protocol("rounds", 3))
+    assert [one.entry.label for one in found.standings] == ["local_only", "ffa_lora"]
+    assert found.reference == "ffa_lora"
+    assert found.notes == ("local_only: scored on each client's own held-out data, the others on the server's",)
+
+
 def test_who_ended_early_is_left_out_and_named(out):
     """A seed that diverged after round 1 doesn't end the table for the others, and doesn't count with its last good
     round. One that is going on is left out where it hasn't come so far."""
@@ -317,6 +334,7 @@ def test_of_two_runs_with_one_seed_the_one_that_got_further_counts(out):
          ["fedit", "fedit compeft codec.density=0.2", "fedit up compeft", "fedit compeft codec.density=0.1"]),
         (["", "train.lr=3e-3", "method=ffa_lora train.lr=0.01"], ["fedit", "fedit train.lr=0.003", "ffa_lora"]),
         (["", "server_optimizer=fedadam", "adapter=dora"], ["fedit", "fedit fedadam", "fedit dora"]),
+        (["", "method=fedkseed", "method=fedkseed codec=raw"], ["fedit", "fedkseed", "fedkseed raw"]),
         (["", "adapter.rank=4"], ["fedit r8", "fedit r4"]),
         (["population.cohort=5", "method=centralized population.cohort=5"], ["fedit", "centralized"]),
         (["method=fedprox", "method=fedprox method.client.mu=1"], None),
@@ -329,6 +347,16 @@ def test_labels_say_what_differs_and_no_more(words, expected):
         assert found == expected
     else:
         assert all(label.startswith("fedprox method.client.mu=") for label in found)
+
+
+def test_a_method_that_repeats_the_seed_in_its_settings_is_one_entry(out):
+    """fed_sb's basis follows from method.strategy.basis_seed=${seed}."""
+    run = read(out / "fedit" / "seed-0")
+    runs = [replace(run, experiment=compose(["model=tiny", "method=fed_sb", f"seed={seed}"])) for seed in SEEDS]
+    (entry,) = compare(runs).groups[0].entries
+    assert (entry.label, entry.seeds) == ("fed_sb", SEEDS)
+    given = compose(["model=tiny", "method=fed_sb", "seed=3", "method.strategy.basis_seed=7"])
+    assert len(compare([*runs, replace(run, experiment=given)]).groups[0].entries) == 2
 
 
 def test_pooled_controls_learn_the_same_task(out, tmp_path):

@@ -19,6 +19,7 @@ from fedtune.errors import RunFolderError
 from fedtune.report import tables
 from fedtune.report.runs import find, read
 from fedtune.run_folder import CLOCK, RunFolder
+from simulations.benchmarks import report as benchmark
 
 FILES = ("metrics.csv", "ledger.csv", "clock.csv", "clients.csv", "summary.json")
 
@@ -236,3 +237,11 @@ def test_what_is_no_run_is_named(tmp_path):
         (tmp_path / "empty" / "config.yaml").write_text(content)
         with pytest.raises(RunFolderError, match="config"):
             read(tmp_path / "empty")
+
+
+def test_the_benchmark_reads_what_it_made(capsys):
+    benchmark.main(["runs=2", "rounds=2", "clients=3"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("2 runs of 2 rounds with 3 clients")
+    assert "reading" in shown
+    assert "comparing" in shown

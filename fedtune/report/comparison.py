@@ -15,7 +15,7 @@ import numpy as np
 from fedtune.config import differences
 from fedtune.errors import RunFolderError
 from fedtune.report.intervals import estimate
-from fedtune.report.labels import labels, settings, told_apart, unique
+from fedtune.report.labels import flat, labels, settings, told_apart, unique
 from fedtune.report.plan import read_plan
 from fedtune.report.results import write_results
 from fedtune.report.runs import PLAN, Run, find, read
@@ -104,17 +104,22 @@ def compare(
     by_task: dict[str, list[Run]] = {}
     of: dict[str, dict[str, Any]] = {}
     for run, task in zip(runs, tasks(runs), strict=True):
-        by_task.setdefault(repr(task), []).append(run)
-        of[repr(task)] = task
-    groups, first = [], next(iter(of.values()), {})
-    for key, members in by_task.items():
+        by_task.setdefault(_key(task), []).append(run)
+        of[_key(task)] = task
+    by_size = sorted(by_task, key=lambda key: -len(by_task[key]))
+    groups, first = [], of[by_size[0]] if by_size else {}
+    for key in by_size:
+        members = by_task[key]
         entries = _entries(members, labels or {}, said)
         kept = [run for entry in entries for run in entry.runs]
         groups.append(Group(title(kept[0]), common(kept), entries))
         if len(groups) > 1:
             parts = "; ".join(differences(first, of[key]))
             said.append(f"not comparable with {groups[0].title}, and so apart from it: {groups[-1].title} ({parts})")
-    groups = [replace(group, title=name) for group, name in zip(groups, _titles(groups, of), strict=True)]
+    groups = [
+        replace(group, title=name)
+        for group, name in zip(groups, _titles(groups, [of[key] for key in by_size]), strict=True)
+    ]
     known = {(failure.label, failure.seed): failure for failure in failures or []}
     for group in groups:
         for entry in group.entries:
@@ -134,7 +139,7 @@ def compare(
 def _entries(runs: Sequence[Run], given: Mapping[Path, str], notes: list[str]) -> tuple[Entry, ...]:
     alike: dict[str, dict[int, Run]] = {}
     for run in runs:
-        seeds, seed = alike.setdefault(repr(settings(run.experiment)), {}), run.experiment.seed
+        seeds, seed = alike.setdefault(_key(settings(run.experiment)), {}), run.experiment.seed
         if (other := seeds.get(seed)) is not None:
             kept, left = (run, other) if _far(run) > _far(other) else (other, run)
             notes.append(f"{left.path} is left out: it has the settings and the seed of {kept.path}, which got further")
@@ -148,6 +153,11 @@ def _entries(runs: Sequence[Run], given: Mapping[Path, str], notes: list[str]) -
     ]
     entries = [Entry(label, runs) for label, runs in zip(told_apart(named, made), members, strict=True)]
     return tuple(sorted(entries, key=lambda entry: _natural(entry.label)))
+
+
+def _key(nested: Mapping[str, Any]) -> str:
+    """Equal for equal settings, in whatever order a file has them."""
+    return repr(sorted(flat(nested).items(), key=lambda item: item[0]))
 
 
 def _far(run: Run) -> tuple[int, bool]:
@@ -178,11 +188,11 @@ def _unlike_machines(entry: Entry) -> str | None:
     )
 
 
-def _titles(groups: Sequence[Group], of: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _titles(groups: Sequence[Group], tasks: Sequence[Mapping[str, Any]]) -> list[str]:
     """Those of the groups, with what tells them from the first of that title beside the later ones."""
     first: dict[str, Mapping[str, Any]] = {}
     found = []
-    for group, task in zip(groups, of.values(), strict=True):
+    for group, task in zip(groups, tasks, strict=True):
         other = first.setdefault(group.title, task)
         parts = [
             f"{key} {value.split(' -> ')[-1]}"

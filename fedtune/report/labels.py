@@ -2,8 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
+import yaml
+
+from fedtune.config import CONF
 from fedtune.schema import Experiment, to_dict
 
 # What differs between runs of one entry, or says where it ran and what was measured beside it
@@ -21,7 +25,14 @@ def settings(experiment: Experiment) -> dict[str, Any]:
     found: dict[str, Any] = {key: value for key, value in to_dict(experiment).items() if key not in BESIDE}
     if isinstance(measured := found.get("evaluate"), dict):
         found["evaluate"] = {key: value for key, value in measured.items() if key not in DISPLAY}
-    return found
+    return {key: _unseeded(value, experiment.seed) for key, value in found.items()}
+
+
+def _unseeded(value: Any, seed: int, key: str = "") -> Any:
+    """Settings that repeat the run's seed, as method.strategy.basis_seed does, are equal for all seeds."""
+    if isinstance(value, Mapping):
+        return {name: _unseeded(item, seed, str(name)) for name, item in value.items()}
+    return "seed" if key.endswith("seed") and value == seed else value
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -88,23 +99,43 @@ def module(spec: Mapping[str, Any]) -> str:
 
 
 def _head(experiment: Experiment, differing: set[str]) -> str:
-    words = [experiment.method_name]
+    words, own = [experiment.method_name], _own(experiment.method_name)
     if "server_optimizer" in differing and experiment.server_optimizer_name:
         words.append(experiment.server_optimizer_name)
     up, down = module(experiment.codec_up), module(experiment.codec_down)
     if {"codec_up._target_", "codec_down._target_"} & differing:
         if up == down:
-            words += [up] if up != "raw" else []
+            words += [up] if up != own.get("codec@codec_up", "raw") else []
         else:
-            words += [f"{way} {name}" for way, name in (("up", up), ("down", down)) if name != "raw"]
+            words += [
+                f"{way} {name}"
+                for way, name in (("up", up), ("down", down))
+                if name != own.get(f"codec@codec_{way}", "raw")
+            ]
     adapter = experiment.adapter
-    if "adapter.kind" in differing and adapter.kind != "lora":
+    if "adapter.kind" in differing and adapter.kind != own.get("adapter", "lora"):
         words.append("full" if adapter.kind == "none" else adapter.kind)
     if "adapter.rank" in differing and adapter.kind != "none":
         words.append(f"r{adapter.rank}")
     if "model.quantization" in differing and experiment.model.quantization != "none":
         words.append(experiment.model.quantization)
     return " ".join(words)
+
+
+@cache
+def _own(method: str) -> dict[str, str]:
+    """The adapter and the codecs that a method brings along, by config group: they are part of its name."""
+    try:
+        found = yaml.safe_load((CONF / "method" / f"{method}.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    lines = found.get("defaults", []) if isinstance(found, dict) else []
+    return {
+        str(key).removeprefix("override /"): str(value)
+        for line in lines
+        if isinstance(line, dict)
+        for key, value in line.items()
+    }
 
 
 def _rest(table: Mapping[str, Any], like: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[str]:

@@ -228,16 +228,18 @@ def _traffic(
         at, known = _places(found.numbers["round"], rounds)
         if not known.all():
             notes = (*notes, f"{path.name}: {int((~known).sum())} lines are of rounds that didn't end")
-        kinds, kind = np.unique(ways[known] * len(part_names) + parts[known], return_inverse=True)
+        codes = (ways * len(part_names) + parts)[known]
+        there = np.bincount(codes) > 0
+        kinds, kind = np.flatnonzero(there), (np.cumsum(there) - 1)[codes]
         for into, name in ((wire, "wire_bytes"), (payload, "payload_bytes")):
             place = kind * len(rounds) + at[known]
             total = np.bincount(place, found.numbers[name][known], len(kinds) * len(rounds))
             for code, sizes in zip(kinds.tolist(), total.reshape(len(kinds), len(rounds)), strict=True):
                 into[way_names[code // len(part_names)], part_names[code % len(part_names)]] = sizes
     for way in ("up", "down"):
-        there = sum((sizes for (to, _), sizes in wire.items() if to == way), np.zeros(len(rounds)))
+        found_bytes = sum((sizes for (to, _), sizes in wire.items() if to == way), np.zeros(len(rounds)))
         # A resumed run shakes hands in a round that had ended, so more may be there than metrics.csv says
-        lost = there < np.nan_to_num(metrics[f"{way}_wire_bytes"])
+        lost = found_bytes < np.nan_to_num(metrics[f"{way}_wire_bytes"])
         if lost.any():
             notes = (*notes, f"{path.name} lacks messages {way} of {int(lost.sum())} rounds: their bytes are unknown")
             for into in (wire, payload):

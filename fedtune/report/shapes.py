@@ -83,7 +83,7 @@ class Standing:
 @dataclass(frozen=True)
 class Table:
     protocol: Protocol
-    reference: str  # the label that the others are compared with: the lowest mean loss, unless one is named
+    reference: str  # the label that the others are compared with: the lowest mean loss, unless one is named; may be ""
     standings: tuple[Standing, ...]  # the best first
     notes: tuple[str, ...]  # as "fedkseed used 0.3 % of the bytes: rounds ended it"
 

@@ -42,7 +42,9 @@ def table(group: Group, protocol: Protocol, reference: str | None = None) -> Tab
         reference = None
     if not found:
         return Table(protocol, reference or "", (), tuple(notes))
-    first = next((standing for standing in found if standing.entry.label == reference), found[0])
+    # The best of those with one test, if there are any: what a client's own data says is another number
+    best = next((standing for standing in found if not _has_own_test(standing)), found[0])
+    first = next((standing for standing in found if standing.entry.label == reference), best)
     if (note := _unlike_tests(found)) is not None:
         notes.append(note)
     notes += [note for standing in found if (note := _unspent(standing, protocol)) is not None]
@@ -51,19 +53,22 @@ def table(group: Group, protocol: Protocol, reference: str | None = None) -> Tab
 
 def protocols(group: Group) -> list[Protocol]:
     """Those that fit: the rounds that all entries have; and the bytes and seconds that the experiments' `budget` names
-    or, without one, that the entry that spent least came to. These only where every entry was evaluated within them
-    after a round at least; seconds only where all are of one kind, virtual or measured."""
-    done = [best for entry in group.entries if (best := max(map(_evaluated, _ended(entry)), default=0)) > 0]
-    found = [Protocol("rounds", float(min(done, default=0)))]
+    or, without one, that the entry that spent least came to.
+
+    Where others weren't evaluated within these after a round at least, the next dearer entry decides: a method that
+    sends next to nothing would else leave nothing to compare. Seconds only where all are of one kind, virtual or
+    measured.
+    """
+    begun = [entry for entry in group.entries if any(map(_evaluated, entry.runs))]
+    done = [max(map(_evaluated, _ended(entry)), default=0) for entry in begun]
+    found = [Protocol("rounds", float(min((count for count in done if count), default=0)))]
     for kind in ("bytes", "seconds"):
+        if kind == "seconds" and len({_is_virtual(entry) for entry in begun}) > 1:
+            continue
         named = _budget(group, kind)
-        limit = _least(group, kind) if named is None else named
-        fits = math.isfinite(limit) and limit > 0
-        if kind == "seconds" and len({_is_virtual(entry) for entry in group.entries}) > 1:
-            fits = False
-        protocol = Protocol(kind, limit)
-        if fits and (named is not None or all(_begun(entry, protocol) for entry in group.entries)):
-            found.append(protocol)
+        limits = _limits(begun, kind) if named is None else [named]
+        fitting = (Protocol(kind, limit) for limit in limits)
+        found += [p for p in fitting if named is not None or all(_begun(entry, p) for entry in begun)][:1]
     return found
 
 
@@ -206,9 +211,13 @@ def _verdict(behind: Estimate, p: float) -> str:
     return "worse" if behind.mean > 0 else "better"
 
 
+def _has_own_test(standing: Standing) -> bool:
+    return any(run.clients is not None for run in standing.entry.runs)
+
+
 def _unlike_tests(standings: Sequence[Standing]) -> str | None:
     """A method that leaves each client with a model of its own is scored by each client's data."""
-    own = [one.entry.label for one in standings if any(run.clients is not None for run in one.entry.runs)]
+    own = [one.entry.label for one in standings if _has_own_test(one)]
     if not own or len(own) == len(standings):
         return None
     return f"{', '.join(own)}: scored on each client's own held-out data, the others on the server's"
@@ -233,18 +242,19 @@ def _budget(group: Group, kind: str) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _least(group: Group, kind: str) -> float:
-    """What the cheapest entry came to, up to the next of three digits; NaN if that isn't known of all."""
+def _limits(entries: Sequence[Entry], kind: str) -> list[float]:
+    """What entries came to, each up to the next of three digits, ascending; nothing if that isn't known of all."""
     totals = []
-    for entry in group.entries:
-        ends = [float(over[-1]) for run in _ended(entry) if len(over := _over(run, kind)) and _evaluated(run)]
-        if ends:
-            totals.append(max(ends))
-    if not totals or not all(math.isfinite(total) and total > 0 for total in totals):
-        return math.nan
-    least = min(totals) * SLACK
-    unit = 10.0 ** (math.floor(math.log10(least)) - 2)
-    return math.ceil(least / unit) * unit
+    for entry in entries:
+        ends = [float(over[-1]) for run in _ended(entry) if _evaluated(run) and len(over := _over(run, kind))]
+        totals += [max(ends)] if ends else []
+    if not all(math.isfinite(total) and total > 0 for total in totals):
+        return []
+    found = []
+    for total in sorted(total * SLACK for total in totals):
+        unit = 10.0 ** (math.floor(math.log10(total)) - 2)
+        found.append(math.ceil(total / unit) * unit)
+    return found
 
 
 def _begun(entry: Entry, protocol: Protocol) -> bool:

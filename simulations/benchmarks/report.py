@@ -4,8 +4,8 @@
     python -m simulations.benchmarks.report runs=10 rounds=20     less of it
     python -m simulations.benchmarks.report clock=no              without clock.csv, as where devices have no limits
 
-Prints seconds of each step, and the most memory that the process took. The folders are written by the run folder's own
-writers; the files of one run are copied into all others, whose settings differ.
+Prints seconds of each step, as they went by and as this process worked, and the most memory that it took. The folders
+are written by the run folder's own writers; the files of one run are copied into all others, whose settings differ.
 """
 
 import itertools
@@ -97,7 +97,7 @@ def main(words: Sequence[str]) -> None:
 
 def _time(parent: Path) -> None:
     # As late as this, so that it is part of what is measured
-    begun = time.perf_counter()
+    begun = _now()
     from fedtune.report.comparison import compare, curve, protocols, reached, table, target, write_results
     from fedtune.report.runs import find, read
 
@@ -122,11 +122,16 @@ def _time(parent: Path) -> None:
     _say("the page", begun)
 
 
-def _say(what: str, begun: float) -> float:
-    now = time.perf_counter()
+def _now() -> tuple[float, float]:
+    """By the clock, and of this process's own work: a busy machine changes the first alone."""
+    return time.perf_counter(), time.process_time()
+
+
+def _say(what: str, begun: tuple[float, float]) -> tuple[float, float]:
+    took, worked = (now - then for now, then in zip(_now(), begun, strict=True))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"{now - begun:7.2f} s   {what} (at most {most / MB:.0f} MB so far)", flush=True)
-    return time.perf_counter()
+    print(f"{took:7.2f} s, {worked:6.2f} s of work   {what} (at most {most / MB:.0f} MB so far)", flush=True)
+    return _now()
 
 
 if __name__ == "__main__":
