@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 from conftest import rows, small
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import compose
@@ -386,6 +386,31 @@ def test_what_comparison_json_says(copy):
     for content in ("[]", "{", '{"cells": {"a": 1}}', '{"cells": null, "command": []}', "\xff", "[" * 10**5):
         path.write_text(content, encoding="latin-1")
         assert [entry.label for entry in load([copy]).groups[0].entries] == list(METHODS)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@given(
+    name=st.sampled_from(("config.yaml", "metrics.csv", "ledger.csv", "summary.json")),
+    share=st.floats(0, 1),
+    garbage=st.sampled_from([b"", b"\xff\n", b'"', b"9" * 400 + b"\n"]),
+)
+def test_one_cut_file_leaves_the_other_runs_to_compare(copy, name, share, garbage):
+    path = copy / "fedit" / "seed-1" / name
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[: int(share * len(content))] + garbage)
+        found = load([copy])
+        for group in found.groups:
+            for protocol in protocols(group):
+                table(group, protocol)
+            reached(group, target(group))
+            for entry in group.entries:
+                curve(entry, "eval_loss", "bytes")
+        write_results(found, copy / "report")
+    finally:
+        path.write_bytes(content)
+    standings = table(found.groups[0], Protocol("rounds", 3)).standings
+    assert {one.entry.label: {0, 2} <= set(one.entry.seeds) for one in standings} == dict.fromkeys(METHODS, True)
 
 
 def test_a_bad_folder_is_noted_and_no_run_at_all_is_an_error(copy, tmp_path):
