@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,8 +13,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.party import Party
 from fedtune.schema import FULL, Experiment
+
+if TYPE_CHECKING:  # torch comes with it, and a report needs none
+    from fedtune.party import Party
 
 
 class View(Protocol):
@@ -22,7 +24,7 @@ class View(Protocol):
 
     def loading(self, experiment: Experiment) -> None: ...
 
-    def started(self, experiment: Experiment, party: Party, folder: Path, done: int) -> None: ...
+    def started(self, experiment: Experiment, party: "Party", folder: Path, done: int) -> None: ...
 
     def round_begins(self, number: int, cohort: int) -> None: ...
 
@@ -53,7 +55,7 @@ class LineView:
     def loading(self, experiment: Experiment) -> None:
         self._say(f"loading {experiment.model.name} and {experiment.data.name} ...")
 
-    def started(self, experiment: Experiment, party: Party, folder: Path, done: int) -> None:
+    def started(self, experiment: Experiment, party: "Party", folder: Path, done: int) -> None:
         for line in headline(experiment, party, folder):
             self._say(line)
         if done >= 0:
@@ -113,7 +115,7 @@ class LiveView:
     def loading(self, experiment: Experiment) -> None:
         self._status.plain = f"loading {experiment.model.name} and {experiment.data.name} ..."
 
-    def started(self, experiment: Experiment, party: Party, folder: Path, done: int) -> None:
+    def started(self, experiment: Experiment, party: "Party", folder: Path, done: int) -> None:
         self._status.plain = ""
         first, *rest = headline(experiment, party, folder)
         self._console.print(f"[bold]{escape(first)}[/bold]")
@@ -208,7 +210,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def headline(experiment: Experiment, party: Party, folder: Path) -> list[str]:
+def headline(experiment: Experiment, party: "Party", folder: Path) -> list[str]:
     """What is about to run, on what."""
     model, data = party.model, party.data
     held = experiment.model.quantization if experiment.model.quantization != "none" else str(model.module.dtype)

@@ -30,33 +30,13 @@ from fedtune import ledger, model_file
 from fedtune.atomic import write_atomically
 from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.clock import Timed
+from fedtune.columns import METRICS as METRICS
 from fedtune.config import load
 from fedtune.errors import RunFolderError
 from fedtune.evaluate import Score
 from fedtune.ledger import Entry
 from fedtune.schema import Experiment
 
-METRICS = (
-    "round",
-    "eval_loss",
-    "eval_accuracy",
-    "train_loss",
-    "seconds",
-    "eval_seconds",
-    "clients",
-    "failed",
-    "up_payload_bytes",
-    "down_payload_bytes",
-    "up_wire_bytes",
-    "down_wire_bytes",
-    "framing_bytes",
-    "client_eval_loss",
-    "client_eval_accuracy",
-    "aggregation_error",  # ||dW_server - dW*||_F / ||dW*||_F
-    "merge_error",  # of the residual's recompression, relative; 0 where nothing was cut
-    "virtual_seconds",  # the virtual clock when the round ended, where devices have limits
-    "requantization_error",  # of the whole change of the base, relative; empty where it is kept beside the base
-)
 FAILURES = ("round", "peer", "error")
 CLOCK = (
     "round", "peer", "begun_seconds", "device", "down_bytes", "download_seconds", "compute_seconds", "up_bytes",

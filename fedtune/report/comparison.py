@@ -4,162 +4,208 @@ Runs with the same settings but for the seed are one entry. Entries may stand si
 task: the same base (by its hash), data, division, population and evaluation. Others go into groups of their own.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fedtune.report.runs import Floats, Run
+from fedtune.config import differences
+from fedtune.errors import RunFolderError
+from fedtune.report.intervals import estimate
+from fedtune.report.labels import flat, labels, settings, told_apart, unique
+from fedtune.report.plan import read_plan
+from fedtune.report.results import write_results
+from fedtune.report.runs import PLAN, Run, find, read
+from fedtune.report.shapes import (
+    Comparison,
+    Curve,
+    Entry,
+    Estimate,
+    Failure,
+    Group,
+    Protocol,
+    Reached,
+    Standing,
+    Table,
+)
+from fedtune.report.standings import curve, protocols, reached, table, target
+from fedtune.report.tasks import common, tasks, title
+
+__all__ = [
+    "Comparison",
+    "Curve",
+    "Entry",
+    "Estimate",
+    "Failure",
+    "Group",
+    "Protocol",
+    "Reached",
+    "Standing",
+    "Table",
+    "compare",
+    "curve",
+    "estimate",
+    "load",
+    "protocols",
+    "reached",
+    "table",
+    "target",
+    "write_results",
+]
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds with its 95 % interval (Student's t)."""
+def load(paths: list[Path]) -> Comparison:
+    """Compare all runs among and below these paths, with what a comparison.json there says of them.
 
-    mean: float  # NaN of nothing
-    low: float  # NaN below two values
-    high: float
-    values: tuple[float, ...]  # by seed
+    A folder that can't be read is left out, and said in the notes.
 
-
-@dataclass(frozen=True)
-class Failure:
-    """A run that a comparison asked for and that has no usable result."""
-
-    label: str  # of its entry
-    seed: int | None
-    reason: str
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The same settings over several seeds."""
-
-    label: str  # what tells it from the group's other entries: "fedit", "fedit compeft", "fedit train.lr=0.003"
-    runs: tuple[Run, ...]  # by seed, ascending; one each
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return tuple(run.experiment.seed for run in self.runs)
+    Raises:
+        RunFolderError: naming a path that doesn't exist or holds no run.
+    """
+    runs: list[Run] = []
+    notes: list[str] = []
+    for folder in find(paths):
+        try:
+            runs.append(read(folder))
+        except RunFolderError as error:
+            notes.append(f"left out: {error}")
+    places = dict.fromkeys(place for run in runs for place in (run.path, *_above(run.path)))
+    plans = {place: read_plan(place) for place in dict.fromkeys([*paths, *places]) if (place / PLAN).is_file()}
+    # Who asks for one run of a comparison wants its label, and not what became of the others
+    whole = [plan for place, plan in plans.items() if any(place.resolve().is_relative_to(p.resolve()) for p in paths)]
+    failures = [failure for plan in whole for failure in plan.failures]
+    names = {path: label for plan in plans.values() for path, label in plan.labels.items()}
+    command = next((plan.command for plan in whole if plan.command), None)
+    notes += [note for plan in whole for note in plan.notes]
+    return compare(runs, failures, command, labels=names, notes=notes)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Entries that learn the same task."""
-
-    title: str  # "SmolLM2-135M on chatterbot, 20 clients"
-    common: tuple[tuple[str, str], ...]  # (setting, value) of what all share, for people
-    entries: tuple[Entry, ...]  # by label
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """At what point runs are compared. A run counts with its last evaluated round that is within the limit."""
-
-    kind: str  # "rounds", "bytes" (wire, both directions) or "seconds" (virtual where devices have limits)
-    limit: float
-
-    @property
-    def title(self) -> str:
-        """As "after 10 rounds", "within 40.0 MB", "within 60 s"."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Standing:
-    """One entry under a protocol; a mean over its seeds of each number at the round that counts."""
-
-    entry: Entry
-    at: tuple[int, ...]  # by seed: the round that counts
-    scores: dict[str, Estimate]  # by metrics column: eval_loss, eval_accuracy, and whichever others were measured
-    up_bytes: Estimate
-    down_bytes: Estimate
-    seconds: Estimate
-    memory_bytes: Estimate
-    behind: Estimate | None  # eval_loss minus the reference's, paired by seed; None for the reference itself
-    p: float  # of that difference, paired t, Holm-adjusted over the table; NaN below two common seeds
-    verdict: str  # "reference", "worse", "better", "within noise", or "one seed" where nothing can be told apart
-
-
-@dataclass(frozen=True)
-class Table:
-    protocol: Protocol
-    reference: str  # the label that the others are compared with: the lowest mean loss, unless one is named
-    standings: tuple[Standing, ...]  # the best first
-    notes: tuple[str, ...]  # as "fedkseed used 0.3 % of the bytes: rounds ended it"
-
-
-@dataclass(frozen=True)
-class Reached:
-    """What it took an entry to reach a target loss."""
-
-    entry: Entry
-    rounds: Estimate
-    bytes: Estimate
-    seconds: Estimate
-    missed: int  # seeds that never got there; the estimates are of the others
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One entry over its rounds: what at least one seed measured, with the 95 % interval where two or more did."""
-
-    entry: Entry
-    x: Floats  # (n,) rounds, mean bytes or mean seconds
-    mean: Floats  # (n,)
-    low: Floats  # (n,) NaN where fewer than two
-    high: Floats  # (n,)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All that a page shows."""
-
-    groups: tuple[Group, ...]
-    failures: tuple[Failure, ...]
-    notes: tuple[str, ...]  # about folders: what was cut off, left out, or split, and why
-    command: str | None  # that made it, where comparison.json says
-
-
-def compare(runs: list[Run], failures: list[Failure] | None = None, command: str | None = None) -> Comparison:
+def compare(
+    runs: list[Run],
+    failures: list[Failure] | None = None,
+    command: str | None = None,
+    *,
+    labels: Mapping[Path, str] | None = None,
+    notes: Iterable[str] = (),
+) -> Comparison:
     """Put runs into entries and groups.
 
     Of two runs with the same settings and seed the one that got further counts, and a note says so.
+
+    Args:
+        failures: what is known to have failed beside these runs.
+        labels: by a run's resolved path, names that somebody gave to entries; the others are told apart by settings.
+        notes: what else there is to say about folders.
     """
-    raise NotImplementedError
+    said = [*notes, *(f"{run.path}: {note}" for run in runs for note in run.notes)]
+    by_task: dict[str, list[Run]] = {}
+    of: dict[str, dict[str, Any]] = {}
+    for run, task in zip(runs, tasks(runs), strict=True):
+        by_task.setdefault(_key(task), []).append(run)
+        of[_key(task)] = task
+    by_size = sorted(by_task, key=lambda key: -len(by_task[key]))
+    groups, first = [], of[by_size[0]] if by_size else {}
+    for key in by_size:
+        members = by_task[key]
+        entries = _entries(members, labels or {}, said)
+        kept = [run for entry in entries for run in entry.runs]
+        groups.append(Group(title(kept[0]), common(kept), entries))
+        if len(groups) > 1:
+            parts = "; ".join(differences(first, of[key]))
+            said.append(f"not comparable with {groups[0].title}, and so apart from it: {groups[-1].title} ({parts})")
+    groups = [
+        replace(group, title=name)
+        for group, name in zip(groups, _titles(groups, [of[key] for key in by_size]), strict=True)
+    ]
+    known = {(failure.label, failure.seed): failure for failure in failures or []}
+    for group in groups:
+        for entry in group.entries:
+            for run in entry.runs:  # it may have been resumed since
+                if run.status == "finished":
+                    known.pop((entry.label, run.experiment.seed), None)
+            known |= {
+                (entry.label, run.experiment.seed): Failure(entry.label, run.experiment.seed, reason)
+                for run in entry.runs
+                if (reason := _failed(run)) is not None
+            }
+            if note := _unlike_machines(entry):
+                said.append(note)
+    return Comparison(tuple(groups), tuple(known.values()), tuple(dict.fromkeys(said)), command)
 
 
-def table(group: Group, protocol: Protocol, reference: str | None = None) -> Table:
-    raise NotImplementedError
+def _entries(runs: Sequence[Run], given: Mapping[Path, str], notes: list[str]) -> tuple[Entry, ...]:
+    alike: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        seeds, seed = alike.setdefault(_key(settings(run.experiment)), {}), run.experiment.seed
+        if (other := seeds.get(seed)) is not None:
+            kept, left = (run, other) if _far(run) > _far(other) else (other, run)
+            notes.append(f"{left.path} is left out: it has the settings and the seed of {kept.path}, which got further")
+            run = kept
+        seeds[seed] = run
+    members = [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in alike.values()]
+    made = labels([runs[0].experiment for runs in members])
+    named = [
+        next((given[run.path.resolve()] for run in runs if run.path.resolve() in given), label)
+        for runs, label in zip(members, made, strict=True)
+    ]
+    entries = [Entry(label, runs) for label, runs in zip(told_apart(named, made), members, strict=True)]
+    return tuple(sorted(entries, key=lambda entry: _natural(entry.label)))
 
 
-def protocols(group: Group) -> list[Protocol]:
-    """Those that fit: the rounds that all have; the bytes and seconds that `budget.` named or, without one, that
-    the entry that spent least ... (only where the cheapest got past round 0 in every entry)."""
-    raise NotImplementedError
+def _key(nested: Mapping[str, Any]) -> str:
+    """Equal for equal settings, in whatever order a file has them."""
+    return repr(sorted(flat(nested).items(), key=lambda item: item[0]))
 
 
-def target(group: Group) -> float:
-    """Half of the best entry's way: the mean of its first and its lowest mean loss."""
-    raise NotImplementedError
+def _far(run: Run) -> tuple[int, bool]:
+    return (int(run.rounds[-1]) if len(run.rounds) else -1, run.status == "finished")
 
 
-def reached(group: Group, loss: float) -> list[Reached]:
-    """What each entry took to reach `loss`, the cheapest in bytes first."""
-    raise NotImplementedError
+def _failed(run: Run) -> str | None:
+    """Why a run has no usable result, if it has none."""
+    if run.status == "failed":
+        return run.error or "it failed, and didn't say why"
+    if run.status in ("interrupted", "cut off") and not np.isfinite(run.metrics["eval_loss"]).any():
+        return run.error or f"{run.status} before anything was evaluated"
+    return None
 
 
-def curve(entry: Entry, column: str, over: str = "rounds") -> Curve:
-    """A metrics column by round, with x as rounds, mean bytes or mean seconds after them."""
-    raise NotImplementedError
+def _unlike_machines(entry: Entry) -> str | None:
+    if any(run.is_virtual for run in entry.runs):
+        return None
+    machines = {
+        (run.experiment.runtime.name, str(found.get("device") if isinstance(found, Mapping) else None))
+        for run in entry.runs
+        if (found := run.summary.get("machine")) is not None
+    }
+    return (
+        f"{entry.label}: its seeds ran on unlike machines, so their seconds are not alike"
+        if len(machines) > 1
+        else None
+    )
 
 
-def estimate(values: list[float] | np.ndarray) -> Estimate:
-    """The mean of the finite values, with its 95 % interval."""
-    raise NotImplementedError
+def _titles(groups: Sequence[Group], tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those of the groups, with what tells them from the first of that title beside the later ones."""
+    first: dict[str, Mapping[str, Any]] = {}
+    found = []
+    for group, task in zip(groups, tasks, strict=True):
+        other = first.setdefault(group.title, task)
+        parts = [
+            f"{key} {value.split(' -> ')[-1]}"
+            for key, _, value in (line.partition(": ") for line in differences(other, task))
+        ]
+        found.append(", ".join([group.title, *parts[:2]]))
+    return unique(found)
 
 
-def write_results(comparison: Comparison, folder: Path) -> list[Path]:
-    """results.csv and results.parquet: a line per run and evaluated round, all columns; summary.csv: a line per
-    standing of every table."""
-    raise NotImplementedError
+def _above(path: Path) -> tuple[Path, ...]:
+    return tuple(path.resolve().parents)[:2]
+
+
+def _natural(label: str) -> list[tuple[bool, int, str]]:
+    """So that r16 comes after r8."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", label)]

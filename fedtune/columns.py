@@ -1,0 +1,23 @@
+"""The columns of metrics.csv: who reads a run folder needs no torch."""
+
+METRICS = (
+    "round",
+    "eval_loss",
+    "eval_accuracy",
+    "train_loss",
+    "seconds",
+    "eval_seconds",
+    "clients",
+    "failed",
+    "up_payload_bytes",
+    "down_payload_bytes",
+    "up_wire_bytes",
+    "down_wire_bytes",
+    "framing_bytes",
+    "client_eval_loss",
+    "client_eval_accuracy",
+    "aggregation_error",  # ||dW_server - dW*||_F / ||dW*||_F
+    "merge_error",  # of the residual's recompression, relative; 0 where nothing was cut
+    "virtual_seconds",  # the virtual clock when the round ended, where devices have limits
+    "requantization_error",  # of the whole change of the base, relative; empty where it is kept beside the base
+)

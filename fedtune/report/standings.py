@@ -1,0 +1,269 @@
+"""Tables and curves: where each entry stands after as many rounds, bytes or seconds as the others."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fedtune.errors import ConfigError
+from fedtune.report.intervals import SIGNIFICANT, estimate, holm, means, paired_p
+from fedtune.report.runs import Floats, Run
+from fedtune.report.shapes import Curve, Entry, Estimate, Group, Protocol, Reached, Standing, Table
+
+KINDS = ("rounds", "bytes", "seconds")
+# Columns of metrics.csv that are no scores
+_COUNTS = frozenset(("round", "seconds", "eval_seconds", "virtual_seconds", "clients", "failed"))
+SLACK = 1.01  # messages of two runs differ by a few bytes, and these should not decide which round counts
+CLEARLY = 0.9  # of a limit; who ended with less didn't come near it
+
+
+def table(group: Group, protocol: Protocol, reference: str | None = None) -> Table:
+    """Where each entry stands.
+
+    A finished run counts with its last evaluated round within the limit. One that ended early (it failed, was stopped,
+    or is going on) counts if it got to the limit all the same. Others are left out, and the notes say so.
+
+    Args:
+        reference: a label.
+
+    Raises:
+        ConfigError: if no entry has the label `reference`.
+    """
+    known = [entry.label for entry in group.entries]
+    if reference is not None and reference not in known:
+        raise ConfigError(f"reference={reference} is none of the entries: expected one of {', '.join(known)}")
+    notes: list[str] = []
+    counting = [_counting(entry, protocol, notes) for entry in group.entries]
+    found = [_standing(entry, places) for entry, places in counting if places]
+    found.sort(key=lambda standing: (standing.scores["eval_loss"].mean, standing.entry.label))
+    if reference is not None and reference not in [standing.entry.label for standing in found]:
+        notes.append(f"{reference} has no result here: the others are compared with the best one instead")
+        reference = None
+    if not found:
+        return Table(protocol, reference or "", (), tuple(notes))
+    # The best of those with one test, if there are any: what a client's own data says is another number
+    best = next((standing for standing in found if not _has_own_test(standing)), found[0])
+    first = next((standing for standing in found if standing.entry.label == reference), best)
+    if (note := _unlike_tests(found)) is not None:
+        notes.append(note)
+    notes += [note for standing in found if (note := _unspent(standing, protocol)) is not None]
+    return Table(protocol, first.entry.label, tuple(_judged(found, first)), tuple(notes))
+
+
+def protocols(group: Group) -> list[Protocol]:
+    """Those that fit: the rounds that all entries have; and the bytes and seconds that the experiments' `budget` names
+    or, without one, that the entry that spent least came to.
+
+    Where others weren't evaluated within these after a round at least, the next dearer entry decides: a method that
+    sends next to nothing would else leave nothing to compare. Seconds only where all are of one kind, virtual or
+    measured.
+    """
+    begun = [entry for entry in group.entries if any(map(_evaluated, entry.runs))]
+    done = [max(map(_evaluated, _ended(entry)), default=0) for entry in begun]
+    found = [Protocol("rounds", float(min((count for count in done if count), default=0)))]
+    for kind in ("bytes", "seconds"):
+        if kind == "seconds" and len({_is_virtual(entry) for entry in begun}) > 1:
+            continue
+        named = _budget(group, kind)
+        limits = _limits(begun, kind) if named is None else [named]
+        fitting = (Protocol(kind, limit) for limit in limits)
+        found += [p for p in fitting if named is not None or all(_begun(entry, p) for entry in begun)][:1]
+    return found
+
+
+def target(group: Group) -> float:
+    """Half of the best entry's way: the mean of its first and its lowest mean loss. NaN where nothing is evaluated."""
+    curves = [curve(entry, "eval_loss").mean for entry in group.entries]
+    ways = [(float(mean.min()), float(mean[0])) for mean in curves if len(mean)]
+    if not ways:
+        return math.nan
+    lowest, first = min(ways)
+    return (first + lowest) / 2
+
+
+def reached(group: Group, loss: float) -> list[Reached]:
+    """What each entry took to reach `loss`, the cheapest in bytes first."""
+    found = []
+    for entry in group.entries:
+        there = [(run, int(places[0])) for run in entry.runs if len(places := _at_most(run, loss))]
+        rounds, sent, seconds = (estimate([float(_over(run, kind)[place]) for run, place in there]) for kind in KINDS)
+        found.append(Reached(entry, rounds, sent, seconds, len(entry.runs) - len(there)))
+    return sorted(found, key=lambda one: (math.isnan(one.bytes.mean), one.bytes.mean, one.entry.label))
+
+
+def curve(entry: Entry, column: str, over: str = "rounds") -> Curve:
+    """A metrics column by round, with x as rounds, mean bytes or mean seconds after them."""
+    _check_kind(over)
+    rounds = np.unique(np.concatenate([np.empty(0, np.int64), *(run.rounds for run in entry.runs)]))
+    values, along = np.full((2, len(entry.runs), len(rounds)), np.nan)
+    for row, run in enumerate(entry.runs):
+        at = np.searchsorted(rounds, run.rounds)
+        values[row, at] = run.metrics.get(column, np.nan)
+        along[row, at] = _over(run, over)
+    along[~np.isfinite(values)] = np.nan  # x is that of the seeds whose mean it is
+    mean, low, high = means(values)
+    x = means(along)[0]
+    kept = np.isfinite(mean) & np.isfinite(x)
+    return Curve(entry, x[kept], mean[kept], low[kept], high[kept])
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ConfigError(f"over={kind}: expected {', '.join(KINDS)}")
+
+
+def _over(run: Run, kind: str) -> Floats:
+    """(R,) rounds, bytes or seconds after each round."""
+    _check_kind(kind)
+    return {"rounds": lambda: run.metrics["round"], "bytes": run.spent, "seconds": run.seconds}[kind]()
+
+
+def _at_most(run: Run, loss: float) -> Floats:
+    return np.flatnonzero(run.metrics["eval_loss"] <= loss)
+
+
+def _ended(entry: Entry) -> list[Run]:
+    """Without those that failed, which shouldn't end a table for all others."""
+    return [run for run in entry.runs if run.status != "failed"]
+
+
+def _evaluated(run: Run) -> int:
+    """The last evaluated round; 0 if there is none."""
+    places = np.flatnonzero(np.isfinite(run.metrics["eval_loss"]))
+    return int(run.rounds[places[-1]]) if len(places) else 0
+
+
+def _counting(entry: Entry, protocol: Protocol, notes: list[str]) -> tuple[Entry, list[int]]:
+    """The entry with the runs that count, and the place of the round that does in each."""
+    kept, places = [], []
+    for run in entry.runs:
+        over = _over(run, protocol.kind)
+        within = np.flatnonzero(np.isfinite(run.metrics["eval_loss"]) & (over <= protocol.limit))
+        last = float(over[-1]) if len(over) else 0.0
+        who = f"{entry.label} seed {run.experiment.seed}"
+        if run.status != "finished" and not last >= protocol.limit:
+            at = f"after round {run.rounds[-1]}" if len(run.rounds) else "before round 0 was done"
+            why = f": {run.error}" if run.error else ""
+            notes.append(f"{who} is left out: {run.status} {at}{why}")
+        elif not len(within):
+            unknown = len(over) and not np.isfinite(over).any()
+            notes.append(
+                f"{who} is left out: "
+                + (f"its {protocol.kind} are unknown" if unknown else f"nothing was evaluated {protocol.title}")
+            )
+        else:
+            if protocol.kind == "rounds" and last < protocol.limit:
+                notes.append(f"{who} ended after {last:g} rounds")
+            kept.append(run)
+            places.append(int(within[-1]))
+    return replace(entry, runs=tuple(kept)), places
+
+
+def _standing(entry: Entry, places: Sequence[int]) -> Standing:
+    at = list(zip(entry.runs, places, strict=True))
+    columns = dict.fromkeys(name for run in entry.runs for name in run.metrics if _is_score(name))
+    scores = {
+        name: estimate([float(run.metrics[name][place]) if name in run.metrics else math.nan for run, place in at])
+        for name in columns
+    }
+    up, down = (estimate([float(run.spent(way)[place]) for run, place in at]) for way in ("up", "down"))
+    return Standing(
+        entry=entry,
+        at=tuple(int(run.rounds[place]) for run, place in at),
+        scores={name: score for name, score in scores.items() if math.isfinite(score.mean)},
+        up_bytes=up,
+        down_bytes=down,
+        seconds=estimate([float(run.seconds()[place]) for run, place in at]),
+        memory_bytes=estimate([run.memory_bytes for run in entry.runs]),
+        behind=None,
+        p=math.nan,
+        verdict="reference",
+    )
+
+
+def _is_score(column: str) -> bool:
+    return column not in _COUNTS and not column.endswith("_bytes")
+
+
+def _judged(standings: Sequence[Standing], first: Standing) -> list[Standing]:
+    """Each against the first, paired by seed."""
+    others = [standing for standing in standings if standing is not first]
+    behind = [_behind(standing, first) for standing in others]
+    adjusted = holm([paired_p(difference.values) for difference in behind])
+    judged = {
+        standing.entry.label: replace(standing, behind=difference, p=p, verdict=_verdict(difference, p))
+        for standing, difference, p in zip(others, behind, adjusted, strict=True)
+    }
+    return [judged.get(standing.entry.label, standing) for standing in standings]
+
+
+def _behind(standing: Standing, first: Standing) -> Estimate:
+    losses = [dict(zip(one.entry.seeds, one.scores["eval_loss"].values, strict=True)) for one in (standing, first)]
+    return estimate([losses[0][seed] - losses[1][seed] for seed in sorted(losses[0].keys() & losses[1].keys())])
+
+
+def _verdict(behind: Estimate, p: float) -> str:
+    if math.isnan(p):
+        return "one seed"
+    if p > SIGNIFICANT:
+        return "within noise"
+    return "worse" if behind.mean > 0 else "better"
+
+
+def _has_own_test(standing: Standing) -> bool:
+    return any(run.clients is not None for run in standing.entry.runs)
+
+
+def _unlike_tests(standings: Sequence[Standing]) -> str | None:
+    """A method that leaves each client with a model of its own is scored by each client's data."""
+    own = [one.entry.label for one in standings if _has_own_test(one)]
+    if not own or len(own) == len(standings):
+        return None
+    return f"{', '.join(own)}: scored on each client's own held-out data, the others on the server's"
+
+
+def _unspent(standing: Standing, protocol: Protocol) -> str | None:
+    if protocol.kind == "rounds":
+        return None
+    used = [float(_over(run, protocol.kind)[-1]) for run in standing.entry.runs]
+    share = float(np.mean(used)) / protocol.limit
+    if not share < CLEARLY:
+        return None
+    return f"{standing.entry.label} used {100 * share:.2g} % of the {protocol.kind}: rounds ended it"
+
+
+def _budget(group: Group, kind: str) -> float | None:
+    """The limit that all experiments name alike, if they name one."""
+    named = {
+        getattr(getattr(run.experiment, "budget", None), kind, None) for entry in group.entries for run in entry.runs
+    }
+    value = next(iter(named)) if len(named) == 1 else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _limits(entries: Sequence[Entry], kind: str) -> list[float]:
+    """What entries came to, each up to the next of three digits, ascending; nothing if that isn't known of all."""
+    totals = []
+    for entry in entries:
+        ends = [float(over[-1]) for run in _ended(entry) if _evaluated(run) and len(over := _over(run, kind))]
+        totals += [max(ends)] if ends else []
+    if not all(math.isfinite(total) and total > 0 for total in totals):
+        return []
+    found = []
+    for total in sorted(total * SLACK for total in totals):
+        unit = 10.0 ** (math.floor(math.log10(total)) - 2)
+        found.append(math.ceil(total / unit) * unit)
+    return found
+
+
+def _begun(entry: Entry, protocol: Protocol) -> bool:
+    """Whether any run was evaluated within the limit after a round."""
+    return any(
+        (np.isfinite(run.metrics["eval_loss"]) & (run.rounds > 0) & (_over(run, protocol.kind) <= protocol.limit)).any()
+        for run in entry.runs
+    )
+
+
+def _is_virtual(entry: Entry) -> bool:
+    return any(run.is_virtual for run in entry.runs)
