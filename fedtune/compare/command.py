@@ -145,12 +145,15 @@ class Record:
         self._out = made.out
         self._words = made.words
         before = _read(self.path)
+        cells = before.get("cells")
         self._cells: dict[str, Any] = {
-            str(cell["folder"]): cell for cell in before.get("cells", []) if isinstance(cell, dict) and "folder" in cell
+            str(cell["folder"]): cell
+            for cell in (cells if isinstance(cells, list) else [])
+            if isinstance(cell, dict) and "folder" in cell
         }
-        self.tuned: dict[str, Any] = dict(before.get("tuned", {}))
-        said = str(before.get("command", "")).splitlines()
-        self._command = "\n".join(dict.fromkeys([*said, made.command]))
+        tuned = before.get("tuned")
+        self.tuned: dict[str, Any] = dict(tuned) if isinstance(tuned, dict) else {}
+        self._command = made.command
         self.write()
 
     def note(self, cell: Cell, outcome: Outcome) -> None:

@@ -88,10 +88,13 @@ class Plan:
         Raises:
             ConfigError: if the method has no learning rate to tune.
         """
-        keys = {name: learning_rate(self, entry) if name == "lr" else (name, 1.0) for name in self.tuned}
+        key, own = learning_rate(self, entry) if "lr" in self.tuned else ("", 0.0)
         found = []
         for values in itertools.product(*self.tuned.values()):
-            chosen = tuple(_setting(*keys[name], value) for name, value in zip(self.tuned, values, strict=True))
+            chosen = tuple(
+                f"{key}={_rate(value, own)}" if name == "lr" else f"{name}={value}"
+                for name, value in zip(self.tuned, values, strict=True)
+            )
             words = (*self.common, *entry.words, *chosen, f"seed={self.tuning_seed}")
             folder = self.out / TRIALS / slug(entry.label) / slug(" ".join(chosen))
             found.append((chosen, Cell(entry.label, folder, self.tuning_seed, words)))
@@ -166,11 +169,18 @@ def slug(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=_]+", "-", label).strip("-.") or "run"
 
 
-def _setting(key: str, own: float, value: str) -> str:
-    """`key=value`; a value like 3x is that many times the method's own."""
-    if match := re.fullmatch(r"([0-9.eE+-]+)x", value):
-        return f"{key}={own * _number(key, match.group(1)):.6g}"
-    return f"{key}={value}"
+def _rate(text: str, own: float) -> str:
+    """A learning rate as written, or, of 3x, three times `own`."""
+    try:
+        times = text.endswith("x")
+        rate = float(text.removesuffix("x"))
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise ConfigError(
+            f"tune.lr: expected a number above 0, as 1e-3, or how many times the method's own, as 3x; got {text}"
+        )
+    return f"{own * rate:.6g}" if times else text
 
 
 def _entries(methods: Sequence[Item], codecs: Sequence[Item]) -> tuple[Entry, ...]:
@@ -228,16 +238,6 @@ def _whole_numbers(key: str, text: str) -> tuple[int, ...]:
     if wrong := next((item for item in items if not re.fullmatch(r"\d+", item)), None):
         raise ConfigError(f"{key}={text}: expected whole numbers from 0, got {wrong!r}")
     return tuple(dict.fromkeys(map(int, items)))
-
-
-def _number(key: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ConfigError(f"{key}: expected a number before the x, got {text!r}")
-    return value
 
 
 def _check(plan: Plan) -> None:
