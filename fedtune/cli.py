@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedtune import __version__
 from fedtune.errors import ConfigError, FedtuneError, Interrupted
+from fedtune.report.command import COMMANDS, add_parsers, handle
 
 SUMMARY = """\
 Federated fine-tuning of language models: many clients, one base, and the true cost of each method.
@@ -21,6 +22,8 @@ Federated fine-tuning of language models: many clients, one base, and the true c
   fedtune run resume=runs/demo         go on with a run that was stopped
   fedtune compare 'methods=[fedit,flora]'   several, over seeds, and a page of what came out
   fedtune plan population=mixed        what each device would be asked, and what that takes
+  fedtune report runs                  compare runs on one page
+  fedtune serve runs                   the same page, while they go on
   fedtune export runs/demo tuned       its model as a Hugging Face folder
   fedtune compress adapter small       a PEFT adapter, many times smaller
   fedtune methods                      what method= can be
@@ -175,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     decompressing.add_argument("source", metavar="PACKED", help="a folder that fedtune compress made")
     decompressing.add_argument("out", metavar="OUT", help="the folder to make")
     decompressing.add_argument("--start", metavar="FOLDER", help="the PEFT folder that --start was then")
+    add_parsers(commands)
     commands.add_parser("methods", help="list the methods, with their papers")
     examining = commands.add_parser(
         "doctor",
@@ -217,6 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             decompress(options.source, options.out, options.start)
         elif options.command == "doctor":
             doctor(options)
+        elif options.command in COMMANDS:
+            handle(options)
         elif options.help:
             print_run_help()
         else:
