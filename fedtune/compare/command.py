@@ -11,7 +11,7 @@ from fedtune.atomic import write_atomically
 from fedtune.compare.plan import Cell, Entry, Plan, plan
 from fedtune.compare.play import Outcome, Processes, is_done
 from fedtune.compare.view import CompareView, now
-from fedtune.errors import ConfigError, Interrupted, RunFolderError
+from fedtune.errors import ConfigError, FedtuneError, Interrupted, RunFolderError
 from fedtune.run_folder import lock
 
 RECORD = "comparison.json"
@@ -57,9 +57,11 @@ def _compare(made: Plan) -> int:
     failed |= any(outcome.status == "failed" for outcome in outcomes.values())
     if any(outcome.status == "interrupted" for outcome in outcomes.values()):
         raise Interrupted(f"interrupted; go on with the same command: {made.command}")
+    if all(outcome.status == "failed" for outcome in outcomes.values()):
+        raise FedtuneError(f"none of these runs came to anything: {made.out / RECORD} has the reasons")
     from fedtune.report.command import report
 
-    report([made.out], made.out)
+    print(f"page     {report([str(made.out)], str(made.out))}")
     return int(failed)
 
 
