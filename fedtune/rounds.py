@@ -265,9 +265,13 @@ class Server(Talk):
         self.sent = self.party.announce(self.sent, self.state, number + 1)
         heard = self.party.broadcast(self.sent, self.state, number + 1)
         self.party.install(heard, memory={})
+        personal = traits_of(self.strategy).personal
         found, rounding = None, self.party.model.base_change.rounding
         if every and number % every == 0:
-            found = self._examine(number) if traits_of(self.strategy).personal else self.party.evaluate()
+            found = self._examine(number) if personal else self.party.evaluate()
+        if self._asks_peers(number) and not personal:
+            self._examine(number)
+        self.party.install(heard, memory={})  # clients in this process had the model meanwhile
         if found is not None and not math.isfinite(found.loss):
             raise DivergedError(
                 f"round {number}: the held-out loss became {found.loss}. Start a new run with a lower train.lr "
@@ -280,8 +284,8 @@ class Server(Talk):
         entries = self.ledger.take_pending()
         row = {
             "round": number,
-            "eval_loss": found.loss if found else None,
-            "eval_accuracy": found.accuracy if found else None,
+            "eval_loss": None,
+            "eval_accuracy": None,
             "train_loss": played.mean("train_loss"),
             "seconds": round(played.seconds, 3),
             "eval_seconds": round(time.monotonic() - begun, 3),
@@ -294,6 +298,7 @@ class Server(Talk):
             "requantization_error": rounding,
             "virtual_seconds": played.virtual_seconds,
             "merge_error": merged.error if (merged := getattr(self.state, "merged", None)) else None,
+            **(found.row() if found else {}),
         }
         self.folder.append_ledger(entries)
         self.folder.append_failures(played.failures)
@@ -325,11 +330,21 @@ class Server(Talk):
             Checkpoint(number, self.experiment.sha256, self.state, self.run_id, self.sent, self.clock.progress)
         )
 
+    def _is_last(self, number: int) -> bool:
+        """Whether the run ends with this round."""
+        return number >= self.experiment.rounds
+
+    def _asks_peers(self, number: int) -> bool:
+        """Whether clients are to score the global model after this round."""
+        spec = self.experiment.evaluate
+        every = spec.peers == "every" and spec.every > 0 and number % spec.every == 0
+        return every or (spec.peers == "last" and self._is_last(number))
+
     def _examine(self, number: int) -> Score | None:
-        """How good the clients' own models are after round `number`, each on its own held-out data: the mean over all
-        that are there, weighted by samples."""
-        present = self.exchange.nodes()
-        there = [index for index in sorted(self.roster.nodes) if self.roster.nodes[index] in present]
+        """How good what the clients hold is after round `number` (the global model, or their own), each on its own
+        held-out data: the mean over all that are there, weighted by samples."""
+        present, unable = self.exchange.nodes(), self.clock.left_out
+        there = [i for i in sorted(self.roster.nodes) if self.roster.nodes[i] in present and i not in unable]
         scores: dict[int, Score] = {}
         for index, arrival in self._ask(number + 1, there, MessageType.EVALUATE, number):
             part = "evaluate"
