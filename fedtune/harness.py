@@ -37,9 +37,11 @@ def run_tasks(
         DataError: if the harness can't run them, as when their data isn't to be had.
     """
     check_installed()
+    import datasets
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _manager(names, include_path)
     with _text_alone(model) as adds_tokens:

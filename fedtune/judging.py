@@ -128,7 +128,8 @@ def _show(verdict: Verdict, title: str) -> None:
         tasks.add_column("value", justify="right")
         for task, figures in verdict.tasks.items():
             for name, value in figures.items():
-                tasks.add_row(task, name, _number(value))
+                if name != "sample_len":  # no figure of the model's
+                    tasks.add_row(task, name, _number(value))
         console.print(tasks)
 
 
