@@ -343,8 +343,8 @@ class Server(Talk):
     def _examine(self, number: int) -> Score | None:
         """How good what the clients hold is after round `number` (the global model, or their own), each on its own
         held-out data: the mean over all that are there, weighted by samples."""
-        present, unable = self.exchange.nodes(), self.clock.left_out
-        there = [i for i in sorted(self.roster.nodes) if self.roster.nodes[i] in present and i not in unable]
+        present = self.exchange.nodes()
+        there = [i for i in sorted(self.roster.nodes) if self.roster.nodes[i] in present]
         scores: dict[int, Score] = {}
         for index, arrival in self._ask(number + 1, there, MessageType.EVALUATE, number):
             part = "evaluate"
