@@ -72,7 +72,8 @@ def reader(spec: DataSpec) -> Callable[[Row], Example | None]:
     def read(row: Row) -> Example | None:
         where, columns = row
         given = {name: value for name, value in columns.items() if value is not None}
-        if not spec.completion_column and is_question(given, spec.prompt_column) and "completion" not in given:
+        answered = spec.completion_column or not {"completion", "messages"}.isdisjoint(given)
+        if not answered and is_question(given, spec.prompt_column):
             return question(where, given, prompt_of(given, spec.prompt_column))
         if spec.prompt_column or spec.completion_column:
             return pair(where, given, spec.prompt_column or "prompt", spec.completion_column or "completion")

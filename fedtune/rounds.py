@@ -268,10 +268,9 @@ class Server(Talk):
         personal = traits_of(self.strategy).personal
         found, rounding = None, self.party.model.base_change.rounding
         if every and number % every == 0:
-            found = self._examine(number) if personal else self.party.evaluate()
+            found = self._examine(number, heard) if personal else self.party.evaluate()
         if self._asks_peers(number) and not personal:
-            self._examine(number)
-        self.party.install(heard, memory={})  # clients in this process had the model meanwhile
+            self._examine(number, heard)
         if found is not None and not math.isfinite(found.loss):
             raise DivergedError(
                 f"round {number}: the held-out loss became {found.loss}. Start a new run with a lower train.lr "
@@ -340,9 +339,13 @@ class Server(Talk):
         every = spec.peers == "every" and spec.every > 0 and number % spec.every == 0
         return every or (spec.peers == "last" and self._is_last(number))
 
-    def _examine(self, number: int) -> Score | None:
+    def _examine(self, number: int, heard: Instruction) -> Score | None:
         """How good what the clients hold is after round `number` (the global model, or their own), each on its own
-        held-out data: the mean over all that are there, weighted by samples."""
+        held-out data: the mean over all that are there, weighted by samples.
+
+        Args:
+            heard: what the server's own model is to hold afterwards.
+        """
         present = self.exchange.nodes()
         there = [i for i in sorted(self.roster.nodes) if self.roster.nodes[i] in present]
         scores: dict[int, Score] = {}
@@ -355,6 +358,7 @@ class Server(Talk):
                 part = "failed"
                 self.view.note(f"client {index} could not be evaluated: {error}")
             self._book_arrival(number, index, part, arrival)
+        self.party.install(heard, memory={})  # clients in this process had the model meanwhile
         self.folder.append_clients(number, scores)
         return mean_score({index: self.roster.peers[index].samples for index in scores}, scores)
 

@@ -143,6 +143,7 @@ def test_rouge_l_by_hand():
     reference's, F1 = 2 (4/5)(4/6) / (4/5 + 4/6) = 8/11."""
     assert rouge_l(Answer("The cat on a mat.", "the cat sat on the mat")) == pytest.approx(8 / 11)
     assert rouge_l(Answer("", "the cat")) == 0.0
+    assert rouge_l(Answer("that is 3 plus 4 #### 7", "It is 3 + 4 #### 7")) == pytest.approx(8 / 11)  # as in the docs
 
 
 def longest_common(one, other):
