@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedtune import __version__
+from fedtune import __version__, cli_evaluate
 from fedtune.errors import ConfigError, FedtuneError, Interrupted
 from fedtune.report.command import COMMANDS, add_parsers, handle
 
@@ -24,6 +24,7 @@ Federated fine-tuning of language models: many clients, one base, and the true c
   fedtune plan population=mixed        what each device would be asked, and what that takes
   fedtune report runs                  compare runs on one page
   fedtune serve runs                   the same page, while they go on
+  fedtune evaluate runs/demo           how good its model is
   fedtune export runs/demo tuned       its model as a Hugging Face folder
   fedtune compress adapter small       a PEFT adapter, many times smaller
   fedtune methods                      what method= can be
@@ -153,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     exporting.add_argument("source", metavar="FROM", help="a run's folder, or a .fedtune file")
     exporting.add_argument("out", metavar="OUT", help="the folder to make")
     exporting.add_argument("--base", help="the base: a folder, a GGUF file or a hub id (default: what the run had)")
+    cli_evaluate.add_to(commands)
     compressing = commands.add_parser(
         "compress",
         help="write a PEFT adapter many times smaller",
@@ -215,6 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plan(options.overrides, options.csv)
         elif options.command == "export":
             export(options.source, options.out, options.base)
+        elif options.command == "evaluate":
+            cli_evaluate.evaluate(options)
         elif options.command == "compress":
             compress(options.source, options.out, options.codec, others, options.start)
         elif options.command == "decompress":

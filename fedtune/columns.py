@@ -1,5 +1,6 @@
 """The columns of metrics.csv: who reads a run folder needs no torch."""
 
+MORE_SCORES = ("eval_exact_match", "eval_rouge_l", "eval_choice_accuracy")  # empty where they aren't measured
 METRICS = (
     "round",
     "eval_loss",
@@ -20,4 +21,5 @@ METRICS = (
     "merge_error",  # of the residual's recompression, relative; 0 where nothing was cut
     "virtual_seconds",  # the virtual clock when the round ended, where devices have limits
     "requantization_error",  # of the whole change of the base, relative; empty where it is kept beside the base
+    *MORE_SCORES,
 )

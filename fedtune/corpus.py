@@ -7,7 +7,7 @@ hundreds of short integer arrays.
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,18 @@ from fedtune.protocol import Batch
 from fedtune.schema import DataSpec
 from fedtune.sharing import once
 
+PLACEHOLDER = "\x1aanswer\x1a"  # stands where a choice will; no text has it
+
+Span = tuple[np.ndarray, np.ndarray]  # tokens (length,) int32, and which count: (length,) bool
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question: each choice after the prompt, with the choice's own tokens as those that count."""
+
+    options: tuple[Span, ...]
+    right: int  # the place of the right one
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -29,6 +41,7 @@ class Corpus:
     tokens: np.ndarray  # (total,) int32
     targets: np.ndarray  # (total,) bool: the tokens whose loss counts
     starts: np.ndarray  # (examples + 1,) int64: example i is [starts[i], starts[i + 1])
+    questions: Mapping[int, Question] = field(default_factory=dict)  # by row, where the example is one
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -38,14 +51,22 @@ class Corpus:
 
     def batch(self, rows: Sequence[int] | np.ndarray, pad: int) -> Batch:
         """The examples of those row numbers as one batch, padded on the right with `pad`."""
-        width = max(self.length(row) for row in rows)
-        tokens = torch.full((len(rows), width), pad, dtype=torch.int64)
-        targets = torch.zeros((len(rows), width), dtype=torch.bool)
-        for place, row in enumerate(rows):
-            start, end = self.starts[row], self.starts[row + 1]
-            tokens[place, : end - start] = torch.from_numpy(self.tokens[start:end].astype(np.int64))
-            targets[place, : end - start] = torch.from_numpy(self.targets[start:end])
-        return Batch(tokens, targets)
+        return padded([self.span(row) for row in rows], pad)
+
+    def span(self, row: int) -> Span:
+        start, end = self.starts[row], self.starts[row + 1]
+        return self.tokens[start:end], self.targets[start:end]
+
+
+def padded(spans: Sequence[Span], pad: int) -> Batch:
+    """These as one batch, padded on the right with `pad`."""
+    width = max(len(tokens) for tokens, _ in spans)
+    tokens = torch.full((len(spans), width), pad, dtype=torch.int64)
+    targets = torch.zeros((len(spans), width), dtype=torch.bool)
+    for place, (own, counts) in enumerate(spans):
+        tokens[place, : len(own)] = torch.from_numpy(own.astype(np.int64))
+        targets[place, : len(own)] = torch.from_numpy(counts)
+    return Batch(tokens, targets)
 
 
 @dataclass(frozen=True)
@@ -253,7 +274,39 @@ def tokenise(examples: Sequence[Example], tokenizer: Any, spec: DataSpec) -> tup
             "data.loss_on=all"
         )
     starts = np.concatenate([[0], np.cumsum([len(row) for row in tokens])]).astype(np.int64)
-    return Corpus(np.concatenate(tokens), np.concatenate(targets), starts), kept
+    asked = {row: examples[place] for row, place in enumerate(kept) if examples[place].choices}
+    questions = _questions(asked, tokenizer, spec) if asked else {}
+    return Corpus(np.concatenate(tokens), np.concatenate(targets), starts, questions), kept
+
+
+def _questions(asked: Mapping[int, Example], tokenizer: Any, spec: DataSpec) -> dict[int, Question]:
+    """The choices of these examples, each in the right one's place. What is too long is cut at its beginning, so that
+    a whole choice is left."""
+    heads = [_head(example, tokenizer, spec.loss_on) for example in asked.values()]
+    texts = [text for head, example in zip(heads, asked.values(), strict=True) for text in (*head, *example.choices)]
+    encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+    prefix = [] if tokenizer.chat_template is not None else _prefix(tokenizer)
+    questions = {}
+    for (row, example), head in zip(asked.items(), heads, strict=True):
+        before = [*prefix, *(token for _ in head for token in next(encoded))]
+        options = []
+        for _ in example.choices:
+            choice = next(encoded)[: spec.max_length - 1]  # nothing predicts the first token
+            tokens = np.asarray([*before, *choice][-spec.max_length :], dtype=np.int32)
+            options.append((tokens, np.arange(len(tokens)) >= len(tokens) - len(choice)))
+        questions[row] = Question(tuple(options), example.right)
+    return questions
+
+
+def _head(example: Example, tokenizer: Any, loss_on: str) -> list[str]:
+    """The stretches of text before the answer."""
+    *asked, answer = example.messages
+    anything = replace(example, messages=(*asked, {**answer, "content": PLACEHOLDER}))
+    *stretches, last = [text for text, _ in _stretches(anything, tokenizer, loss_on)]
+    before, found, _ = last.partition(PLACEHOLDER)
+    if not found:
+        raise DataError("the tokenizer's chat template changes an answer's text, so no choice can be put in its place")
+    return [*stretches, before] if before else stretches
 
 
 def _stretches(example: Example, tokenizer: Any, loss_on: str) -> list[tuple[str, bool]]:

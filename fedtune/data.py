@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from fedtune.choices import CHOICES, is_question, prompt_of, read_choices
 from fedtune.errors import DataError
 from fedtune.schema import DataSpec
 
@@ -24,7 +25,10 @@ YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
 Row = tuple[str, dict[str, Any]]  # where it stands ("train.jsonl line 7"), and its columns
 
-KNOWN_COLUMNS = "'messages', or 'prompt' and 'completion', or 'instruction' and 'output', or 'text'"
+KNOWN_COLUMNS = (
+    "'messages', or 'prompt' and 'completion', or 'instruction' and 'output', or 'question', 'choices' and 'answer', "
+    "or 'text'"
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Example:
     messages: tuple[Message, ...]  # empty for plain text
     text: str
     columns: Mapping[str, Any]  # the row's other columns
+    choices: tuple[str, ...] = ()  # what the answer may be, of a multiple-choice question
+    right: int = 0  # the place of the right one, which is the conversation's answer
 
 
 def load_examples(spec: DataSpec) -> list[Example]:
@@ -66,6 +72,9 @@ def reader(spec: DataSpec) -> Callable[[Row], Example | None]:
     def read(row: Row) -> Example | None:
         where, columns = row
         given = {name: value for name, value in columns.items() if value is not None}
+        answered = spec.completion_column or not {"completion", "messages"}.isdisjoint(given)
+        if not answered and is_question(given, spec.prompt_column):
+            return question(where, given, prompt_of(given, spec.prompt_column))
         if spec.prompt_column or spec.completion_column:
             return pair(where, given, spec.prompt_column or "prompt", spec.completion_column or "completion")
         if "messages" in given:
@@ -84,6 +93,11 @@ def reader(spec: DataSpec) -> Callable[[Row], Example | None]:
             f"{where}: expected columns {KNOWN_COLUMNS}; got {', '.join(map(repr, given)) or 'none'}. "
             "Name others by data.prompt_column= and data.completion_column="
         )
+
+    def question(where: str, given: dict[str, Any], prompt: str) -> Example:
+        choices, right = read_choices(where, given)
+        turns = (_turn("user", _text(where, given, prompt)), _turn("assistant", choices[right]))
+        return Example(turns, "", _rest(given, prompt, CHOICES), choices, right)
 
     def pair(where: str, given: dict[str, Any], prompt: str, completion: str) -> Example:
         for name in (prompt, completion):

@@ -63,16 +63,12 @@ def export(source: str, out: str, base: str | None = None) -> Exported:
             can't be written; nothing is left of `out` then.
     """
     target = new_folder(out)
-    found = _source(Path(source).expanduser())
-    # The dtype that `auto` was where it ran, on whatever is here
-    spec = replace(found.experiment.model, dtype=found.dtype)
-    if base is not None:
-        spec = replace(spec, path=base, revision=None)
-    experiment = replace(found.experiment, model=spec, runtime=replace(found.experiment.runtime, device="auto"))
-    with malformed(found.path):
-        party = Party(experiment)
+    found = source_of(Path(source).expanduser())
+    party = party_for(found, base)
+    experiment = party.experiment
     _check_exportable(found, party)
-    local, number = _tuned(found, party)
+    local, number = tuned(found, party)
+    _check_weights(local)
     model, tokenizer, origin = local.module, local.tokenizer, local.origin
     if experiment.adapter.kind != FULL:
         files = adapter_files(local)
@@ -85,7 +81,7 @@ def export(source: str, out: str, base: str | None = None) -> Exported:
     return Exported(target, written, found.experiment, number, origin)
 
 
-def _source(path: Path) -> Source:
+def source_of(path: Path) -> Source:
     """What `path` is: a run folder, or a .fedtune file.
 
     Raises:
@@ -101,7 +97,7 @@ def _source(path: Path) -> Source:
         raise ExportError(f"{path} holds no run (no config.yaml): give the folder that out= named, or a .fedtune file")
     if not _state(path).is_file():
         if (path / NAME).is_file():  # all that is needed, if somebody made room by deleting the checkpoint
-            return _source(path / NAME)
+            return source_of(path / NAME)
         raise ExportError(
             f"{path} has no checkpoint, and so no model yet: not even round 0 is done. "
             f"Go on with it: fedtune run resume={path}"
@@ -118,17 +114,41 @@ def _source(path: Path) -> Source:
         ) from error
 
 
+def party_for(found: Source, base: str | None, **settings: Any) -> Party:
+    """A party of the run's, which has loaded nothing yet: on whatever device is here, in the dtype that `auto` was
+    where the run was made.
+
+    Args:
+        base: where the base is on this machine, if not where the run found it.
+        settings: sections of the experiment that are to be others, as evaluate.
+    """
+    spec = replace(found.experiment.model, dtype=found.dtype)
+    if base is not None:
+        spec = replace(spec, path=base, revision=None)
+    runtime = replace(found.experiment.runtime, device="auto")
+    with malformed(found.path):
+        return Party(replace(found.experiment, model=spec, runtime=runtime, **settings))
+
+
+def check_one_model(found: Source, party: Party) -> None:
+    """Raises:
+    ExportError: if the run left parts of the model with its clients.
+    """
+    if traits_of(party.strategy).personal:
+        raise ExportError(
+            f"method={found.experiment.method_name} leaves a part of the model with each client: there are as many "
+            "models as clients, and what the server has of them is not one. What each is worth is in the run's "
+            "clients.csv"
+        )
+
+
 def _check_exportable(found: Source, party: Party) -> None:
     """Raises:
     ExportError: if there is no one model, or none that can be written as the base's weights.
     """
     experiment = found.experiment
-    name, kind, quantization = experiment.method_name, experiment.adapter.kind, experiment.model.quantization
-    if traits_of(party.strategy).personal:
-        raise ExportError(
-            f"method={name} leaves a part of the model with each client: there are as many models as clients, and what "
-            "the server has of them is not one. What each is worth is in the run's clients.csv"
-        )
+    kind, quantization = experiment.adapter.kind, experiment.model.quantization
+    check_one_model(found, party)
     if kind in PROMPTS:
         raise ExportError(
             f"adapter={kind} adds virtual tokens and changes no weight, so it can't be merged into the base: load the "
@@ -141,8 +161,23 @@ def _check_exportable(found: Source, party: Party) -> None:
         )
 
 
-def _tuned(found: Source, party: Party) -> tuple[LocalModel, int]:
-    """The model, and the last round that is in it."""
+def _check_weights(local: LocalModel) -> None:
+    """Raises:
+    ExportError: if they are codes.
+    """
+    if getattr(local.module, "is_quantized", False):  # also of a folder or hub model that was saved so
+        raise ExportError(
+            f"{local.origin.source} is quantized, and codes can't take up a small change without rounding it away: "
+            "load the run's adapter/ folder with PeftModel.from_pretrained"
+        )
+
+
+def tuned(found: Source, party: Party) -> tuple[LocalModel, int]:
+    """The model, and the last round that is in it.
+
+    Raises:
+        FedtuneError: if it can't be made here.
+    """
     base = _base(found, party.experiment)
     with malformed(found.path):
         party.take(base)
@@ -162,7 +197,7 @@ def _base(found: Source, experiment: Experiment) -> Base:
     """The base, as it is on this machine.
 
     Raises:
-        ExportError: if it isn't here, has other weights, or is quantized.
+        ExportError: if it isn't here, or has other weights.
     """
     expected = f"{found.origin.source} (sha256 {found.origin.sha256[:16]}...)"
     try:
@@ -176,11 +211,6 @@ def _base(found: Source, experiment: Experiment) -> Base:
         raise ExportError(
             f"the model was tuned from {expected}; here is {base.origin.source} (sha256 {base.origin.sha256[:16]}...), "
             "whose weights are others. Name where the right ones are with --base: a folder, a GGUF file or a hub id"
-        )
-    if getattr(base.model, "is_quantized", False):
-        raise ExportError(
-            f"{base.origin.source} is quantized, and codes can't take up a small change without rounding it away: load "
-            "the run's adapter/ folder with PeftModel.from_pretrained"
         )
     return base
 

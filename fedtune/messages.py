@@ -10,7 +10,7 @@ from flwr.app import Message, MessageType, RecordDict
 from fedtune import wire
 from fedtune.broadcast import Sent
 from fedtune.clock import Clock, Timed
-from fedtune.errors import ClientError, FedtuneError, WireError
+from fedtune.errors import CapacityError, ClientError, FedtuneError, WireError
 from fedtune.exchange import Arrival, Exchange
 from fedtune.flower import content_bytes
 from fedtune.installing import SCALING, check_scaling
@@ -82,7 +82,12 @@ class Talk:
         for index in cohort:
             begun = time.perf_counter()
             peer = self.roster.peers[index]
-            instruction = self.strategy.configure(self.state, number, peer)
+            try:
+                instruction = self.strategy.configure(self.state, number, peer)
+            except CapacityError:
+                if kind == MessageType.EVALUATE:  # a device that can take no part holds no model to score
+                    continue
+                raise
             if kind == MessageType.TRAIN and index in self.clock.timed:
                 instruction = self.clock.shortened(peer, instruction)
             last = self.sent if announced and same_tensors(announced.tensors, instruction.tensors) else None

@@ -20,7 +20,7 @@ from fedtune.config import build, from_run_config
 from fedtune.corpus import FederatedData, load_data
 from fedtune.costs import Costs, Weight
 from fedtune.errors import ClientError, DataError, ModelError
-from fedtune.evaluate import Score, score
+from fedtune.evaluate import Score, appraise, score
 from fedtune.installing import BATCH, BITS, STEPS
 from fedtune.keys import fold, permutation
 from fedtune.memory import Memory
@@ -311,7 +311,7 @@ class Party:
         own = self.data.heldout[index]
         if not len(own):
             return None
-        return self._score(own, self.install(instruction, self.memory.recall(run, index, round + 1)))
+        return self._appraise(own, self.install(instruction, self.memory.recall(run, index, round + 1)))
 
     def install(self, instruction: Instruction, memory: Tensors) -> LocalModel:
         """Make the model, which is returned, what a client with this memory would hold after hearing `instruction`."""
@@ -327,7 +327,16 @@ class Party:
             return None
         if (limit := self.experiment.evaluate.examples) and limit < len(rows):
             rows = rows[permutation(fold(self.experiment.seed, "evaluate"), len(rows))[:limit]]
-        return self._score(rows, self.model)
+        return self._appraise(rows, self.model)
+
+    def evaluate_on(self, index: int) -> Score | None:
+        """Score the model as it stands on client `index`'s held-out data; None if it has none."""
+        own = self.data.heldout[index]
+        return self._appraise(own, self.model) if len(own) else None
+
+    def _appraise(self, rows: Any, model: LocalModel) -> Score:
+        spec, key = self.experiment.evaluate, fold(self.experiment.seed, "generate")
+        return appraise(model, self.data.corpus, rows, spec, self.data.pad, key)
 
     def _score(self, rows: Any, model: LocalModel) -> Score:
         return score(model, self.data.corpus, rows, self.experiment.evaluate.batch_size, self.data.pad)

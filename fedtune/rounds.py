@@ -109,7 +109,7 @@ class Server(Talk):
                     self.roster.peers[index] = replace(self.roster.peers[index], installed_version=0, heard=0)
             if self.done < 0:
                 self._finish_round(Round(0))
-            while self.done < self.experiment.rounds and not self._spent():
+            while not self._is_last(self.done):
                 self._finish_round(self._play(self.done + 1))
         except BaseException as error:
             self.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -121,16 +121,17 @@ class Server(Talk):
                 raise Interrupted(f"interrupted {done}; go on with: fedtune run resume={self.folder.path}") from error
             raise
         self.status = "finished"
-        if (limit := self._spent()) and self.done < self.experiment.rounds:
+        if (limit := self._spent(self.done)) and self.done < self.experiment.rounds:
             self.view.note(f"ended after round {self.done} of {self.experiment.rounds}: {limit} is reached")
         if not self.clock.timed:
             self.memory_bytes = self.clock.memory(self.state, self.done + 1)
         self.view.finished(self._summarise(), self.folder.path)
 
-    def _spent(self) -> str | None:
-        """The limit of the budget that ended the run."""
-        spent = self.ledger.totals["spent_bytes"]
-        return budget.reached(self.experiment.budget, self.done, spent, self.seconds, self.loss)
+    def _spent(self, number: int) -> str | None:
+        """The limit of the budget that is reached after this round."""
+        return budget.reached(
+            self.experiment.budget, number, self.ledger.totals["spent_bytes"], self.seconds, self.loss
+        )
 
     def _restore(self) -> None:
         """Take up the last checkpoint, if there is one."""
@@ -279,9 +280,14 @@ class Server(Talk):
         self.sent = self.party.announce(self.sent, self.state, number + 1)
         heard = self.party.broadcast(self.sent, self.state, number + 1)
         self.party.install(heard, memory={})
+        personal = traits_of(self.strategy).personal
         found, rounding = None, self.party.model.base_change.rounding
         if every and number % every == 0:
-            found = self._examine(number) if traits_of(self.strategy).personal else self.party.evaluate()
+            found = self._examine(number, heard) if personal else self.party.evaluate()
+        self.seconds = self.seconds + played.seconds if played.virtual_seconds is None else played.virtual_seconds
+        self.loss = self.loss if found is None else found.loss
+        if self._asks_peers(number) and not personal:
+            self._examine(number, heard)
         if found is not None and not math.isfinite(found.loss):
             raise DivergedError(
                 f"round {number}: the held-out loss became {found.loss}. Start a new run with a lower train.lr "
@@ -294,8 +300,8 @@ class Server(Talk):
         entries = self.ledger.take_pending()
         row = {
             "round": number,
-            "eval_loss": found.loss if found else None,
-            "eval_accuracy": found.accuracy if found else None,
+            "eval_loss": None,
+            "eval_accuracy": None,
             "train_loss": played.mean("train_loss"),
             "seconds": round(played.seconds, 3),
             "eval_seconds": round(time.monotonic() - begun, 3),
@@ -308,6 +314,7 @@ class Server(Talk):
             "requantization_error": rounding,
             "virtual_seconds": played.virtual_seconds,
             "merge_error": merged.error if (merged := getattr(self.state, "merged", None)) else None,
+            **(found.row() if found else {}),
         }
         self.folder.append_ledger(entries)
         self.folder.append_failures(played.failures)
@@ -327,8 +334,6 @@ class Server(Talk):
             self.folder.write_model(dump(TunedModel(self.experiment, heard, model.origin, model.dtype, number)))
         self._save(number)
         self.done, self.state_sha256 = number, state_sha256(self.state)
-        self.seconds = self.seconds + played.seconds if played.virtual_seconds is None else played.virtual_seconds
-        self.loss = self.loss if found is None else found.loss
         self._summarise()
         self.view.round_ends(row)
 
@@ -341,11 +346,25 @@ class Server(Talk):
             Checkpoint(number, self.experiment.sha256, self.state, self.run_id, self.sent, self.clock.progress)
         )
 
-    def _examine(self, number: int) -> Score | None:
-        """How good the clients' own models are after round `number`, each on its own held-out data: the mean over all
-        that are there, weighted by samples."""
+    def _is_last(self, number: int) -> bool:
+        """Whether the run ends with this round, by its number or its budget."""
+        return number >= self.experiment.rounds or self._spent(number) is not None
+
+    def _asks_peers(self, number: int) -> bool:
+        """Whether clients are to score the global model after this round."""
+        spec = self.experiment.evaluate
+        every = spec.peers == "every" and spec.every > 0 and number % spec.every == 0
+        return every or (spec.peers == "last" and self._is_last(number))
+
+    def _examine(self, number: int, heard: Instruction) -> Score | None:
+        """How good what the clients hold is after round `number` (the global model, or their own), each on its own
+        held-out data: the mean over all that are there, weighted by samples.
+
+        Args:
+            heard: what the server's own model is to hold afterwards.
+        """
         present = self.exchange.nodes()
-        there = [index for index in sorted(self.roster.nodes) if self.roster.nodes[index] in present]
+        there = [i for i in sorted(self.roster.nodes) if self.roster.nodes[i] in present]
         scores: dict[int, Score] = {}
         for index, arrival in self._ask(number + 1, there, MessageType.EVALUATE, number):
             part = "evaluate"
@@ -356,12 +375,13 @@ class Server(Talk):
                 part = "failed"
                 self.view.note(f"client {index} could not be evaluated: {error}")
             self._book_arrival(number, index, part, arrival)
+        self.party.install(heard, memory={})  # clients in this process had the model meanwhile
         self.folder.append_clients(number, scores)
         return mean_score({index: self.roster.peers[index].samples for index in scores}, scores)
 
     def _summarise(self, error: BaseException | None = None) -> dict[str, Any]:
         scores = self.folder.scores()
-        if limit := self._spent():
+        if limit := self._spent(self.done):
             scores["ended_by"] = limit
         if self.memory_bytes is not None:
             scores["memory_bytes"] = round(self.memory_bytes)

@@ -4,7 +4,7 @@ config.yaml     every setting, resolved; what `fedtune run resume=` starts from
 metrics.csv     a line per round
 ledger.csv      a line per message
 failures.csv    what went wrong, with whom; a line per failed client and round
-clients.csv     what each client's own model is worth, where a method leaves clients with one
+clients.csv     how good the model, or each client's own where a method leaves it one, is on each client's own data
 clock.csv       what each client's turn took on its device, where devices have limits (fedtune/clock.py)
 similarity.csv  how much the signs of clients' updates agree, where evaluate.similarity asks for it; a line per pair
 summary.json    totals, versions, hashes; replaced after each round
@@ -31,6 +31,7 @@ from fedtune.atomic import write_atomically
 from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.clock import Timed
 from fedtune.columns import METRICS as METRICS
+from fedtune.columns import MORE_SCORES
 from fedtune.config import load
 from fedtune.errors import RunFolderError
 from fedtune.evaluate import Score
@@ -44,7 +45,7 @@ CLOCK = (
     "not_counted",
 )  # fmt: skip
 SIMILARITY = ("round", "peer", "other", "similarity")
-CLIENTS = ("round", "peer", "eval_loss", "eval_accuracy", "tokens")
+CLIENTS = ("round", "peer", "eval_loss", "eval_accuracy", "tokens", *MORE_SCORES)
 
 
 class RunFolder:
@@ -119,11 +120,11 @@ class RunFolder:
         self._append("failures.csv", FAILURES, _csv_text(lines))
 
     def append_clients(self, round: int, scores: Mapping[int, Score]) -> None:
-        lines = [
-            [_cell(cell) for cell in (round, peer, score.loss, score.accuracy, score.tokens)]
+        rows = [
+            {"round": round, "peer": peer, "tokens": score.tokens, **score.row()}
             for peer, score in sorted(scores.items())
         ]
-        self._append("clients.csv", CLIENTS, _csv_text(lines))
+        self._append("clients.csv", CLIENTS, _csv_text([[_cell(row[name]) for name in CLIENTS] for row in rows]))
 
     def append_similarity(self, round: int, pairs: Iterable[tuple[int, int, float | None]]) -> None:
         """Args:
@@ -210,8 +211,8 @@ class RunFolder:
         scored = [row for row in rows if row["eval_loss"]]
         found: dict[str, Any] = {}
         for label, row in (("first", scored[0]), ("last", scored[-1])) if scored else ():
-            found[f"{label}_eval_loss"] = float(row["eval_loss"])
-            found[f"{label}_eval_accuracy"] = float(row["eval_accuracy"])
+            names = ("eval_loss", "eval_accuracy", *MORE_SCORES)
+            found |= {f"{label}_{name}": float(row[name]) for name in names if row.get(name)}
         found["seconds"] = round(sum(float(row["seconds"]) + float(row["eval_seconds"]) for row in rows), 3)
         if timed := [row["virtual_seconds"] for row in rows if row.get("virtual_seconds")]:
             found["virtual_seconds"] = float(timed[-1])

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
@@ -149,11 +150,22 @@ class EvaluateSpec:
     clients: bool = option(False, "each client also scores what it received on its own held-out data")
     exactness: bool = option(True, "measure each round how far the server's update is from the mean of the clients'")
     similarity: bool = option(False, "write each round how much the signs of clients' updates agree: similarity.csv")
+    generate: int = option(0, "held-out examples that are answered, for exact match and ROUGE-L; 0: none")
+    max_new_tokens: int = option(64, "tokens of such an answer, at most")
+    extract: str | None = option(None, "a regular expression: exact match compares its last match, or first group")
+    peers: str = option("none", "all clients score the model on their own data: none, after the last round, or every")
 
     def __post_init__(self) -> None:
         at_least("evaluate.every", self.every, 0)
         at_least("evaluate.examples", self.examples, 0)
         at_least("evaluate.batch_size", self.batch_size, 1)
+        at_least("evaluate.generate", self.generate, 0)
+        at_least("evaluate.max_new_tokens", self.max_new_tokens, 1)
+        one_of("evaluate.peers", self.peers, ("none", "last", "every"))
+        try:
+            re.compile(self.extract or "")
+        except re.error as error:
+            raise ConfigError(f"evaluate.extract={self.extract} is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -228,6 +240,16 @@ class Experiment:
             raise ConfigError(
                 f"adapter=none trains the base's own weights, and with model.quantization={self.model.quantization} "
                 "these are codes that no small step can be put into: take model.quantization=none, or an adapter"
+            )
+        if self.evaluate.generate and self.data.loss_on == "all":
+            raise ConfigError(
+                "evaluate.generate answers prompts, and with data.loss_on=all what is asked is learnt like the answer: "
+                "take data.loss_on=completion, or evaluate.generate=0"
+            )
+        if self.evaluate.peers != "none" and not self.data.client_heldout:
+            raise ConfigError(
+                f"evaluate.peers={self.evaluate.peers}: data.client_heldout=0 leaves clients nothing to score a model "
+                "with. Set it above 0, or evaluate.peers=none"
             )
         if self.method.pooled and not self.population.pooled:  # else it was pooled already: this is a run's own config
             self._pool()

@@ -27,6 +27,8 @@ PAYLOAD, BLOB, SETTINGS, METRICS, EXAMPLES, GREETING = "payload", "blob", "setti
 ROUND = "round"
 RUN = "run"  # the setting under which an instruction carries the run's id; no strategy may use it
 MAX_METRICS = 64
+SCORED = ("loss", "accuracy", "tokens")  # what every score has
+COUNTED = {"answers": ("exact_match", "rouge_l"), "questions": ("choice_accuracy",)}  # what some have, of how many
 
 
 def pack_instruction(
@@ -108,23 +110,35 @@ def pack_score(score: Score | None) -> RecordDict:
     """The content of a client's answer to what its own model is worth; empty where it has nothing to tell it by."""
     if score is None:
         return RecordDict({METRICS: MetricRecord()})
-    return RecordDict({METRICS: MetricRecord({"loss": score.loss, "accuracy": score.accuracy, "tokens": score.tokens})})
+    measured = [name for counted, shares in COUNTED.items() if getattr(score, counted) for name in (counted, *shares)]
+    return RecordDict({METRICS: MetricRecord({name: getattr(score, name) for name in (*SCORED, *measured)})})
 
 
 def unpack_score(content: RecordDict) -> Score | None:
     """What `pack_score` packed, checked.
 
     Raises:
-        WireError: if a figure is missing, not finite or out of range.
+        WireError: if a figure is missing, unknown, not finite or out of range.
     """
-    record = _record(content, METRICS, MetricRecord)
+    record = dict(_record(content, METRICS, MetricRecord))
     if not record:
         return None
-    loss, accuracy, tokens = (record.get(name) for name in ("loss", "accuracy", "tokens"))
+    loss, accuracy, tokens = (record.pop(name, None) for name in SCORED)
     right = isinstance(loss, float) and isinstance(accuracy, float) and isinstance(tokens, int)
     if not right or not math.isfinite(loss) or not 0 <= accuracy <= 1 or tokens < 1:
         raise WireError(f"expected loss, accuracy and tokens, got {loss!r}, {accuracy!r} and {tokens!r}")
-    return Score(loss, accuracy, tokens)
+    more: dict[str, Any] = {}
+    for counted, shares in COUNTED.items():
+        if counted in record:
+            figures = {name: record.pop(name, None) for name in (counted, *shares)}
+            count, *values = figures.values()
+            fair = all(isinstance(value, float) and 0 <= value <= 1 for value in values)
+            if not isinstance(count, int) or count < 1 or not fair:
+                raise WireError(f"expected how many {counted} and what share of them, got {figures}"[:200])
+            more |= figures
+    if record:
+        raise WireError(f"figure {min(record)[:40]!r} of a score is not known, or lacks what it was counted over")
+    return Score(loss, accuracy, tokens, **more)
 
 
 def blob_of(content: RecordDict) -> bytes:

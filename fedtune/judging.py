@@ -1,0 +1,172 @@
+"""`fedtune evaluate`: how good a finished run's model is, for people and as JSON."""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fedtune.adapters import LocalModel
+from fedtune.atomic import write_atomically
+from fedtune.corpus import FederatedData, tokenise
+from fedtune.data import load_examples
+from fedtune.errors import ConfigError, DataError, ExportError
+from fedtune.evaluate import FIGURES, Score, mean_score
+from fedtune.folder import check_one_model, party_for, source_of, tuned
+from fedtune.harness import check_installed, run_tasks
+from fedtune.party import Party
+
+COLUMNS = ("loss", "accuracy", "exact match", "ROUGE-L", "choices")  # of FIGURES
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked on the command line."""
+
+    run: str  # a run's folder, or a .fedtune file
+    data: str | None = None  # a file to score on, instead of what the run held out
+    base: str | None = None  # where the base is on this machine
+    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness
+    include_path: str | None = None  # a folder with tasks of one's own
+    clients: bool = False  # score on each client's own held-out data too
+    generate: int | None = None  # examples to answer; None: as many as the run did
+    limit: int | None = None  # examples at most, 0 for all; None: as many as the run took, and whole tasks
+    out: str | None = None  # a JSON file
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found."""
+
+    round: int  # the last that is in the model
+    heldout: Score | None  # None where nothing was held out
+    clients: Mapping[int, Score]
+    mean: Score | None  # of the clients, weighted by their samples
+    tasks: Mapping[str, Mapping[str, float]]
+
+
+def evaluate(request: Request) -> Verdict:
+    """Score the model, print the figures, and write them where asked.
+
+    Raises:
+        FedtuneError: if there is no such model, or nothing to score it on.
+    """
+    if request.clients and request.data is not None:
+        raise ConfigError("--clients is about the run's own division of its data, which --data has none of: leave one")
+    if request.include_path is not None and not Path(request.include_path).is_dir():
+        raise ConfigError(f"--include-path {request.include_path} is no folder: expected one with task files")
+    if request.tasks:
+        check_installed()
+    found = source_of(Path(request.run).expanduser())
+    spec = found.experiment.evaluate
+    if request.generate is not None:
+        spec = replace(spec, generate=request.generate)
+    if request.limit is not None:
+        spec = replace(spec, examples=request.limit)
+    party = party_for(found, request.base, evaluate=spec)
+    check_one_model(found, party)
+    local, number = tuned(found, party)
+    if request.data is not None:
+        party.data = _whole(party, request.data)
+    heldout = party.evaluate()
+    clients = _by_client(party) if request.clients else {}
+    if heldout is None and not clients and not request.tasks:
+        raise DataError("the run held nothing out for the server (data.heldout=0): give --data, --clients or --tasks")
+    samples = {index: party.samples(index) for index in clients}
+    tasks = _tasks(request, local, spec.batch_size) if request.tasks else {}
+    verdict = Verdict(number, heldout, clients, mean_score(samples, clients), tasks)
+    _show(verdict, f"{found.experiment.name}: method={found.experiment.method_name} after round {number}")
+    if request.out is not None:
+        _write(Path(request.out).expanduser(), verdict, request)
+        print(f"wrote    {request.out}")
+    return verdict
+
+
+def _whole(party: Party, path: str) -> FederatedData:
+    """A file's examples, all held out, with the columns named as for the run's own."""
+    spec = replace(party.experiment.data, path=path, subset=None)
+    corpus, kept = tokenise(examples := load_examples(spec), party.model.tokenizer, spec)
+    pad = int(party.model.tokenizer.pad_token_id)
+    return FederatedData(corpus, (), (), np.arange(len(corpus)), pad, len(examples) - len(kept))
+
+
+def _by_client(party: Party) -> dict[int, Score]:
+    scores = {index: party.evaluate_on(index) for index in range(len(party.data.heldout))}
+    found = {index: score for index, score in scores.items() if score is not None}
+    if not found:
+        raise DataError("no client of the run holds anything out (data.client_heldout=0): leave --clients out")
+    return found
+
+
+def _tasks(request: Request, local: LocalModel, batch_size: int) -> dict[str, dict[str, float]]:
+    return run_tasks(local, request.tasks, request.include_path, request.limit or None, batch_size)
+
+
+def _show(verdict: Verdict, title: str) -> None:
+    console = Console(file=sys.stdout, highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    if verdict.heldout is not None:
+        table.add_row("held-out", *_cells(verdict.heldout))
+    for index, score in sorted(verdict.clients.items()):
+        table.add_row(f"client {index}", *_cells(score))
+    if verdict.mean is not None:
+        table.add_row("mean", *_cells(verdict.mean))
+        for label, pick in (("worst", _worst), ("best", _best)):
+            table.add_row(label, *(_number(pick(name, verdict.clients)) for name in FIGURES))
+    if table.rows:
+        console.print(table)
+    if verdict.tasks:
+        tasks = Table("task", "figure", box=None, pad_edge=False, header_style="dim")
+        tasks.add_column("value", justify="right")
+        for task, figures in verdict.tasks.items():
+            for name, value in figures.items():
+                if name != "sample_len":  # no figure of the model's
+                    tasks.add_row(task, name, _number(value))
+        console.print(tasks)
+
+
+def _cells(score: Score) -> list[str]:
+    return [_number(getattr(score, name)) for name in FIGURES]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _given(name: str, scores: Mapping[int, Score]) -> list[float]:
+    return [value for score in scores.values() if (value := getattr(score, name)) is not None]
+
+
+def _best(name: str, scores: Mapping[int, Score]) -> float | None:
+    return (min if name == "loss" else max)(_given(name, scores), default=None)
+
+
+def _worst(name: str, scores: Mapping[int, Score]) -> float | None:
+    return (max if name == "loss" else min)(_given(name, scores), default=None)
+
+
+def _write(path: Path, verdict: Verdict, request: Request) -> None:
+    def plain(score: Score | None) -> dict[str, Any] | None:
+        return None if score is None else {item.name: getattr(score, item.name) for item in fields(score)}
+
+    content = {
+        "run": request.run,
+        "data": request.data,
+        "round": verdict.round,
+        "heldout": plain(verdict.heldout),
+        "clients": {str(index): plain(score) for index, score in sorted(verdict.clients.items())},
+        "mean": plain(verdict.mean),
+        "tasks": verdict.tasks,
+    }
+    try:
+        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    except OSError as error:
+        raise ExportError(f"--out {path} can't be written: {error.strerror or error}. Name another file") from error
