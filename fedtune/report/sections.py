@@ -13,6 +13,7 @@ from fedtune.config import CONF
 from fedtune.report import comparison as compared
 from fedtune.report.comparison import Entry, Estimate, Group, Protocol, Reached, Standing, Table
 from fedtune.report.figures import Figure, columns, figures
+from fedtune.report.runs import Run
 from fedtune.report.specs import SLOTS
 from fedtune.report.text import (
     NOTHING,
@@ -27,6 +28,8 @@ from fedtune.report.text import (
     title_of,
     within,
 )
+
+LONGEST = 100_000  # characters of a config that are shown
 
 
 @dataclass(frozen=True)
@@ -240,9 +243,15 @@ def _settings(entry: Entry) -> Settings:
     run = entry.runs[0]
     versions = run.summary.get("versions")
     told = ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
-    return Settings(
-        entry.label, _command(run.summary.get("command"), run.experiment.overrides), told, run.experiment.text()
-    )
+    return Settings(entry.label, _command(run.summary.get("command"), run.experiment.overrides), told, _config(run))
+
+
+def _config(run: Run) -> str:
+    """As the run wrote it: to write it again takes far longer than to read it."""
+    try:
+        return (run.path / "config.yaml").read_text(encoding="utf-8", errors="replace")[:LONGEST]
+    except OSError:
+        return run.experiment.text()
 
 
 def _command(told: object, overrides: Sequence[str]) -> str:

@@ -125,12 +125,12 @@ def front(rows: Rows, x: Spec, y: Spec, tips: list[Spec]) -> Spec:
                     "y": {**y, **around},
                     "y2": {"field": "high"},
                     "color": _color(None),
-                    "opacity": _if_chosen(0.75, 0.3),
+                    "strokeOpacity": _if_chosen(0.75, 0.3),
                 },
             },
             {
                 "transform": [OTHERS, _inside(y)],
-                "mark": {"type": "point", "filled": True, "size": 34, "opacity": 0.65},
+                "mark": {"type": "point", "filled": True, "size": 34, "opacity": 1, "fillOpacity": 0.65},
                 "encoding": {"color": GREY, "tooltip": tips},
             },
             {
@@ -150,15 +150,16 @@ def curves(rows: Rows, x: Spec, y: Spec, tips: list[Spec], few: bool) -> Spec:
         few: whether there are so few rounds that each may have its point.
     """
     bounds = {"field": "low", "title": y["title"]}
+    legend = LEGEND if few else LINES
     lines: list[Spec] = [
         {
             "transform": [OTHERS],
-            "mark": {"type": "line", "strokeWidth": 1, "opacity": 0.5, "clip": True},
+            "mark": {"type": "line", "strokeWidth": 1, "strokeOpacity": 0.5, "clip": True},
             "encoding": {"detail": {"field": "e"}, "color": GREY, "tooltip": [{"field": "name", "title": "entry"}]},
         },
         {
             "transform": [CHOSEN, {"filter": "isValid(datum.low)"}],
-            "mark": {"type": "area", "opacity": 0.11, "line": False, "clip": True},
+            "mark": {"type": "area", "fillOpacity": 0.11, "opacity": 1, "line": False, "clip": True},
             "encoding": {
                 "detail": {"field": "e"},
                 "y": {**y, **bounds},
@@ -171,15 +172,21 @@ def curves(rows: Rows, x: Spec, y: Spec, tips: list[Spec], few: bool) -> Spec:
             "mark": {"type": "line", "strokeWidth": 2, "clip": True},
             "encoding": {
                 "detail": {"field": "e"},
-                "color": _color(LEGEND),
-                "strokeDash": _dash(),
+                "color": _color(legend),
+                "strokeDash": _by_slot(DASHES, legend),
                 "order": {"field": "r"},
             },
         },
         {
             "transform": [CHOSEN, _inside(y)],
-            "mark": {"type": "point", "filled": True, "size": 42 if few else 90, "opacity": 1 if few else 0},
-            "encoding": {"color": _color(LEGEND), "tooltip": tips, **({"shape": _shape(LEGEND)} if few else {})},
+            "mark": {
+                "type": "point",
+                "filled": True,
+                "size": 42 if few else 90,
+                "opacity": 1,
+                "fillOpacity": 1 if few else 0,
+            },
+            "encoding": {"color": _color(legend), "tooltip": tips, **({"shape": _shape(legend)} if few else {})},
         },
     ]
     return _spec(rows, {"x": x, "y": y}) | {"layer": lines}
@@ -241,12 +248,12 @@ def spread(points: Rows, boxes: Rows, order: Sequence[str], title: str, tips: li
     return spec | {
         "layer": [
             {
-                "mark": {"type": "tick", "thickness": 1, "height": {"band": 0.5}, "opacity": 0.35},
+                "mark": {"type": "tick", "thickness": 1, "height": {"band": 0.5}, "opacity": 1, "fillOpacity": 0.35},
                 "encoding": {"x": x, "color": _plain()},
             },
             {
                 **box,
-                "mark": {"type": "bar", "height": {"band": 0.5}, "opacity": 0.28},
+                "mark": {"type": "bar", "height": {"band": 0.5}, "fillOpacity": 0.28},
                 "encoding": {"x": {**x, "field": "q1"}, "x2": {"field": "q3"}, "color": _plain(), "tooltip": tips},
             },
             {
@@ -289,26 +296,34 @@ def standing_alone(spec: Spec, title: str, chosen: int) -> Spec:
         "view": {"stroke": None},
     }
     schema = "https://vega.github.io/schema/vega-lite/v6.json"
-    return {"$schema": schema, **_with_slots(spec, chosen, LEGEND), "width": 560, "title": title, "config": config}
+    return {
+        "$schema": schema,
+        **_with_slots(spec, chosen, legends=True),
+        "width": 560,
+        "title": title,
+        "config": config,
+    }
 
 
 def in_page(spec: Spec) -> Spec:
     """As a part of a page, which shows hues, shapes and dashes beside the names to choose from."""
-    return dict(_with_slots(spec, SLOTS, None))
+    return dict(_with_slots(spec, SLOTS, legends=False))
 
 
-def _with_slots(part: Any, count: int, legend: Spec | None) -> Any:
-    """The spec with legends of so many slots, or none, wherever it would have one."""
+def _with_slots(part: Any, count: int, legends: bool) -> Any:
+    """The spec with so many slots, and with its legends of them or none."""
     if isinstance(part, list):
-        return [_with_slots(item, count, legend) for item in part] if part and isinstance(part[0], dict) else part
+        return [_with_slots(item, count, legends) for item in part] if part and isinstance(part[0], dict) else part
     if not isinstance(part, dict) or "values" in part:
         return part
     if part.get("field") == "slot":
-        scale = {"domain": list(range(count)), "range": part["scale"]["range"]}
-        # A layer that says it has none would take it from the others, with which it shares its scales
-        shown = {"legend": part["legend"] and legend} if part["legend"] or legend is None else {}
-        return {**{key: value for key, value in part.items() if key != "legend"}, "scale": scale, **shown}
-    return {key: _with_slots(value, count, legend) for key, value in part.items()}
+        found = {**part, "scale": {"domain": list(range(count)), "range": part["scale"]["range"]}}
+        if not legends:
+            found["legend"] = None
+        elif part["legend"] is None:  # which would take it from the other layers too
+            del found["legend"]
+        return found
+    return {key: _with_slots(value, count, legends) for key, value in part.items()}
 
 
 _SHOWN = {"filter": "every || datum.slot >= 0"}
@@ -319,6 +334,7 @@ LEGEND: Spec = {
     "symbolSize": 70,
     "labelExpr": "isValid(chosen[datum.value]) ? names[chosen[datum.value]] : ''",
 }
+LINES: Spec = {**LEGEND, "symbolType": "stroke", "symbolStrokeWidth": 2.5, "symbolSize": 300}
 
 
 def _spec(rows: Rows, encoding: Spec, step: int | None = None) -> Spec:
@@ -358,10 +374,6 @@ def _plain() -> Spec:
 
 def _shape(legend: Spec | None) -> Spec:
     return _by_slot(SHAPES, legend)
-
-
-def _dash() -> Spec:
-    return _by_slot(DASHES, LEGEND)
 
 
 def _if_chosen(yes: float, no: float) -> Spec:
