@@ -230,7 +230,7 @@ def run(overrides: Sequence[str]) -> None:
                 f"resume={folder} goes on with the settings it was started with, but these differ: "
                 f"{'; '.join(changed)}. Leave them out, or start a new run with out="
             )
-        experiment = replace(experiment, rounds=asked.rounds, overrides=asked.overrides)
+        experiment = replace(experiment, rounds=asked.rounds, tracker=asked.tracker, overrides=asked.overrides)
     _start(experiment, str(folder))
 
 
@@ -342,7 +342,11 @@ def _print_wrapped(head: str, text: str, width: int) -> None:
 
 
 def _start(experiment: "Experiment", resume: str | None) -> None:
+    from fedtune.trackers import check_installed
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if experiment.runtime.name != "flower":  # else that is for the machine of the SuperLink, where the server runs
+        check_installed(experiment.tracker)
     if experiment.runtime.name == "ray":
         from fedtune.runtime.ray import run_ray as start
     elif experiment.runtime.name == "flower":

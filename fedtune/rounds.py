@@ -39,6 +39,7 @@ from fedtune.round import Round
 from fedtune.run_folder import RunFolder, check_vacant
 from fedtune.similarity import every_two
 from fedtune.summary import summarise
+from fedtune.trackers import Tracking
 from fedtune.traits import check_client, tells_its_work, traits_of
 
 
@@ -59,6 +60,7 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
         check_vacant(experiment.out)
     view = make_view()
     try:
+        tracking = Tracking(experiment.tracker, view.note)
         view.loading(experiment)
         # Loaded before the folder is made: a wrong path leaves no half-made run behind
         party.model, party.data  # noqa: B018
@@ -70,7 +72,7 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
             folder.path = folder.path.resolve()
         kind = AsynchronousServer if traits_of(party.strategy).asynchronous else Server
         try:
-            kind(Exchange(grid, stop), party, folder, view).run()
+            kind(Exchange(grid, stop), party, folder, view, tracking).run()
         finally:
             folder.close()
     finally:
@@ -80,9 +82,10 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
 class Server(Talk):
     """One run of one experiment: the state that lasts between rounds, and the steps of a round."""
 
-    def __init__(self, exchange: Exchange, party: Party, folder: RunFolder, view: View):
+    def __init__(self, exchange: Exchange, party: Party, folder: RunFolder, view: View, tracking: Tracking):
         super().__init__(exchange, party, view)
         self.folder = folder
+        self.tracking = tracking
         self.me = server_peer(self.experiment, party.model.layout)
         self.adapter_config = b""  # as last written
         self.named: dict[int, str] = {}  # who was said to be left out, and why
@@ -98,6 +101,7 @@ class Server(Talk):
         self.folder.write_config(replace(self.experiment, out=str(self.folder.path)))
         self._summarise()
         self.view.started(self.experiment, self.party, self.folder.path, self.done)
+        self.tracking.begin(self.experiment, self.folder.path, self.folder.metrics(), self.done)
         try:
             if self.done < self.experiment.rounds:
                 self.roster.gather(max(self.done, 0))
@@ -112,12 +116,15 @@ class Server(Talk):
             with suppress(RunFolderError):  # the first error is the one to show
                 self.folder.append_ledger(self.ledger.take_pending())
                 self._summarise(error)
+            self.tracking.end(self.status, self.ledger.totals)
             if isinstance(error, KeyboardInterrupt):
                 done = f"after round {self.done}" if self.done >= 0 else "before round 0 was done"
                 raise Interrupted(f"interrupted {done}; go on with: fedtune run resume={self.folder.path}") from error
             raise
         self.status = "finished"
-        self.view.finished(self._summarise(), self.folder.path)
+        summary = self._summarise()
+        self.tracking.end(self.status, self.ledger.totals)
+        self.view.finished(summary, self.folder.path)
 
     def _restore(self) -> None:
         """Take up the last checkpoint, if there is one."""
@@ -314,6 +321,7 @@ class Server(Talk):
         self._save(number)
         self.done, self.state_sha256 = number, state_sha256(self.state)
         self._summarise()
+        self.tracking.log(row)
         self.view.round_ends(row)
 
     def _save(self, number: int) -> None:

@@ -11,6 +11,7 @@ summary.json    totals, versions, hashes; replaced after each round
 checkpoint/     the strategy's state after the last finished round
 adapter/        the global adapter, for PeftModel.from_pretrained; none where the base itself is trained
 start/          what it was before the first round, for fedtune compress --start
+tracker.json    by which ids trackers know the run (fedtune/trackers.py); TensorBoard's and wandb's files lie beside it
 model.fedtune   all that makes the model of its base, where that is numbers along seeded directions: a few kB
 """
 
@@ -229,6 +230,12 @@ class RunFolder:
         if timed := [row["virtual_seconds"] for row in rows if row.get("virtual_seconds")]:
             found["virtual_seconds"] = float(timed[-1])
         return found
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The rounds so far, each with the numbers that it has."""
+        path = self.path / "metrics.csv"
+        header, *lines = _read_lines(path) if path.exists() else [list(METRICS)]
+        return [{name: float(cell) for name, cell in zip(header, cells, strict=True) if cell} for cells in lines]
 
     def _append(self, name: str, header: Sequence[str], lines: str) -> None:
         if not lines:

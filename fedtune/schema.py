@@ -182,6 +182,19 @@ class RuntimeSpec:
 
 
 @dataclass(frozen=True)
+class TrackerSpec:
+    name: str = option("none", "who else is told of a run's figures: none, tensorboard, wandb or mlflow")
+    uri: str | None = option(None, "mlflow: a server or store; null: mlflow.db beside the run's folder")
+    experiment: str = option("fedtune", "mlflow: the experiment that the run is put into")
+    project: str = option("fedtune", "wandb: the project that the run is put into")
+    mode: str = option("offline", "wandb: offline (files, for wandb sync) or online")
+
+    def __post_init__(self) -> None:
+        one_of("tracker", self.name, ("none", "tensorboard", "wandb", "mlflow"))
+        one_of("tracker.mode", self.mode, ("offline", "online"))
+
+
+@dataclass(frozen=True)
 class Experiment:
     """All that decides a run. Written to config.yaml, and read back from it on resume."""
 
@@ -193,6 +206,7 @@ class Experiment:
     train: TrainSpec = field(default_factory=TrainSpec)
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
+    tracker: TrackerSpec = field(default_factory=TrackerSpec)
     server_optimizer: dict[str, Any] = option(
         {}, "how the server steps towards the clients' average; empty: all the way"
     )
@@ -257,7 +271,7 @@ class Experiment:
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share with its beginning: they decide the result's bits, or where
         clients find what they kept."""
-        free = ("rounds", "out", "overrides")
+        free = ("rounds", "tracker", "out", "overrides")
         kept = {key: value for key, value in to_dict(self).items() if key not in free}
         runtime = {key: kept["runtime"][key] for key in ("name", "device", "threads")}
         return {**kept, "runtime": runtime}
