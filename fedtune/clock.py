@@ -105,6 +105,21 @@ class Clock:
         """Whether there is anything to time: a device with a limit."""
         return tells_its_work(self._party.client) and any(limited(peer.capability) for peer in peers.values())
 
+    def untimed(self, peers: Mapping[int, Peer]) -> str | None:
+        """What was asked for and means nothing where this clock doesn't run."""
+        client = self._party.client
+        if not tells_its_work(client) and any(limited(peer.capability) for peer in peers.values()):
+            return (
+                f"{type(client).__name__} doesn't say what a turn takes (it has no `work`): no virtual clock, and nobody "
+                "is left out for what a device can't do"
+            )
+        if self._population.deadline is not None or self._population.selection == "speed_tier":
+            return (
+                "no device has a limit, so nobody is slow: population.deadline and population.selection=speed_tier "
+                "mean nothing here (population.devices, docs/devices.md)"
+            )
+        return None
+
     def turn(self, peer: Peer, told: Instruction, down_bytes: float, up_bytes: float) -> Turn:
         """What it takes `peer` to do as it is told.
 

@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 
 from fedtune import budget, wire
 from fedtune.checkpoint import Checkpoint, state_sha256
-from fedtune.clock import Turn, limited
+from fedtune.clock import Turn
 from fedtune.config import differences
 from fedtune.errors import DivergedError, FedtuneError, Interrupted, QuorumError, RunFolderError
 from fedtune.evaluate import Score, mean_score
@@ -39,7 +39,8 @@ from fedtune.round import Round
 from fedtune.run_folder import RunFolder, check_vacant
 from fedtune.similarity import every_two
 from fedtune.summary import summarise
-from fedtune.traits import check_client, tells_its_work, traits_of
+from fedtune.trackers import Tracking
+from fedtune.traits import check_client, traits_of
 
 
 def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None = None) -> None:
@@ -59,6 +60,7 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
         check_vacant(experiment.out)
     view = make_view()
     try:
+        tracking = Tracking(experiment.tracker, view.note)
         view.loading(experiment)
         # Loaded before the folder is made: a wrong path leaves no half-made run behind
         party.model, party.data  # noqa: B018
@@ -70,7 +72,7 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
             folder.path = folder.path.resolve()
         kind = AsynchronousServer if traits_of(party.strategy).asynchronous else Server
         try:
-            kind(Exchange(grid, stop), party, folder, view).run()
+            kind(Exchange(grid, stop), party, folder, view, tracking).run()
         finally:
             folder.close()
     finally:
@@ -81,9 +83,10 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
 class Server(Talk):
     """One run of one experiment: the state that lasts between rounds, and the steps of a round."""
 
-    def __init__(self, exchange: Exchange, party: Party, folder: RunFolder, view: View):
+    def __init__(self, exchange: Exchange, party: Party, folder: RunFolder, view: View, tracking: Tracking):
         super().__init__(exchange, party, view)
         self.folder = folder
+        self.tracking = tracking
         self.me = server_peer(self.experiment, party.model.layout)
         self.adapter_config = b""  # as last written
         self.named: dict[int, str] = {}  # who was said to be left out, and why
@@ -102,6 +105,7 @@ class Server(Talk):
         self.folder.write_config(replace(self.experiment, out=str(self.folder.path)))
         self._summarise()
         self.view.started(self.experiment, self.party, self.folder.path, self.done)
+        self.tracking.begin(self.experiment, self.folder.path, self.folder.metrics(), self.done)
         try:
             if self.done < self.experiment.rounds:
                 self.roster.gather(max(self.done, 0))
@@ -116,6 +120,7 @@ class Server(Talk):
             with suppress(RunFolderError):  # the first error is the one to show
                 self.folder.append_ledger(self.ledger.take_pending())
                 self._summarise(error)
+            self.tracking.end(self.status, self.ledger.totals)
             if isinstance(error, KeyboardInterrupt):
                 done = f"after round {self.done}" if self.done >= 0 else "before round 0 was done"
                 raise Interrupted(f"interrupted {done}; go on with: fedtune run resume={self.folder.path}") from error
@@ -125,7 +130,9 @@ class Server(Talk):
             self.view.note(f"ended after round {self.done} of {self.experiment.rounds}: {limit} is reached")
         if not self.clock.timed:
             self.memory_bytes = self.clock.memory(self.state, self.done + 1)
-        self.view.finished(self._summarise(), self.folder.path)
+        summary = self._summarise()
+        self.tracking.end(self.status, self.ledger.totals)
+        self.view.finished(summary, self.folder.path)
 
     def _spent(self, number: int) -> str | None:
         """The limit of the budget that is reached after this round."""
@@ -215,22 +222,9 @@ class Server(Talk):
 
     def _say_untimed(self) -> None:
         """What was asked for and means nothing without a clock."""
-        population = self.experiment.population
-        if self.said_untimed:
-            return
+        if not self.said_untimed and (note := self.clock.untimed(self.roster.peers)):
+            self.view.note(note)
         self.said_untimed = True
-        if not tells_its_work(self.party.client) and any(
-            limited(peer.capability) for peer in self.roster.peers.values()
-        ):
-            self.view.note(
-                f"{type(self.party.client).__name__} doesn't say what a turn takes (it has no `work`): no virtual "
-                "clock, and nobody is left out for what a device can't do"
-            )
-        elif population.deadline is not None or population.selection == "speed_tier":
-            self.view.note(
-                "no device has a limit, so nobody is slow: population.deadline and population.selection=speed_tier "
-                "mean nothing here (population.devices, docs/devices.md)"
-            )
 
     def _check_able(self, number: int, able: Sequence[int]) -> None:
         """
@@ -335,6 +329,7 @@ class Server(Talk):
         self._save(number)
         self.done, self.state_sha256 = number, state_sha256(self.state)
         self._summarise()
+        self.tracking.log(row)
         self.view.round_ends(row)
 
     def _save(self, number: int) -> None:

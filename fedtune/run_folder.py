@@ -11,6 +11,7 @@ summary.json    totals, versions, hashes; replaced after each round
 checkpoint/     the strategy's state after the last finished round
 adapter/        the global adapter, for PeftModel.from_pretrained; none where the base itself is trained
 start/          what it was before the first round, for fedtune compress --start
+tracker.json    by which ids trackers know the run (fedtune/trackers.py); TensorBoard's and wandb's files lie beside it
 model.fedtune   all that makes the model of its base, where that is numbers along seeded directions: a few kB
 """
 
@@ -222,6 +223,10 @@ class RunFolder:
         path = self.path / "metrics.csv"
         header, *lines = _read_lines(path) if path.exists() else [list(METRICS)]
         return [dict(zip(header, cells, strict=True)) for cells in lines]
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The rounds so far, each with the numbers that it has."""
+        return [{name: float(cell) for name, cell in row.items() if cell} for row in self._rows()]
 
     def _append(self, name: str, header: Sequence[str], lines: str) -> None:
         if not lines:

@@ -45,6 +45,7 @@ class ModelSpec:
         one_of("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
 
 
+SafeDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the one in C, where PyYAML has it, is four times as fast
 _LAYERED = ("rank", "dropout", "targets")
 FULL = "none"  # the kind that is no adapter: the base's own weights are trained
 
@@ -210,6 +211,19 @@ class RuntimeSpec:
 
 
 @dataclass(frozen=True)
+class TrackerSpec:
+    name: str = option("none", "who else is told of a run's figures: none, tensorboard, wandb or mlflow")
+    uri: str | None = option(None, "mlflow: a server or store; null: mlflow.db beside the run's folder")
+    experiment: str = option("fedtune", "mlflow: the experiment that the run is put into")
+    project: str = option("fedtune", "wandb: the project that the run is put into")
+    mode: str = option("offline", "wandb: offline (files, for wandb sync) or online")
+
+    def __post_init__(self) -> None:
+        one_of("tracker", self.name, ("none", "tensorboard", "wandb", "mlflow"))
+        one_of("tracker.mode", self.mode, ("offline", "online"))
+
+
+@dataclass(frozen=True)
 class Experiment:
     """All that decides a run. Written to config.yaml, and read back from it on resume."""
 
@@ -222,6 +236,7 @@ class Experiment:
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     budget: BudgetSpec = field(default_factory=BudgetSpec)
+    tracker: TrackerSpec = field(default_factory=TrackerSpec)
     server_optimizer: dict[str, Any] = option(
         {}, "how the server steps towards the clients' average; empty: all the way"
     )
@@ -296,7 +311,7 @@ class Experiment:
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share with its beginning: they decide the result's bits, or where
         clients find what they kept."""
-        free = ("rounds", "budget", "out", "overrides")
+        free = ("rounds", "budget", "tracker", "out", "overrides")
         kept = {key: value for key, value in to_dict(self).items() if key not in free}
         runtime = {key: kept["runtime"][key] for key in ("name", "device", "threads")}
         return {**kept, "runtime": runtime}
@@ -308,7 +323,7 @@ class Experiment:
 
     def text(self) -> str:
         """The whole experiment as YAML; `load` reads it back."""
-        return yaml.safe_dump(to_dict(self), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.dump(to_dict(self), Dumper=SafeDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def to_dict(value: Any) -> Any:

@@ -63,9 +63,15 @@ def _turn(name: str) -> int:
 
 
 def small(*overrides: str, out: Path) -> Experiment:
-    """A small experiment. Hydra takes a third of a small run's time, and is asked once for the same words."""
-    composed = _composed(overrides)
-    return replace(composed, out=str(out), overrides=[*composed.overrides, f"out={out}"])
+    """A small experiment. Hydra takes a third of a small run's time, and is asked once for the same words; no other
+    setting follows from these two."""
+    plain = {}
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if key in ("rounds", "seed"):
+            plain[key] = int(value)
+    composed = _composed(tuple(word for word in overrides if word.partition("=")[0] not in plain))
+    return replace(composed, **plain, out=str(out), overrides=[*SMALL, *overrides, f"out={out}"])
 
 
 @cache

@@ -16,7 +16,9 @@ def test_every_experiment_composes(name):
     assert compose([f"experiment={name}"]).name == name
 
 
-@pytest.mark.parametrize("group", ["model", "data", "adapter", "population", "runtime", "method", "server_optimizer"])
+@pytest.mark.parametrize(
+    "group", ["model", "data", "adapter", "population", "runtime", "tracker", "method", "server_optimizer"]
+)
 def test_every_choice_of_a_group_composes_and_reads_back(group):
     for name in choices(group):
         experiment = compose([f"{group}={name}"])
