@@ -110,8 +110,8 @@ class Clock:
         client = self._party.client
         if not tells_its_work(client) and any(limited(peer.capability) for peer in peers.values()):
             return (
-                f"{type(client).__name__} doesn't say what a turn takes (it has no `work`): no virtual clock, and nobody "
-                "is left out for what a device can't do"
+                f"{type(client).__name__} doesn't say what a turn takes (it has no `work`): no virtual clock, and "
+                "nobody is left out for what a device can't do"
             )
         if self._population.deadline is not None or self._population.selection == "speed_tier":
             return (
