@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.report import specs
+from fedtune.report import axes, specs
+from fedtune.report.axes import Spec
 from fedtune.report.comparison import Curve, Entry, Estimate, Group, Standing, Table, curve, estimate
-from fedtune.report.specs import PARTS, Rows, Spec
+from fedtune.report.specs import PARTS, Rows
 from fedtune.report.text import (
     duration,
     interval,
@@ -115,13 +116,13 @@ def _front(
         caption += f" {listed(free)} spent nothing, which a log axis can't show."
     if missing:
         caption += f" Without numbers here: {listed(missing)}."
-    shown = specs.around([row["y"] for row in rows], [row[end] for row in rows for end in ("low", "high") if row[end]])
+    shown = axes.around([row["y"] for row in rows], [row[end] for row in rows for end in ("low", "high") if row[end]])
     if off := [standing.entry.label for standing, _, y in points if y.mean > shown[1]]:
         caption += f" Above the figure: {listed(off)}."
-    y_axis = specs.axis("y", "held-out loss", domain=shown)
+    y_axis = axes.axis("y", "held-out loss", domain=shown)
     spec = specs.front(
         rows,
-        specs.log_axis("x", what, [x.mean for _, x, _ in points], unit),
+        axes.log_axis("x", what, [x.mean for _, x, _ in points], unit),
         y_axis,
         _tips(("cost", what), ("y", "loss"), ("range", "95 % interval")),
     )
@@ -168,13 +169,13 @@ def _curves(group: Group, column: str, spent: Sequence[dict[int, float]], took: 
                 }
                 | {"y": rounded(line.mean[at]), "low": rounded(line.low[at]), "high": rounded(line.high[at])}
             )
-    views = [View("by round", specs.axis("r", "round", whole=True))]
-    for field, label, axis, unit in (
+    views = [View("by round", axes.axis("r", "round", whole=True))]
+    for field, label, axis_title, unit in (
         ("b", "by bytes", "bytes sent and received", "bytes"),
         ("s", "by time", _clock_of(group), "seconds"),
     ):
         if values := [row[field] for row in rows if row[field]]:
-            views.append(View(label, specs.log_axis(field, axis, values, unit)))
+            views.append(View(label, axes.log_axis(field, axis_title, values, unit)))
     ends = sorted(lines, key=lambda line: line[2].mean[-1], reverse=not lower_is_better(column))
     last = [f"{entry.label} {number(line.mean[-1])}" for _, entry, line in ends]
     caption = f"Best at its last round: {last[0]}" if len(last) > 1 else f"At its last round: {last[0]}"
@@ -186,11 +187,11 @@ def _curves(group: Group, column: str, spent: Sequence[dict[int, float]], took: 
     )
     if longest > most:
         caption += f" Drawn with {most} of up to {longest} rounds."
-    shown = specs.around(
+    shown = axes.around(
         [row["y"] for row in rows], [row[end] for row in rows for end in ("low", "high") if row[end] is not None]
     )
     spec = specs.curves(
-        rows, views[0].x, specs.axis("y", what, domain=shown), _tips(("r", "round"), ("y", what)), longest <= 25
+        rows, views[0].x, axes.axis("y", what, domain=shown), _tips(("r", "round"), ("y", what)), longest <= 25
     )
     head = ("entry", "seeds", "first round", what, "last round", what, "95 % interval", "best")
     better = np.min if lower_is_better(column) else np.max
@@ -242,10 +243,10 @@ def _exactness(group: Group) -> Figure:
         caption += f" Exactly 0 throughout, and not on a log axis: {listed(exact)}."
     spec = None
     if rows:
-        y = specs.log_axis("y", "relative error", [row["y"] for row in rows])
+        y = axes.log_axis("y", "relative error", [row["y"] for row in rows])
         few = max(len(line.x) for _, _, line in lines) <= 25
         spec = specs.curves(
-            rows, specs.axis("r", "round", whole=True), y, _tips(("r", "round"), ("y", "relative error")), few
+            rows, axes.axis("r", "round", whole=True), y, _tips(("r", "round"), ("y", "relative error")), few
         )
     head = ("entry", "mean over rounds", "largest", "last round")
     listing = tuple(

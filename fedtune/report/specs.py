@@ -5,13 +5,11 @@ the others are grey, with their name under the pointer. The chosen are the param
 others without a new spec.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+from fedtune.report.axes import BYTES, NUMBER, Spec, axis
 
-Spec = dict[str, Any]
 Rows = list[dict[str, Any]]
 
 SLOTS = 8
@@ -20,82 +18,11 @@ DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3], [1, 0], [7, 3], [2, 2], [9, 3, 2
 LIGHT = ["#0067a8", "#cf4a00", "#007f5f", "#b1418c", "#8a6a00", "#4f56c9", "#1d1d1f", "#3d9ac4"]
 PARTS = ["down: train", "up: train", "down: measuring", "up: measuring", "handshake", "idle", "failed"]
 PART_HUES = ["#2b7bba", "#d9772b", "#a9cbe3", "#f0c8a2", "#8f8f98", "#c6c6cc", "#b3261e"]
-BYTES = (
-    "datum.value >= 1e12 ? format(datum.value / 1e12, '~r') + ' TB' : "
-    "datum.value >= 1e9 ? format(datum.value / 1e9, '~r') + ' GB' : "
-    "datum.value >= 1e6 ? format(datum.value / 1e6, '~r') + ' MB' : "
-    "datum.value >= 1e3 ? format(datum.value / 1e3, '~r') + ' kB' : format(datum.value, '~r') + ' B'"
-)
-SECONDS = (
-    "datum.value >= 3600 ? format(datum.value / 3600, '~r') + ' h' : "
-    "datum.value >= 60 ? format(datum.value / 60, '~r') + ' min' : format(datum.value, '~r') + ' s'"
-)
-LABELS = {"bytes": BYTES, "seconds": SECONDS}
-# 1, 2, 5 x 10^n of a minute or an hour aren't round in seconds
-CLOCK = [1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 18000, 36000, 72000, 180000, 360000]
-
-NUMBER = {"type": "quantitative"}
 SLOT = {"calculate": "indexof(chosen, datum.e)", "as": "slot"}
 NAME = {"calculate": "names[datum.e]", "as": "name"}
 CHOSEN = {"filter": "datum.slot >= 0"}
 OTHERS = {"filter": "datum.slot < 0"}
 GREY: Spec = {"value": "#9a9aa2"}
-
-
-def log_ticks(low: float, high: float, unit: str = "") -> list[float]:
-    """Two to six round numbers within [low, high], 0 < low < high; fewer where there are none."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    if unit == "seconds" and low >= 0.5 and high <= CLOCK[-1]:
-        candidates = [
-            [float(value) for value in CLOCK],
-            [1.0, 5, 20, 60, 300, 1200, 3600, 18000, 86400],
-            [1.0, 10, 60, 600, 3600, 36000, 360000],
-        ]
-    else:
-        finest = [[digit / 10 * 10.0**n for n in range(first, last + 1) for digit in range(10, 100, 5)]]
-        candidates = finest + [
-            [digit * 10.0**n for n in range(first, last + 1) for digit in digits]
-            for digits in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1, 3), (1,))
-        ]
-        candidates += [[10.0**n for n in range(first, last + 1) if n % every == 0] for every in (2, 3, 4, 6)]
-    inside = [[float(f"{tick:.6g}") for tick in ticks if low <= tick <= high] for ticks in candidates]
-    return next((ticks for ticks in inside if len(ticks) <= 5), inside[-1])
-
-
-def log_axis(field: str, title: str, values: Sequence[float], unit: str = "") -> Spec:
-    """An encoding on a log axis with few ticks and some room around the values, all of which are above zero."""
-    low, high = min(values), max(values)
-    room = max((high / low) ** 0.06, 1.12)
-    domain = [low / room, high * room]
-    axis: Spec = {"values": log_ticks(domain[0], domain[1], unit), "labelOverlap": True}
-    if unit:
-        axis["labelExpr"] = LABELS[unit]
-    elif domain[0] < 1e-3:
-        axis["format"] = "~e"
-    scale = {"type": "log", "domain": [float(f"{end:.6g}") for end in domain], "nice": False}
-    return {"field": field, "title": title, "scale": scale, "axis": axis, **NUMBER}
-
-
-def axis(field: str, title: str, unit: str = "", whole: bool = False, domain: Sequence[float] | None = None) -> Spec:
-    """An encoding on a linear axis, as wide as the values unless a domain is given."""
-    drawn: Spec = {"tickCount": 5, "labelOverlap": True}
-    scale: Spec = {"zero": False} if domain is None else {"domain": list(domain), "nice": False, "zero": False}
-    if unit:
-        drawn["labelExpr"] = LABELS[unit]
-    if whole:
-        drawn |= {"format": "d", "tickMinStep": 1}
-    return {"field": field, "title": title, "scale": scale, "axis": drawn, **NUMBER}
-
-
-def around(values: Sequence[float], ends: Sequence[float]) -> list[float]:
-    """A domain that shows the values, all but those far above most, and of the intervals' ends what is near."""
-    low, high = min(values), max(values)
-    most = float(np.quantile(values, 0.8))
-    high = min(high, most + 3 * (most - low)) if most > low else high
-    room = (high - low) or abs(high) * 0.05 or 1.0
-    bottom = max(min([low, *ends]), low - 0.35 * room) - 0.06 * room
-    top = min(max([high, *(end for end in ends if end > high)]), high + 0.35 * room) + 0.06 * room
-    return [float(f"{bottom:.6g}"), float(f"{top:.6g}")]
 
 
 def front(rows: Rows, x: Spec, y: Spec, tips: list[Spec]) -> Spec:
