@@ -48,6 +48,7 @@ def summarise(
                 "up_wire_bytes",
                 "down_wire_bytes",
                 "framing_bytes",
+                "spent_bytes",
                 "messages",
                 "failed",
             )

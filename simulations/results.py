@@ -23,6 +23,7 @@ CODECS = ("int8", "nf4", "compeft")  # of fedit, beside raw
 WORDS = (
     "seeds=[0,1,2]",
     "tune.lr=[0.3x,1x,3x]",
+    "tune.rounds=5",
     "experiment=results",
     "out=runs/results",
 )

@@ -97,6 +97,7 @@ class TestPlan:
             (["seeds=[a]"], "seeds=.*whole numbers"),
             (["seeds=[-1]"], "seeds=.*whole numbers"),
             (["jobs=0"], "jobs=0"),
+            (["tune.lr=[1]", "tune.rounds=a"], "tune.rounds"),
             (["method=fedit"], "'methods="),
             (["codec=int8"], "'codecs="),
             (["seed=1"], "'seeds="),

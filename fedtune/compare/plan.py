@@ -22,7 +22,7 @@ from fedtune.checks import nearest
 from fedtune.config import choices, compose
 from fedtune.errors import ConfigError
 
-OWN = ("methods", "codecs", "seeds", "jobs", "out", "tune.seed")
+OWN = ("methods", "codecs", "seeds", "jobs", "out", "tune.seed", "tune.rounds")
 DEFAULT_OUT = "runs/compare"
 TRIALS = "tune"  # the folder of the trials, in the comparison's
 
@@ -67,6 +67,7 @@ class Plan:
     common: tuple[str, ...]  # words for every cell
     tuned: dict[str, tuple[str, ...]]  # setting -> values to try, the same for every entry; "lr" is each method's own
     tuning_seed: int
+    tuning_rounds: int | None  # that a trial has; None: as many as a run
     out: Path
     jobs: int
     words: tuple[str, ...]  # as typed
@@ -95,10 +96,15 @@ class Plan:
                 f"{key}={_rate(value, own)}" if name == "lr" else f"{name}={value}"
                 for name, value in zip(self.tuned, values, strict=True)
             )
-            words = (*self.common, *entry.words, *chosen, f"seed={self.tuning_seed}")
+            words = (*self.common, *entry.words, *chosen, *self._shorter(), f"seed={self.tuning_seed}")
             folder = self.out / TRIALS / slug(entry.label) / slug(" ".join(chosen))
             found.append((chosen, Cell(entry.label, folder, self.tuning_seed, words)))
         return found
+
+    def _shorter(self) -> list[str]:
+        if self.tuning_rounds is None:
+            return []
+        return [f"rounds={self.tuning_rounds}", f"budget.rounds={self.tuning_rounds}"]
 
 
 def plan(words: Sequence[str]) -> Plan:
@@ -122,7 +128,7 @@ def plan(words: Sequence[str]) -> Plan:
     tuned = {
         key.removeprefix("tune."): tuple(_list(key, value))
         for key, value in given.items()
-        if key.startswith("tune.") and key != "tune.seed"
+        if key.startswith("tune.") and key not in OWN
     }
     tuning_seed = _whole_numbers("tune.seed", given.get("tune.seed", str(max(seeds) + 1)))[0]
     if tuned and tuning_seed in seeds:
@@ -136,7 +142,8 @@ def plan(words: Sequence[str]) -> Plan:
     if jobs < 1:
         raise ConfigError(f"jobs={jobs} must be at least 1")
     out = Path(given.get("out", DEFAULT_OUT)).expanduser()
-    made = Plan(entries, seeds, tuple(common), tuned, tuning_seed, out, jobs, tuple(words))
+    tuning_rounds = _whole_numbers("tune.rounds", given["tune.rounds"])[0] if "tune.rounds" in given else None
+    made = Plan(entries, seeds, tuple(common), tuned, tuning_seed, tuning_rounds, out, jobs, tuple(words))
     _check(made)
     return made
 
