@@ -10,7 +10,7 @@ from pathlib import Path
 import mischief
 import pytest
 from conftest import SMALL, rows, summary_of
-from deployed import call, failures, run
+from deployed import CALMLY, call, failures, run
 
 from fedtune.config import compose
 from fedtune.errors import DeploymentError, QuorumError, RunFolderError
@@ -28,7 +28,7 @@ PROFILES = (
     {"memory-bytes": 2_000_000_000, "max-rank": 4},
     {},
 )
-TIMEOUT = 100  # longer than Flower needs to miss a node that is killed while it works, 66 s
+TIMEOUT = 85  # longer than Flower needs to miss a node that is killed while it works, 66 s
 # Which turns go wrong, and how: HOW:SEED:ROUND:CLIENT
 PLAN = (
     "slow-once:1:2:1",
@@ -46,6 +46,7 @@ def fleet(tmp_path_factory):
         "PYTHONPATH": str(HERE),  # the clients of these tests are in no bundle
         "MISCHIEF": " ".join(PLAN),
         "MISCHIEF_DONE": str(tmp_path_factory.mktemp("done")),
+        **CALMLY,
     }
     sites = [Site(f"site-{index}", profile) for index, profile in enumerate(PROFILES)]
     with Fleet(tmp_path_factory.mktemp("fleet"), sites, app=HERE.parent, env=environment) as fleet:
