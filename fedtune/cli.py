@@ -111,7 +111,7 @@ there is not run again; what was stopped or failed goes on where it stood. All o
   tune.KEY=    values to try for each method on a seed of its own (tune.seed=): the one with the lowest held-out loss is
                taken. tune.lr is the clients' learning rate, and 3x three times what the method has by itself.
                tune.rounds= makes these trials shorter
-  budget.      bytes=, seconds= or loss=: the first round that reaches it is the last
+  budget.      bytes=, seconds= or loss=: a run ends where another round would go beyond it
   jobs=        runs at a time (default: one a core, and one beside a GPU)
 """
 

@@ -57,6 +57,7 @@ class AsynchronousServer(Server):
                 f"what it holds: take method.strategy.buffer={clients} or less"
             )
         begun = time.monotonic()
+        self.before = (self.ledger.totals["spent_bytes"], self.seconds)
         played = Round(number)
         self.view.round_begins(number, self.buffer)
         asked: set[int] = set()  # for the state that the server holds

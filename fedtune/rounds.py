@@ -18,7 +18,8 @@ from typing import Any
 from flwr.app import MessageType
 from flwr.serverapp import Grid
 
-from fedtune import budget, wire
+from fedtune import wire
+from fedtune.budget import Spent, ended_by
 from fedtune.checkpoint import Checkpoint, state_sha256
 from fedtune.clock import Turn
 from fedtune.config import differences
@@ -96,6 +97,7 @@ class Server(Talk):
         self.done = -1  # the last finished round
         self.seconds = 0.0  # of the rounds so far, without evaluation: the virtual clock's where it runs
         self.loss: float | None = None  # the last held-out one
+        self.before = (0, 0.0)  # bytes and seconds when the last round began
         self.memory_bytes: float | None = None  # of a client's turn, where devices have no limits
         self.state_sha256 = ""  # of the state after it
 
@@ -127,7 +129,9 @@ class Server(Talk):
             raise
         self.status = "finished"
         if (limit := self._spent(self.done)) and self.done < self.experiment.rounds:
-            self.view.note(f"ended after round {self.done} of {self.experiment.rounds}: {limit} is reached")
+            self.view.note(
+                f"ended after round {self.done} of {self.experiment.rounds}: {limit} has no room for another"
+            )
         if not self.clock.timed:
             self.memory_bytes = self.clock.memory(self.state, self.done + 1)
         summary = self._summarise()
@@ -135,10 +139,11 @@ class Server(Talk):
         self.view.finished(summary, self.folder.path)
 
     def _spent(self, number: int) -> str | None:
-        """The limit of the budget that is reached after this round."""
-        return budget.reached(
-            self.experiment.budget, number, self.ledger.totals["spent_bytes"], self.seconds, self.loss
-        )
+        """The limit of the budget that leaves no room for another round after this one."""
+        bytes, seconds = self.ledger.totals["spent_bytes"], self.seconds
+        before = self.before if number else (bytes, seconds)  # round 0 is no round like the others
+        spent = Spent(number, bytes, seconds, self.loss, bytes - before[0], seconds - before[1])
+        return ended_by(self.experiment.budget, spent)
 
     def _restore(self) -> None:
         """Take up the last checkpoint, if there is one."""
@@ -159,8 +164,11 @@ class Server(Talk):
             self.state, self.done, self.run_id = checkpoint.state, checkpoint.round, checkpoint.run
             self.sent, self.clock.progress = checkpoint.sent, checkpoint.progress
             self.state_sha256 = state_sha256(self.state)
-        self.ledger = Ledger(self.folder.forget_after(self.done))
-        self.seconds, self.loss = self.folder.spent()
+        entries = self.folder.forget_after(self.done)
+        self.ledger = Ledger(entries)
+        self.seconds, self.loss, last = self.folder.spent()
+        earlier = Ledger(entry for entry in entries if entry.round < self.done)
+        self.before = (earlier.totals["spent_bytes"], self.seconds - last)
         self.roster.run = self.run_id
 
     def _play(self, number: int) -> Round:
@@ -168,6 +176,7 @@ class Server(Talk):
         experiment = self.experiment
         played = Round(number)
         begun = time.monotonic()
+        self.before = (self.ledger.totals["spent_bytes"], self.seconds)
         present = self.roster.refresh(number)
         able, expected = self._able(number)
         self._check_able(number, able)

@@ -196,14 +196,16 @@ class RunFolder:
                 write_atomically(path, _csv_text([header, *good]).encode())
         return kept
 
-    def spent(self) -> tuple[float, float | None]:
-        """Seconds of the rounds so far, without evaluation (the virtual clock's where it runs), and the last held-out
-        loss."""
+    def spent(self) -> tuple[float, float | None, float]:
+        """Seconds of the rounds so far, without evaluation (the virtual clock's where it runs), the last held-out loss,
+        and the seconds of the last round."""
         rows = self._rows()
-        clock = [row["virtual_seconds"] for row in rows if row.get("virtual_seconds")]
+        clock = [float(row["virtual_seconds"]) for row in rows if row.get("virtual_seconds")]
         losses = [float(row["eval_loss"]) for row in rows if row["eval_loss"]]
-        seconds = float(clock[-1]) if clock else sum(float(row["seconds"]) for row in rows)
-        return seconds, losses[-1] if losses else None
+        times = [after - before for before, after in itertools.pairwise([0.0, *clock])] or [
+            float(row["seconds"]) for row in rows
+        ]
+        return sum(times) if not clock else clock[-1], losses[-1] if losses else None, times[-1] if times else 0.0
 
     def scores(self) -> dict[str, Any]:
         """The first and the last held-out scores so far, and the time that rounds took, here and on the clients'

@@ -171,7 +171,7 @@ class EvaluateSpec:
 
 @dataclass(frozen=True)
 class BudgetSpec:
-    """A run ends with the first round that reaches one of these, and with the last of `rounds` at the latest."""
+    """A run ends when another round like the last would go beyond one of these, and after `rounds` at the latest."""
 
     bytes: float | None = option(None, "wire bytes, both ways, without those of evaluation")
     seconds: float | None = option(None, "of the virtual clock where devices have limits, else as measured")
