@@ -112,7 +112,8 @@ def test_a_table_by_hand(out):
             assert bytes.values == tuple(sent(folder, 3, way) for folder in folders)
         took = [sum(float(row["seconds"]) for row in rows(folder, "metrics.csv")) for folder in folders]
         assert standing.seconds.values == pytest.approx(took)
-        assert math.isnan(standing.memory_bytes.mean)
+        memory = [json.loads((folder / "summary.json").read_text())["memory_bytes"] for folder in folders]
+        assert standing.memory_bytes.values == tuple(memory)
         assert not {"seconds", "clients", "up_wire_bytes", "merge_error"} & standing.scores.keys()
         assert {"eval_accuracy", "train_loss", "aggregation_error"} <= standing.scores.keys()
     first, second = found.standings
@@ -357,6 +358,8 @@ def test_a_method_that_repeats_the_seed_in_its_settings_is_one_entry(out):
     assert (entry.label, entry.seeds) == ("fed_sb", SEEDS)
     given = compose(["model=tiny", "method=fed_sb", "seed=3", "method.strategy.basis_seed=7"])
     assert len(compare([*runs, replace(run, experiment=given)]).groups[0].entries) == 2
+    constant = [replace(r, experiment=compose([*r.experiment.overrides, "method.strategy.basis_seed=0"])) for r in runs]
+    assert [entry.seeds for entry in compare(constant).groups[0].entries] == [SEEDS], "0 is no repeated seed here"
 
 
 def test_pooled_controls_learn_the_same_task(out, tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 from fedtune.config import differences
 from fedtune.errors import RunFolderError
 from fedtune.report.intervals import estimate
-from fedtune.report.labels import flat, labels, settings, told_apart, unique
+from fedtune.report.labels import alike, flat, labels, told_apart, unique
 from fedtune.report.plan import read_plan
 from fedtune.report.results import write_results
 from fedtune.report.runs import PLAN, Run, find, read
@@ -137,15 +137,15 @@ def compare(
 
 
 def _entries(runs: Sequence[Run], given: Mapping[Path, str], notes: list[str]) -> tuple[Entry, ...]:
-    alike: dict[str, dict[int, Run]] = {}
-    for run in runs:
-        seeds, seed = alike.setdefault(_key(settings(run.experiment)), {}), run.experiment.seed
+    same: dict[str, dict[int, Run]] = {}
+    for run, shared in zip(runs, alike([run.experiment for run in runs]), strict=True):
+        seeds, seed = same.setdefault(_key(shared), {}), run.experiment.seed
         if (other := seeds.get(seed)) is not None:
             kept, left = (run, other) if _far(run) > _far(other) else (other, run)
             notes.append(f"{left.path} is left out: it has the settings and the seed of {kept.path}, which got further")
             run = kept
         seeds[seed] = run
-    members = [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in alike.values()]
+    members = [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in same.values()]
     made = labels([runs[0].experiment for runs in members])
     named = [
         next((given[run.path.resolve()] for run in runs if run.path.resolve() in given), label)

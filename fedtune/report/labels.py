@@ -12,7 +12,9 @@ from fedtune.schema import Experiment, to_dict
 
 # What differs between runs of one entry, or says where it ran and what was measured beside it
 BESIDE = ("seed", "out", "overrides", "name", "tracker", "rounds", "budget", "runtime")
-DISPLAY = ("every", "batch_size", "clients", "exactness", "similarity")
+DISPLAY = (
+    "every", "batch_size", "clients", "exactness", "similarity", "peers", "generate", "max_new_tokens", "extract",
+)  # fmt: skip
 LONGEST = 40  # characters of a value
 # What a table should show wherever entries differ in it, whatever their methods
 _HEADS = ("server_optimizer", "codec_up._target_", "codec_down._target_", "adapter.kind", "adapter.rank",
@@ -25,14 +27,25 @@ def settings(experiment: Experiment) -> dict[str, Any]:
     found: dict[str, Any] = {key: value for key, value in to_dict(experiment).items() if key not in BESIDE}
     if isinstance(measured := found.get("evaluate"), dict):
         found["evaluate"] = {key: value for key, value in measured.items() if key not in DISPLAY}
-    return {key: _unseeded(value, experiment.seed) for key, value in found.items()}
+    return found
 
 
-def _unseeded(value: Any, seed: int, key: str = "") -> Any:
-    """Settings that repeat the run's seed, as method.strategy.basis_seed does, are equal for all seeds."""
-    if isinstance(value, Mapping):
-        return {name: _unseeded(item, seed, str(name)) for name, item in value.items()}
-    return "seed" if key.endswith("seed") and value == seed else value
+def alike(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
+    """`settings` of each, by dotted key, such that an entry's seeds are equal: what repeats the run's seed, as
+    method.strategy.basis_seed does, is "seed", unless a run with another seed has the same value there."""
+    tables = [flat(settings(experiment)) for experiment in experiments]
+    met: dict[str, set[int]] = {}  # the seeds of the runs that have this value under this key, and all else alike
+    keys = []
+    for table, experiment in zip(tables, experiments, strict=True):
+        rest = repr(sorted((key, repr(value)) for key, value in table.items() if not key.endswith("seed")))
+        keys.append({key: f"{key}={value!r} {rest}" for key, value in table.items() if key.endswith("seed")})
+        for word in keys[-1].values():
+            met.setdefault(word, set()).add(experiment.seed)
+    for table, experiment, words in zip(tables, experiments, keys, strict=True):
+        for key, word in words.items():
+            if table[key] == experiment.seed and len(met[word]) == 1:
+                table[key] = "seed"
+    return tables
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
