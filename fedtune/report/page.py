@@ -85,7 +85,7 @@ def write(comparison: Comparison, folder: Path, question: Question | None = None
     drawn = shown.figures()
     images = [f"{FIGURES}/{name}.{kind}" for name, _, _ in drawn for kind in ("svg", "png")]
     with owned(folder, [PAGE, *RESULTS, *images]) as put:
-        compared.write_results(comparison, folder)
+        compared.write_results(comparison, folder, question.reference if question else None)
         for name, part, figure in drawn:
             svg, png = image(part, figure)
             put(f"{FIGURES}/{name}.svg", svg)

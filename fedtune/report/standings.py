@@ -42,8 +42,9 @@ def table(group: Group, protocol: Protocol, reference: str | None = None) -> Tab
         reference = None
     if not found:
         return Table(protocol, reference or "", (), tuple(notes))
-    # The best of those with one test, if there are any: what a client's own data says is another number
-    best = next((standing for standing in found if not _has_own_test(standing)), found[0])
+    # What a client's own data says is another number, and a control with all data in one place is nobody's choice
+    tested = [standing for standing in found if not _has_own_test(standing)] or found
+    best = next((standing for standing in tested if not _is_pooled(standing)), tested[0])
     first = next((standing for standing in found if standing.entry.label == reference), best)
     if (note := _unlike_tests(found)) is not None:
         notes.append(note)
@@ -209,6 +210,10 @@ def _verdict(behind: Estimate, p: float) -> str:
     if p > SIGNIFICANT:
         return "within noise"
     return "worse" if behind.mean > 0 else "better"
+
+
+def _is_pooled(standing: Standing) -> bool:
+    return any(run.experiment.population.pooled for run in standing.entry.runs)
 
 
 def _has_own_test(standing: Standing) -> bool:

@@ -112,7 +112,7 @@ def _time(parent: Path) -> None:
         for entry, over in itertools.product(group.entries, ("rounds", "bytes", "seconds")):
             curve(entry, "eval_loss", over)
     begun = _say("comparing", begun)
-    write_results(comparison, parent / "report")
+    write_results(comparison, parent / "results")
     begun = _say("results.csv, results.parquet, summary.csv", begun)
     try:
         from fedtune.report import page
