@@ -30,6 +30,7 @@ from fedtune.schema import Experiment
 
 LOG = "log.txt"
 POLL_SECONDS = 0.5
+GRACE_SECONDS = 30.0  # for what is interrupted
 _STAYS = contextlib.ExitStack()  # what a process has until it ends
 
 
@@ -161,11 +162,16 @@ class Processes:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if self._pool is None:
             return
+        processes = list((self._pool._processes or {}).values())
         if kind is not None:
-            for pid in list(self._pool._processes or {}):
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGINT)
-        self._pool.shutdown(wait=True, cancel_futures=True)
+            for process in processes:
+                with contextlib.suppress(OSError, TypeError):
+                    os.kill(process.pid, signal.SIGINT)
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        until = time.monotonic() + GRACE_SECONDS
+        for process in processes if kind is not None else ():
+            process.join(max(0.0, until - time.monotonic()))
+            process.kill()  # what it hasn't written down by now, it will do again
 
     def run(
         self,
