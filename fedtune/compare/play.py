@@ -164,9 +164,9 @@ class Processes:
             return
         processes = list((self._pool._processes or {}).values())
         if kind is not None:
-            for process in processes:
-                with contextlib.suppress(OSError, TypeError):
-                    os.kill(process.pid, signal.SIGINT)
+            for pid in [process.pid for process in processes if process.pid is not None]:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGINT)
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
         until = time.monotonic() + GRACE_SECONDS
         for process in processes if kind is not None else ():
