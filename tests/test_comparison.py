@@ -384,6 +384,9 @@ def test_what_comparison_json_says(copy):
     assert [(f.label[:5], f.seed, f.reason) for f in found.failures] == [
         ("flora", 0, "too large"), ("yyyyy", None, "it failed, and didn't say why"),
     ]  # fmt: skip
+    tuned = {"fedit": {"chosen": ["train.lr=0.1", "train.steps=2"]}, "x": {"chosen": [1]}, "y": 7, "z": {"chosen": []}}
+    path.write_text(json.dumps({"command": "fedtune compare x", "cells": cells, "tuned": tuned}))
+    assert "tuned by held-out loss on a seed of its own: fedit train.lr=0.1 train.steps=2" in load([copy]).notes
     alone = load([copy / "fedit" / "seed-1"])
     assert (alone.groups[0].entries[0].label, alone.failures, alone.command) == ("mine [31m", (), None)
     for content in ("[]", "{", '{"cells": {"a": 1}}', '{"cells": null, "command": []}', "\xff", "[" * 10**5):

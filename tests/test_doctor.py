@@ -302,6 +302,8 @@ def test_the_doctor_measures_and_writes_a_profile(fedtune, tmp_path):
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # Whoever started the tests in the background made Ctrl-C be ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         server = re.search(r"127\.0\.0\.1:\d+", listener.stdout.readline())[0]

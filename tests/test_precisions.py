@@ -6,7 +6,7 @@ from conftest import rows, run_on, small, summary_of
 from safetensors.torch import load_file
 from test_probe import llama
 
-import fedtune.party
+import fedtune.sharing
 from fedtune.checkpoint import state_sha256
 from fedtune.devices import write_devices
 from fedtune.errors import ModelError
@@ -52,7 +52,7 @@ def loaded(monkeypatch):
         found.append(spec.quantization)
         return load_base(spec, device)
 
-    monkeypatch.setattr(fedtune.party, "load_base", load)
+    monkeypatch.setattr(fedtune.sharing, "load_base", load)
     return found
 
 

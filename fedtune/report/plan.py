@@ -44,7 +44,17 @@ def read_plan(folder: Path) -> Plan:
         if label and failed:
             reason = _words(cell.get("error"), 400) or "it failed, and didn't say why"
             failures.append(Failure(label, _seed(cell.get("seed")), reason))
-    return Plan(_words(found.get("command"), 2000) or None, names, tuple(failures))
+    return Plan(_words(found.get("command"), 2000) or None, names, tuple(failures), _tuned(found.get("tuned")))
+
+
+def _tuned(tuned: Any) -> tuple[str, ...]:
+    """What was tuned, in a line."""
+    chosen = []
+    for label, choice in list(tuned.items())[:MOST] if isinstance(tuned, dict) else ():
+        words = choice.get("chosen") if isinstance(choice, dict) else None
+        if isinstance(words, list) and words and all(isinstance(word, str) for word in words):
+            chosen.append(f"{_words(label)} {_words(' '.join(words))}")
+    return (f"tuned by held-out loss on a seed of its own: {'; '.join(chosen)}",) if chosen else ()
 
 
 def _meant(where: str, folder: Path) -> list[Path]:
