@@ -23,9 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedtune.checks import nearest
 from fedtune.errors import ConfigError, FedtuneError
-from fedtune.schema import Experiment
+from fedtune.schema import Experiment, SafeLoader
 
-SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C, where PyYAML has it, is seven times as fast
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 # The two directions share one folder of codecs; `codec=` sets both.

@@ -18,9 +18,7 @@ import yaml
 
 from fedtune.choices import CHOICES, is_question, prompt_of, read_choices
 from fedtune.errors import DataError
-from fedtune.schema import DataSpec
-
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where libyaml is compiled in
+from fedtune.schema import DataSpec, SafeLoader
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
 Row = tuple[str, dict[str, Any]]  # where it stands ("train.jsonl line 7"), and its columns
@@ -275,7 +273,7 @@ def _chatterbot() -> Iterator[Row]:
         )
     folder = Path(next(iter(found.submodule_search_locations))) / "data" / "english"
     for file in sorted(folder.glob("*.yml")):
-        for number, turns in enumerate(yaml.load(file.read_bytes(), YAML_LOADER)["conversations"], 1):
+        for number, turns in enumerate(yaml.load(file.read_bytes(), SafeLoader)["conversations"], 1):
             if isinstance(turns, list) and len(turns) >= 2:
                 question, answer = str(turns[0]).strip(), str(turns[1]).strip()
                 if question and answer:

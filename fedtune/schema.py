@@ -45,7 +45,9 @@ class ModelSpec:
         one_of("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
 
 
-SafeDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the one in C, where PyYAML has it, is four times as fast
+# Those in C, where PyYAML has them, are four times as fast, and seven times
+SafeDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _LAYERED = ("rank", "dropout", "targets")
 FULL = "none"  # the kind that is no adapter: the base's own weights are trained
 

@@ -321,6 +321,6 @@ def test_a_run_that_is_there_with_other_settings_is_no_cell(tmp_path: Path):
     made = plan(["methods=[fedit]", *SMALL, f"out={tmp_path}"])
     cell = made.cell(made.entries[0], 0)
     cell.folder.mkdir(parents=True)
-    (cell.folder / "config.yaml").write_text(asked(cell).text().replace("lr: 0.001", "lr: 0.5"))
+    (cell.folder / "config.yaml").write_text(asked(cell)[0].text().replace("lr: 0.001", "lr: 0.5"))
     with pytest.raises(RunFolderError, match=r"train\.lr: 0\.5 -> 0\.001"):
         is_done(cell)

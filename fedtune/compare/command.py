@@ -4,17 +4,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from fedtune.atomic import write_atomically
 from fedtune.compare.plan import Cell, Entry, Plan, plan
 from fedtune.compare.play import Outcome, Processes, is_done
-from fedtune.compare.view import CompareView, now
+from fedtune.compare.state import RECORD, json_object, now
+from fedtune.compare.view import CompareView
 from fedtune.errors import ConfigError, FedtuneError, Interrupted, RunFolderError
 from fedtune.run_folder import lock
-
-RECORD = "comparison.json"
 
 
 def compare(words: Sequence[str]) -> int:
@@ -55,8 +53,6 @@ def _compare(made: Plan) -> int:
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; go on with the same command: {made.command}") from None
     failed |= any(outcome.status == "failed" for outcome in outcomes.values())
-    if any(outcome.status == "interrupted" for outcome in outcomes.values()):
-        raise Interrupted(f"interrupted; go on with the same command: {made.command}")
     if all(outcome.status == "failed" for outcome in outcomes.values()):
         raise FedtuneError(f"none of these runs came to anything: {made.out / RECORD} has the reasons")
     from fedtune.report.command import report
@@ -66,7 +62,11 @@ def _compare(made: Plan) -> int:
 
 
 def _play(title: str, cells: Sequence[Cell], processes: Processes, record: "Record") -> dict[Cell, Outcome]:
-    """Play the cells that aren't done, and return how each ended."""
+    """Play the cells that aren't done, and return how each ended.
+
+    Raises:
+        KeyboardInterrupt: if any was interrupted.
+    """
     outcomes: dict[Cell, Outcome] = {}
     waiting = []
     with CompareView(title, cells) as view:
@@ -74,6 +74,7 @@ def _play(title: str, cells: Sequence[Cell], processes: Processes, record: "Reco
         def ends(cell: Cell, outcome: Outcome) -> None:
             outcomes[cell] = outcome
             record.note(cell, outcome)
+            record.write()
             view.ends(cell, outcome)
 
         for cell in cells:
@@ -92,6 +93,8 @@ def _play(title: str, cells: Sequence[Cell], processes: Processes, record: "Reco
         if view.there:
             view.say(f"{view.there} of {len(cells)} runs are there already")
         processes.run(waiting, view.begins, ends, view.refresh)
+    if any(outcome.status == "interrupted" for outcome in outcomes.values()):
+        raise KeyboardInterrupt
     return outcomes
 
 
@@ -103,8 +106,6 @@ def tune(made: Plan, processes: Processes, record: "Record") -> dict[Entry, tupl
     trials = {entry: made.trials(entry) for entry in made.entries}
     cells = [cell for tried in trials.values() for _, cell in tried]
     outcomes = _play(f"{made.out}: trials on seed {made.tuning_seed}", cells, processes, record)
-    if any(outcome.status == "interrupted" for outcome in outcomes.values()):
-        raise KeyboardInterrupt
     chosen: dict[Entry, tuple[str, ...]] = {}
     for entry, tried in trials.items():
         losses = [_last_loss(cell) if outcomes[cell].status == "done" else math.inf for _, cell in tried]
@@ -146,7 +147,7 @@ class Record:
         self.path = made.out / RECORD
         self._out = made.out
         self._words = made.words
-        before = _read(self.path)
+        before = json_object(self.path) or {}
         cells = before.get("cells")
         self._cells: dict[str, Any] = {
             str(cell["folder"]): cell
@@ -162,7 +163,6 @@ class Record:
         folder = cell.folder.relative_to(self._out).as_posix()
         told = {"label": cell.label, "folder": folder, "seed": cell.seed, "status": outcome.status}
         self._cells[folder] = {**told, "error": outcome.error, "command": cell.command}
-        self.write()
 
     def write(self) -> None:
         content = {
@@ -172,11 +172,3 @@ class Record:
             "cells": list(self._cells.values()),
         }
         write_atomically(self.path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

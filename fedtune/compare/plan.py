@@ -19,12 +19,12 @@ from typing import Any
 import yaml
 
 from fedtune.checks import nearest
+from fedtune.compare.state import TRIALS
 from fedtune.config import choices, compose
 from fedtune.errors import ConfigError
 
 OWN = ("methods", "codecs", "seeds", "jobs", "out", "tune.seed", "tune.rounds")
 DEFAULT_OUT = "runs/compare"
-TRIALS = "tune"  # the folder of the trials, in the comparison's
 
 
 @dataclass(frozen=True)

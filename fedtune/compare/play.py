@@ -8,7 +8,6 @@ what the next comparison goes on from.
 """
 
 import contextlib
-import json
 import os
 import signal
 import threading
@@ -19,10 +18,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 from fedtune.compare.plan import Cell
+from fedtune.compare.state import now
 from fedtune.config import compose, differences, load
 from fedtune.errors import FedtuneError, Interrupted, RunFolderError
 from fedtune.runtime.work import WATCH_SECONDS, is_alive
@@ -43,46 +42,39 @@ class Outcome:
     seconds: float = 0.0
 
 
-def asked(cell: Cell) -> Experiment:
-    """
+def asked(cell: Cell) -> tuple[Experiment, Experiment | None]:
+    """What the cell is, and what its folder holds of it, if anything.
+
     Raises:
         ConfigError: if these settings don't go together.
         RunFolderError: if the folder holds a run with others.
     """
     experiment = replace(compose(list(cell.words)), out=str(cell.folder))
     stored = cell.folder / "config.yaml"
-    if stored.is_file():
-        before = load(stored.read_text(encoding="utf-8"), str(stored))
-        if changed := differences(before.fixed(), experiment.fixed()):
-            raise RunFolderError(
-                f"{cell.folder} holds a run with other settings: {'; '.join(changed)}. Take another out=, or leave "
-                "these as they were"
-            )
-    return experiment
+    if not stored.is_file():
+        return experiment, None
+    before = load(stored.read_text(encoding="utf-8"), str(stored))
+    if changed := differences(before.fixed(), experiment.fixed()):
+        raise RunFolderError(
+            f"{cell.folder} holds a run with other settings: {'; '.join(changed)}. Take another out=, or leave "
+            "these as they were"
+        )
+    return experiment, before
 
 
 def is_done(cell: Cell) -> bool:
     """Whether the cell's folder holds it, finished.
 
     Raises:
-        ConfigError, RunFolderError: as `asked`.
+        ConfigError, RunFolderError: as `asked`, where the folder holds a run.
     """
-    stored = cell.folder / "config.yaml"
-    if not stored.is_file():
+    if not (cell.folder / "config.yaml").is_file():  # composing takes a tenth of a second
         return False
-    experiment = asked(cell)
-    before = load(stored.read_text(encoding="utf-8"), str(stored))
-    same = (before.rounds, before.budget) == (experiment.rounds, experiment.budget)
-    return same and status_of(cell.folder) == "finished"
-
-
-def status_of(folder: Path) -> str:
-    """What summary.json says, if it can be read; empty if not."""
-    try:
-        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    return str(found.get("status", "")) if isinstance(found, dict) else ""
+    experiment, before = asked(cell)
+    if before is None or (before.rounds, before.budget) != (experiment.rounds, experiment.budget):
+        return False
+    found = now(cell.folder)
+    return found is not None and found.status == "finished"
 
 
 def play(cell: Cell) -> Outcome:
@@ -114,10 +106,9 @@ def play(cell: Cell) -> Outcome:
 def _play(cell: Cell) -> Outcome:
     from fedtune.runtime.start import start
 
-    experiment = asked(cell)
-    resume = str(cell.folder) if (cell.folder / "config.yaml").is_file() else None
+    experiment, before = asked(cell)
     try:
-        start(experiment, resume)
+        start(experiment, None if before is None else str(cell.folder))
     except Interrupted:
         return Outcome("interrupted")
     return Outcome("done")

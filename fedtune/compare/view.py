@@ -1,13 +1,10 @@
 """What a person sees while a comparison goes on: a line an entry that fills with its seeds' marks, or plain lines."""
 
-import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -17,6 +14,7 @@ from rich.table import Table
 
 from fedtune.compare.plan import Cell
 from fedtune.compare.play import Outcome
+from fedtune.compare.state import now
 from fedtune.progress import clock, size
 
 MARKS = {
@@ -26,33 +24,6 @@ MARKS = {
     "failed": "[red]✗[/red]",
     "interrupted": "[yellow]‖[/yellow]",
 }
-
-
-@dataclass(frozen=True)
-class Now:
-    """How far a run is, by its summary.json."""
-
-    round: int
-    loss: float  # NaN before the first evaluation
-    first_loss: float
-    up_bytes: int
-    down_bytes: int
-
-
-def now(folder: Path) -> Now | None:
-    """None while there is nothing to read."""
-    try:
-        found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        totals = found["totals"]
-        return Now(
-            int(found["rounds"]),
-            float(found.get("last_eval_loss", math.nan)),
-            float(found.get("first_eval_loss", math.nan)),
-            int(totals["up_wire_bytes"]),
-            int(totals["down_wire_bytes"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 class CompareView:

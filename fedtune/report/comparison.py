@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.compare.state import RECORD
 from fedtune.config import differences
 from fedtune.errors import RunFolderError
 from fedtune.report.intervals import estimate
 from fedtune.report.labels import alike, flat, labels, told_apart, unique
 from fedtune.report.plan import read_plan
 from fedtune.report.results import write_results
-from fedtune.report.runs import PLAN, Run, find, read
+from fedtune.report.runs import Run, find, read
 from fedtune.report.shapes import (
     Comparison,
     Curve,
@@ -73,7 +74,7 @@ def load(paths: list[Path]) -> Comparison:
         except RunFolderError as error:
             notes.append(f"left out: {error}")
     places = dict.fromkeys(place for run in runs for place in (run.path, *_above(run.path)))
-    plans = {place: read_plan(place) for place in dict.fromkeys([*paths, *places]) if (place / PLAN).is_file()}
+    plans = {place: read_plan(place) for place in dict.fromkeys([*paths, *places]) if (place / RECORD).is_file()}
     # Who asks for one run of a comparison wants its label, and not what became of the others
     whole = [plan for place, plan in plans.items() if any(place.resolve().is_relative_to(p.resolve()) for p in paths)]
     failures = [failure for plan in whole for failure in plan.failures]

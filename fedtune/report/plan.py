@@ -1,12 +1,11 @@
 """comparison.json: what `fedtune compare` says of the runs that it made. A file, which may say anything."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.report.runs import PLAN
+from fedtune.compare.state import RECORD, json_object
 from fedtune.report.shapes import Failure
 
 LONGEST = 80  # characters of a label
@@ -25,12 +24,8 @@ class Plan:
 
 def read_plan(folder: Path) -> Plan:
     """What comparison.json in `folder` says. Whatever isn't as it should be is as if it weren't there."""
-    path = folder / PLAN
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return Plan(notes=(f"{path} can't be read",))
-    if not isinstance(found, dict):
+    path = folder / RECORD
+    if (found := json_object(path)) is None:
         return Plan(notes=(f"{path} can't be read",))
     cells = found.get("cells")
     cells = [cell for cell in cells[:MOST] if isinstance(cell, dict)] if isinstance(cells, list) else []

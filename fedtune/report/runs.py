@@ -1,6 +1,5 @@
 """A run folder as arrays: what a comparison reads, whether the run has ended, is going on, or was cut off mid-write."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,17 +11,16 @@ import numpy as np
 import yaml
 
 from fedtune.columns import METRICS
+from fedtune.compare.state import RECORD, TRIALS, json_object
 from fedtune.config import load
 from fedtune.errors import ConfigError, FedtuneError, RunFolderError
 from fedtune.report.tables import number, read_columns, read_lines
-from fedtune.schema import Experiment
+from fedtune.schema import Experiment, SafeDumper, SafeLoader
 
 Floats = np.ndarray  # float64
 
 STATUSES = ("finished", "running", "interrupted", "failed")
 CUT_OFF = "cut off"
-PLAN = "comparison.json"  # what fedtune compare leaves beside its runs
-TUNING = "tune"  # and where it tried learning rates
 MEASURING = "evaluate"  # the ledger's part for messages that only measure
 _OWN = {"seed": int, "out": str, "name": str, "overrides": list}  # settings that differ between runs of one kind
 
@@ -133,7 +131,7 @@ def _below(path: Path) -> list[Path]:
         if "config.yaml" in files:
             found.append(Path(where))
             folders.clear()
-        hidden = [name for name in folders if name.startswith(".") or (name == TUNING and PLAN in files)]
+        hidden = [name for name in folders if name.startswith(".") or (name == TRIALS and RECORD in files)]
         folders[:] = [name for name in folders if name not in hidden]
     return found
 
@@ -156,7 +154,7 @@ def _experiment(folder: Path) -> Experiment:
 def _loaded(text: str, where: str) -> Experiment:
     """As `load`; what runs of one kind share is looked at once."""
     try:
-        given = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        given = yaml.load(text, SafeLoader)
     except yaml.YAMLError:
         return load(text, where)
     if not isinstance(given, dict):
@@ -168,7 +166,7 @@ def _loaded(text: str, where: str) -> Experiment:
         return load(text, where)
     shared = {key: value for key, value in given.items() if key not in own}
     try:
-        text_of_all = yaml.dump(shared, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))
+        text_of_all = yaml.dump(shared, Dumper=SafeDumper)
         return replace(_shared(text_of_all), **own)
     except (ConfigError, yaml.YAMLError):
         return load(text, where)
@@ -184,15 +182,9 @@ def _shared(text: str) -> Experiment:
 
 
 def _summary(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    try:
-        found = json.loads(path.read_bytes())
-        if isinstance(found, dict):
-            return found, ()
-    except FileNotFoundError:
-        return {}, ("summary.json is missing",)
-    except (OSError, ValueError, RecursionError):
-        pass
-    return {}, ("summary.json can't be read",)
+    if (found := json_object(path)) is not None:
+        return found, ()
+    return {}, ("summary.json can't be read" if path.exists() else "summary.json is missing",)
 
 
 def _metrics(path: Path) -> tuple[dict[str, Floats], tuple[str, ...]]:
