@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 from conftest import rows, small
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import compose
@@ -395,6 +395,9 @@ def test_what_comparison_json_says(copy):
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@example(
+    name="config.yaml", share=0.59375, garbage=b""
+)  # between two settings: what is left is a config of another run
 @given(
     name=st.sampled_from(("config.yaml", "metrics.csv", "ledger.csv", "summary.json")),
     share=st.floats(0, 1),

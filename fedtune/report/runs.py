@@ -159,6 +159,8 @@ def _loaded(text: str, where: str) -> Experiment:
         return load(text, where)
     if not isinstance(given, dict):
         return load(text, where)
+    if "overrides" not in given:  # the last that is written; the others have defaults, which this run may not have had
+        raise ConfigError(f"{where} is cut off: its last setting, overrides, is missing")
     own = {key: given[key] for key in _OWN if key in given}
     if any(type(value) is not _OWN[key] for key, value in own.items()) or own.get("seed", 0) < 0:
         return load(text, where)
