@@ -335,3 +335,14 @@ def to_dict(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: to_dict(item) for key, item in value.items()}
     return [to_dict(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key; an empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

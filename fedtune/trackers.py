@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from fedtune.atomic import write_atomically
 from fedtune.errors import ConfigError
-from fedtune.schema import Experiment, TrackerSpec
+from fedtune.schema import Experiment, TrackerSpec, flat
 
 # The modules that each needs, and what pip calls their packages
 NEEDS = {
@@ -151,17 +151,11 @@ def _short(name: str) -> str:
 
 def hyper_parameters(experiment: Experiment) -> dict[str, str | int | float | bool]:
     """The settings that hold from a run's first round to its last, as `train.lr`."""
-    flat: dict[str, str | int | float | bool] = {}
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                walk(item, f"{path}.{key}" if path else key)
-        else:
-            flat[path] = value if isinstance(value, str | int | float | bool) else json.dumps(value)
-
-    walk(experiment.fixed(), "")
-    return flat
+    return {
+        key: value if isinstance(value, str | int | float | bool) else json.dumps(value)
+        for key, value in flat(experiment.fixed()).items()
+        if value != {}
+    }
 
 
 class TensorBoard:

@@ -16,7 +16,7 @@ from fedtune.compare.state import RECORD
 from fedtune.config import differences
 from fedtune.errors import RunFolderError
 from fedtune.report.intervals import estimate
-from fedtune.report.labels import alike, flat, labels, told_apart, unique
+from fedtune.report.labels import alike, labels, told_apart, unique
 from fedtune.report.plan import read_plan
 from fedtune.report.results import write_results
 from fedtune.report.runs import Run, find, read
@@ -34,6 +34,7 @@ from fedtune.report.shapes import (
 )
 from fedtune.report.standings import curve, protocols, reached, table, target
 from fedtune.report.tasks import common, tasks, title
+from fedtune.schema import flat
 
 __all__ = [
     "Comparison",

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from fedtune.config import CONF
-from fedtune.schema import Experiment, to_dict
+from fedtune.schema import Experiment, flat, to_dict
 
 # What differs between runs of one entry, or says where it ran and what was measured beside it
 BESIDE = ("seed", "out", "overrides", "name", "tracker", "rounds", "budget", "runtime")
@@ -46,17 +46,6 @@ def alike(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
             if table[key] == experiment.seed and len(met[word]) == 1:
                 table[key] = "seed"
     return tables
-
-
-def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key; an empty mapping is a value."""
-    found: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def labels(experiments: Sequence[Experiment]) -> list[str]:
