@@ -13,13 +13,14 @@ from rich.table import Table
 
 from fedtune.adapters import LocalModel
 from fedtune.atomic import write_atomically
-from fedtune.corpus import FederatedData, tokenise
 from fedtune.data import load_examples
 from fedtune.errors import ConfigError, DataError, ExportError
 from fedtune.evaluate import FIGURES, Score, mean_score
+from fedtune.federated_data import FederatedData
 from fedtune.folder import check_one_model, party_for, source_of, tuned
 from fedtune.harness import check_installed, run_tasks
 from fedtune.party import Party
+from fedtune.tokenisation import tokenise
 
 COLUMNS = ("loss", "accuracy", "exact match", "ROUGE-L", "choices")  # of FIGURES
 

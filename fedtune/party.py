@@ -17,10 +17,10 @@ from fedtune.adapters import LocalModel
 from fedtune.broadcast import Sent, hear, is_link
 from fedtune.coding import build_codec, decode, encode, left_out, with_feedback
 from fedtune.config import build, from_run_config
-from fedtune.corpus import FederatedData, load_data
 from fedtune.costs import Costs, Weight
 from fedtune.errors import ClientError, DataError, ModelError
 from fedtune.evaluate import Score, appraise, score
+from fedtune.federated_data import FederatedData, load_data
 from fedtune.installing import BATCH, BITS, STEPS
 from fedtune.keys import fold, permutation
 from fedtune.memory import Memory

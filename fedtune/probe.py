@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fedtune.adapters import LocalModel
-from fedtune.corpus import FederatedData
 from fedtune.costs import Costs, Weight
+from fedtune.federated_data import FederatedData
 from fedtune.keys import fold, permutation
 from fedtune.lowrank import pairs
 from fedtune.training import seeded

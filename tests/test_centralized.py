@@ -10,8 +10,8 @@ import torch
 from conftest import SMALL, summary_of
 
 from fedtune.config import compose, from_run_config, load
-from fedtune.corpus import load_data
 from fedtune.errors import ConfigError
+from fedtune.federated_data import load_data
 from fedtune.keys import fold
 from fedtune.party import Party
 from fedtune.population_spec import PopulationSpec

@@ -11,12 +11,13 @@ from test_data import TOKENIZER, load, spoken, write
 from test_generation import PAD, local
 
 from fedtune.choices import read_choices
-from fedtune.corpus import Corpus, Question, tokenise
+from fedtune.corpus import Corpus, Question
 from fedtune.data import load_examples
 from fedtune.errors import DataError
 from fedtune.evaluate import appraise, choose
 from fedtune.schema import DataSpec, EvaluateSpec
 from fedtune.tiny import tiny_tokenizer
+from fedtune.tokenisation import tokenise
 
 LIST = ["red", "green", "7", "C"]
 ARC = {"text": ["red", "green", "7"], "label": ["1", "2", "3"]}

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from fedtune.adapters import LocalModel
 from fedtune.config import compose
-from fedtune.corpus import tokenise
 from fedtune.data import Example
 from fedtune.errors import ConfigError
 from fedtune.generation import Answer, answerable, answers, exact, greedy, rouge_l
@@ -18,6 +17,7 @@ from fedtune.keys import fold, uniform
 from fedtune.models import load_base
 from fedtune.schema import ADAPTERS, AdapterSpec, DataSpec, ModelSpec
 from fedtune.tiny import tiny_tokenizer
+from fedtune.tokenisation import tokenise
 
 NEW = 20
 PAD = 256

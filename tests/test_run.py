@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from fedtune.checkpoint import Checkpoint, flatten, load_checkpoint, save_checkpoint, state_sha256, unflatten
 from fedtune.config import compose, load
-from fedtune.corpus import load_data
 from fedtune.errors import Interrupted, RunFolderError
+from fedtune.federated_data import load_data
 from fedtune.ledger import COLUMNS, Entry, Ledger, parse
 from fedtune.population_spec import PopulationSpec
 from fedtune.protocol import Peer, Update

@@ -69,21 +69,21 @@ def test_what_is_made_once_is_made_once():
 
 
 def test_data_are_read_once_however_they_are_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from fedtune import corpus
+    from fedtune import federated_data
     from fedtune.tiny import tiny_tokenizer
 
     read = []
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) for i in range(40)))
-    load = corpus.load_examples
-    monkeypatch.setattr(corpus, "load_examples", lambda spec: read.append(1) or load(spec))
+    load = federated_data.load_examples
+    monkeypatch.setattr(federated_data, "load_examples", lambda spec: read.append(1) or load(spec))
     tokenizer = tiny_tokenizer()
     with sharing():
         divided = [
-            corpus.load_data(DataSpec(path=str(path), partition=partition), 3, tokenizer, seed)
+            federated_data.load_data(DataSpec(path=str(path), partition=partition), 3, tokenizer, seed)
             for partition, seed in (("iid", 0), ("iid", 1), ("linear", 1))
         ]
-        corpus.load_data(DataSpec(path=str(path), max_length=40), 3, tokenizer, 0)
+        federated_data.load_data(DataSpec(path=str(path), max_length=40), 3, tokenizer, 0)
     assert len(read) == 2, "once, and again for other tokens"
     assert divided[0].corpus is divided[1].corpus is divided[2].corpus
     assert not all((a == b).all() for a, b in zip(divided[0].train, divided[1].train, strict=True))

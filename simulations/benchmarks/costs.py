@@ -64,7 +64,8 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
     import transformers  # noqa: F401
 
     from fedtune.adapters import LocalModel
-    from fedtune.corpus import Corpus, FederatedData
+    from fedtune.corpus import Corpus
+    from fedtune.federated_data import FederatedData
     from fedtune.models import load_base
     from fedtune.probe import costs_of, weights_of
     from fedtune.protocol import Batch

@@ -1,0 +1,77 @@
+"""The division of rows among clients, by flwr-datasets' partitioners."""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedtune.checks import one_of
+from fedtune.errors import ConfigError
+from fedtune.keys import fold
+from fedtune.schema import DataSpec
+
+
+def divide(spec: DataSpec, columns: Sequence[Mapping[str, Any]], clients: int, seed: int) -> list[np.ndarray]:
+    """Places 0 ... len(columns) - 1 divided among the clients by a flwr-datasets partitioner.
+
+    Args:
+        columns: the columns of the row in each place.
+
+    Raises:
+        ConfigError: for an unknown partition or column, or a partition that doesn't fit.
+    """
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+
+    datasets.disable_progress_bars()
+    by, count = spec.partition_by, len(columns)
+    rows: dict[str, Any] = {"place": range(count)}
+    if by is not None:
+        missing = next((row for row in columns if by not in row), None)
+        if missing is not None:
+            named = ", ".join(map(str, missing)) or "none"
+            raise ConfigError(f"data.partition_by={by}: no such column in every row; there are {named}")
+        rows[by] = [row[by] for row in columns]
+    partitioner = _partitioner(spec, clients, fold(seed, "partition") % 2**32)
+    partitioner.dataset = datasets.Dataset.from_dict(rows)
+    named = f"data.partition={spec.partition}" + (f" by '{by}'" if by else "")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a line for every attempt at a skewed draw
+            if (made := partitioner.num_partitions) != clients:
+                raise ConfigError(f"{named} makes {made} clients, not {clients}: set population.clients={made}")
+            return [np.asarray(partitioner.load_partition(i)["place"], dtype=np.int64) for i in range(clients)]
+    except (ValueError, TypeError, IndexError, KeyError, ZeroDivisionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{named} does not work for {count} rows and {clients} clients: {reason} "
+            "Use fewer clients, a milder partition, or other data.partition_options"
+        ) from error
+
+
+def _partitioner(spec: DataSpec, clients: int, seed: int) -> Any:
+    from flwr_datasets import partitioner as kinds
+
+    counted = {"num_partitions": clients}
+    labelled = {**counted, "partition_by": spec.partition_by, "seed": seed}
+    known: dict[str, tuple[Any, dict[str, Any]]] = {
+        "iid": (kinds.IidPartitioner, counted),
+        "linear": (kinds.LinearPartitioner, counted),
+        "square": (kinds.SquarePartitioner, counted),
+        "exponential": (kinds.ExponentialPartitioner, counted),
+        "natural": (kinds.NaturalIdPartitioner, {"partition_by": spec.partition_by}),
+        "dirichlet": (kinds.DirichletPartitioner, {**labelled, "alpha": spec.alpha, "min_partition_size": 2}),
+        "pathological": (kinds.PathologicalPartitioner, {**labelled, "num_classes_per_partition": spec.classes}),
+        "shard": (kinds.ShardPartitioner, {**labelled, "num_shards_per_partition": spec.classes}),
+    }
+    if spec.partition not in known:
+        one_of("data.partition", spec.partition, tuple(known))
+    kind, arguments = known[spec.partition]
+    if "partition_by" in arguments and not spec.partition_by:
+        raise ConfigError(f"data.partition={spec.partition} goes by a column: set data.partition_by=")
+    try:
+        return kind(**{**arguments, **(spec.partition_options or {})})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data.partition={spec.partition}: {error}") from error
