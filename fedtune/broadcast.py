@@ -1,7 +1,12 @@
 """Lossy broadcasts that make up for one another: each is the difference from what the ones before came to.
 
-What one left out is so in the next (EF21-P: Gruntkowska, Tyurin and Richtarik 2022, arXiv:2209.15218). Broadcasts are
-counted; a client keeps what it decoded and is sent the links that it lacks, or the whole where that is no longer.
+What one left out is so in the next (EF21-P: Gruntkowska, Tyurin and Richtarik 2022, arXiv:2209.15218):
+
+    x+ = x + mean(y_k - w)        w+ = w + C(x+ - w)        x the server's, w what clients hold, y_k what they send back
+
+The server has y_k + (x - w) in y_k's place (`Replies.add`), so that whatever a strategy makes of its clients' tensors
+is made of x. Broadcasts are counted; a client keeps what it decoded and is sent the links that it lacks, or the whole
+where that is no longer.
 
     blob    "fl", version 1, form (one byte: 0 links, 1 the whole), the broadcast's number (varint), and
             links: the number of the one that they build on (varint; 0 is what every model starts from), and each with

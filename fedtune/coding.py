@@ -99,11 +99,11 @@ def starts_of(tensors: Tensors, known: Tensors) -> Tensors:
 
 
 def with_feedback(tensors: Tensors, residual: Mapping[str, Tensor]) -> Tensors:
-    """What is to be sent, and with it what earlier messages left out of tensors that still have their shape."""
+    """The tensors, and with each what was left out of it earlier: the leading part that has its shape, if there is one,
+    as where a LoRA factor was cut to a lower rank meanwhile."""
+    parts = {name: _part(residual[name], tensor.shape) for name, tensor in tensors.items() if name in residual}
     return {
-        name: (tensor.to(residual[name].dtype) + residual[name]).to(tensor.dtype)
-        if name in residual and residual[name].shape == tensor.shape
-        else tensor
+        name: tensor if (part := parts.get(name)) is None else (tensor.to(part.dtype) + part).to(tensor.dtype)
         for name, tensor in tensors.items()
     }
 

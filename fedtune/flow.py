@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from fedtune.clock import Timed, Turn
-from fedtune.coding import decode
+from fedtune.coding import decode, with_feedback
 from fedtune.errors import ConfigError, QuorumError
-from fedtune.protocol import Instruction, Peer, Tensors, Update
-from fedtune.round import Round
+from fedtune.protocol import Instruction, Peer, Update
+from fedtune.round import Asked, Round
 from fedtune.rounds import Server
 
 
@@ -100,7 +100,7 @@ class AsynchronousServer(Server):
             self._set_to_work(played, chosen)
 
     def _set_to_work(self, played: Round, chosen: Sequence[int]) -> None:
-        def take(peer: Peer, update: Update, blob: bytes, told: Tensors) -> None:
+        def take(peer: Peer, update: Update, blob: bytes, asked: Asked) -> None:
             timed = played.turns.pop()
             waiting = {
                 "version": played.number - 1,
@@ -111,7 +111,8 @@ class AsynchronousServer(Server):
                 "examples": update.examples,
                 "metrics": dict(update.metrics),
                 "blob": torch.frombuffer(bytearray(blob), dtype=torch.uint8),
-                "told": told,
+                "told": asked.heard.tensors,
+                "lost": asked.lost,
             }
             self.clock.progress = replace(self.clock.progress, pending={**self._pending, str(peer.index): waiting})
 
@@ -128,9 +129,12 @@ class AsynchronousServer(Server):
         told, blob = ended["told"], ended["blob"].numpy().tobytes()
         known = self.party.known(Instruction(told))
         tensors = decode(self.party.codec_up, blob, known)
-        start = {name: known[name] for name in tensors if name in known}
-        update = Update(tensors, ended["examples"], ended["metrics"], start)
+        update = Update(tensors, ended["examples"], ended["metrics"])
         self._count(index, update, blob, told, played)
+        # As of a client that heard all that was meant (`Replies.add`)
+        start = {name: known[name] for name in tensors if name in known}
+        moved, start = (with_feedback(held, ended["lost"]) for held in (tensors, start))
+        update = replace(update, tensors=moved, start=start)
         staleness = played.number - 1 - ended["version"]
         played.turns.append(Timed(index, Turn(**ended["turn"]), ended["begun"], staleness))
         return Peer(index, **ended["peer"], staleness=staleness), update

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
@@ -10,6 +10,7 @@ from flwr.app import Message, MessageType, RecordDict
 from fedtune import wire
 from fedtune.broadcast import Sent
 from fedtune.clock import Clock, Timed
+from fedtune.coding import left_out
 from fedtune.errors import CapacityError, ClientError, FedtuneError, WireError
 from fedtune.exchange import Arrival, Exchange
 from fedtune.flower import content_bytes
@@ -24,6 +25,16 @@ from fedtune.roster import Roster
 from fedtune.round import Asked, Round, Take
 from fedtune.similarity import signs_of
 from fedtune.traits import traits_of
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """What some of a round's clients are sent alike."""
+
+    asked: Asked
+    since: int  # the broadcast that they hold
+    content: RecordDict
+    payload_bytes: int
 
 
 class Talk:
@@ -76,7 +87,7 @@ class Talk:
 
     def _instructions(self, number: int, cohort: Iterable[int], kind: str, label: int) -> Iterator[Message]:
         """A message for each client, booked. Clients that are sent the same tensors and settings share one content."""
-        packed: list[tuple[Instruction, int, RecordDict, Instruction, int, int]] = []
+        packed: list[_Packed] = []
         key = fold(self.experiment.seed, "down", number)
         announced = self.party.announced(self.state, number)
         for index in cohort:
@@ -92,22 +103,27 @@ class Talk:
                 instruction = self.clock.shortened(peer, instruction)
             last = self.sent if announced and same_tensors(announced.tensors, instruction.tensors) else None
             since = peer.heard if last else 0
-            known = next((made for made in packed if made[1] == since and same_instruction(made[0], instruction)), None)
+            known = next(
+                (made for made in packed if made.since == since and same_instruction(made.asked.meant, instruction)),
+                None,
+            )
             if known is None:
                 content, heard = self.party.tell(instruction, key, self.roster.run, last, since)
+                lost = {} if is_lossless(self.party.codec_down) else left_out(instruction.tensors, heard.tensors)
                 if is_lossless(self.party.codec_up) and not self.keeps_told:
                     # Nothing of it is needed with the answer
                     heard = Instruction({}, heard.settings)
-                known = (instruction, since, content, heard, wire.payload_bytes(content), content_bytes(content))
+                asked = Asked(instruction, heard, lost, content_bytes(content))
+                known = _Packed(asked, since, content, wire.payload_bytes(content))
                 packed.append(known)
-            _, _, content, heard, payload, size = known
             if last and kind == MessageType.TRAIN:  # taken back if its turn fails
                 self.roster.peers[index] = replace(peer, heard=last.number)
-            message = Message(content, self.roster.nodes[index], kind, group_id=str(label))
-            sent = wire.wire_bytes(message, size)
-            self._asked[index] = Asked(instruction, heard, size)
+            message = Message(known.content, self.roster.nodes[index], kind, group_id=str(label))
+            sent = wire.wire_bytes(message, known.asked.content_bytes)
+            self._asked[index] = known.asked
             framing = self.exchange.lines.down(message, sent)
-            self._book(Entry(label, index, "down", kind, payload, sent, framing, time.perf_counter() - begun))
+            seconds = time.perf_counter() - begun
+            self._book(Entry(label, index, "down", kind, known.payload_bytes, sent, framing, seconds))
             yield message
 
     def _receive(self, index: int, arrival: Arrival, played: Round, take: Take) -> None:
@@ -136,7 +152,7 @@ class Talk:
             if (version := int(told.settings.get(VERSION, 0))) != peer.installed_version:
                 self.roster.peers[index] = replace(peer, installed_version=version)
             self._trust(index, True)
-            take(peer, update, blob, told.tensors)
+            take(peer, update, blob, asked)
             part = "train"
         self._book_arrival(played.number, index, part, arrival, payload, size)
 

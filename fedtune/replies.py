@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, overload
 
-from fedtune.coding import decode
+from fedtune.coding import decode, with_feedback
 from fedtune.errors import RunFolderError
 from fedtune.protocol import Codec, Peer, Tensors, Update
 
@@ -23,6 +23,7 @@ class _Stored:
     length: int
     rest: Update  # without tensors
     known: Tensors  # what the client was sent
+    lost: Tensors  # and what was left out of that
 
 
 class Replies(Sequence[tuple[Peer, Update]]):
@@ -39,14 +40,25 @@ class Replies(Sequence[tuple[Peer, Update]]):
         self._items: list[tuple[Peer, Update | _Stored]] = []
         self._file: IO[bytes] | None = None
 
-    def add(self, peer: Peer, update: Update, blob: bytes, known: Tensors | None = None) -> None:
+    def add(
+        self, peer: Peer, update: Update, blob: bytes, known: Tensors | None = None, lost: Tensors | None = None
+    ) -> None:
         """Keep `update`, whose tensors `blob` encodes, given what is `known` of them already.
+
+        Args:
+            lost: what the codec left out of what the client was sent: it is added, so that what is handed back is what
+                a client that heard all of it would have sent, if it moved by as much.
 
         Raises:
             RunFolderError: if the disk can't take it.
         """
         self._room -= size_of(update.tensors)
-        self._items.append((peer, update if self._room >= 0 else self._store(update, blob, known or {})))
+        kept: Update | _Stored
+        if self._room >= 0:
+            kept = replace(update, tensors=with_feedback(update.tensors, lost or {}))
+        else:
+            kept = self._store(update, blob, known or {}, lost or {})
+        self._items.append((peer, kept))
 
     def sort(self) -> None:
         """Put them in order of peer index: sums are then the same, whoever came first."""
@@ -72,7 +84,7 @@ class Replies(Sequence[tuple[Peer, Update]]):
         peer, update = self._items[place]
         return peer, self._load(update) if isinstance(update, _Stored) else update
 
-    def _store(self, update: Update, blob: bytes, known: Tensors) -> _Stored:
+    def _store(self, update: Update, blob: bytes, known: Tensors, lost: Tensors) -> _Stored:
         try:
             if self._file is None:
                 self._file = TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 (closed in close)
@@ -84,12 +96,13 @@ class Replies(Sequence[tuple[Peer, Update]]):
                 f"{self._folder} can't hold the round's updates: {error.strerror or error}. What was written before is "
                 f"kept; make room, then: fedtune run resume={self._folder}"
             ) from error
-        return _Stored(start, len(blob), replace(update, tensors={}), known)
+        return _Stored(start, len(blob), replace(update, tensors={}), known, lost)
 
     def _load(self, stored: _Stored) -> Update:
         assert self._file is not None
         self._file.seek(stored.start)
-        return replace(stored.rest, tensors=decode(self._codec, self._file.read(stored.length), stored.known))
+        tensors = decode(self._codec, self._file.read(stored.length), stored.known)
+        return replace(stored.rest, tensors=with_feedback(tensors, stored.lost))
 
 
 def size_of(tensors: Tensors) -> int:

@@ -15,11 +15,12 @@ class Asked:
 
     meant: Instruction  # whole
     heard: Instruction  # as far as its answer needs it
+    lost: Tensors  # what the codec left out: meant less heard; nothing of a lossless one
     content_bytes: int  # of the message, without its addresses
 
 
-# What becomes of a valid update, its blob, and what that builds on
-Take = Callable[[Peer, Update, bytes, Tensors], None]
+# What becomes of a valid update, its blob, and what its client was sent
+Take = Callable[[Peer, Update, bytes, Asked], None]
 
 
 @dataclass

@@ -34,9 +34,9 @@ from fedtune.model_file import TunedModel, dump
 from fedtune.party import Party
 from fedtune.population import server_peer
 from fedtune.progress import View, make_view
-from fedtune.protocol import Instruction, Peer, Tensors, Update
+from fedtune.protocol import Instruction, Peer, Update
 from fedtune.replies import Replies
-from fedtune.round import Round
+from fedtune.round import Asked, Round
 from fedtune.run_folder import RunFolder, check_vacant
 from fedtune.similarity import every_two
 from fedtune.summary import summarise
@@ -185,9 +185,9 @@ class Server(Talk):
         self.view.round_begins(number, len(cohort))
         with closing(Replies(self.party.codec_up, self.folder.path)) as replies:
 
-            def take(peer: Peer, update: Update, blob: bytes, told: Tensors) -> None:
-                replies.add(peer, update, blob, self.party.known(Instruction(told)))
-                self._count(peer.index, update, blob, told, played)
+            def take(peer: Peer, update: Update, blob: bytes, asked: Asked) -> None:
+                replies.add(peer, update, blob, self.party.known(asked.heard), asked.lost)
+                self._count(peer.index, update, blob, asked.heard.tensors, played)
 
             for index in cohort:
                 if index not in present:

@@ -15,7 +15,8 @@ Down: what has changed since the client's last turn. If that was the round befor
 r_k out a layer; after a longer absence or a failed turn it is both; in round 1 nothing, for all know the start.
 Exact: B A is linear in the factor that is averaged.
 Mixed ranks: yes, exact as well: client k has the first r_k components.
-On the client: A and B as it was last sent them, and the number of the round that they are of.
+On the client: A and B as it was last sent them, and the number of the round that they are of. It trains the factor that
+it was sent the round before, so a broadcast has to come whole: the server couldn't tell what a lossy one left it with.
 The steps: clients/rolora.py.
 Departs from the paper, which sends the factor that was averaged to all clients, so that all have to be there each time.
 """
@@ -40,7 +41,7 @@ class State:
 
 @dataclass(frozen=True)
 class RoLoRA:
-    traits: ClassVar[Traits] = Traits(mixed_ranks=True, needs_low_rank=True, averages=True)
+    traits: ClassVar[Traits] = Traits(mixed_ranks=True, needs_low_rank=True, averages=True, lossy_down=False)
 
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial), layout.scaling)

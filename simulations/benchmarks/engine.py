@@ -4,6 +4,7 @@
     python -m simulations.benchmarks.engine idle       500 clients with nothing to do: in process, and on Ray
     python -m simulations.benchmarks.engine bare       SmolLM2: a federated round over the same training without one
     python -m simulations.benchmarks.engine template   SmolLM2: the usual Flower template over ours
+    python -m simulations.benchmarks.engine bare template model.path=FOLDER     of another model: any settings' words
 
 Ratios are taken within one run. Seconds are this machine's and are printed to give them scale.
 """
@@ -16,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,7 @@ _NOTHING = Instruction({})
 HERE = "simulations.benchmarks.engine"
 
 
-def idle(clients: int = 500) -> list[tuple[str, ...]]:
+def idle(words: Sequence[str] = (), clients: int = 500, ray: bool = True) -> list[tuple[str, ...]]:
     """A round of clients with empty work, in process and on Flower's Ray backend."""
     base = compose(
         [
@@ -86,6 +87,7 @@ def idle(clients: int = 500) -> list[tuple[str, ...]]:
             f"population.clients={clients}",
             f"population.cohort={clients}",
             "evaluate.every=0",
+            *words,
         ]
     )
     method = MethodSpec({"_target_": f"{HERE}.Idle"}, {"_target_": f"{HERE}.IdleClient"})
@@ -93,14 +95,19 @@ def idle(clients: int = 500) -> list[tuple[str, ...]]:
 
     rounds = local_rounds(replace(base, rounds=40))
     in_process = statistics.median(rounds)
-    on_ray = ray_round(replace(base, rounds=4))
-    return [
+    found = [
         (
             f"{clients} idle clients, in process",
             f"{in_process * 1000:.0f} ms a round, {min(rounds) * 1000:.0f} at best",
             "",
             "under 50 ms",
-        ),
+        )
+    ]
+    if not ray:
+        return found
+    on_ray = ray_round(replace(base, rounds=4))
+    return [
+        *found,
         (
             f"{clients} idle clients, on Ray",
             f"{on_ray * 1000:.0f} ms a round",
@@ -145,7 +152,7 @@ def ray_round(experiment: Experiment) -> float:
             return statistics.median(float(row["seconds"]) for row in list(csv.DictReader(stream))[2:])
 
 
-def bare(clients: int = 20) -> list[tuple[str, ...]]:
+def bare(words: Sequence[str] = (), clients: int = 20) -> list[tuple[str, ...]]:
     """A federated round of SmolLM2 over the same turns without federation.
 
     Each client trains twice in a row, bare and federated, in alternating order, so that a machine that slows down or
@@ -158,6 +165,7 @@ def bare(clients: int = 20) -> list[tuple[str, ...]]:
             f"population.cohort={clients}",
             "evaluate.every=0",
             "rounds=1",
+            *words,
         ]
     )
     text = experiment.text()
@@ -214,7 +222,7 @@ def train_once(party: Party, index: int) -> None:
     )
 
 
-def template(turns: int = 4) -> list[tuple[str, ...]]:
+def template(words: Sequence[str] = (), turns: int = 4) -> list[tuple[str, ...]]:
     """A turn as the usual Flower LLM template takes it: the base is loaded and a Trainer built for every message.
 
     Twice: with everything else as ours has it, and with the template's own settings (github.com/adap/flower,
@@ -223,9 +231,11 @@ def template(turns: int = 4) -> list[tuple[str, ...]]:
     """
     found = []
     for label, quantization in (("bfloat16", "none"), ("as the template is shipped, 4-bit", "nf4")):
-        party = Party(compose(["model=smollm2", f"model.quantization={quantization}", "evaluate.every=0"]))
+        settings = ["model=smollm2", f"model.quantization={quantization}", "evaluate.every=0", *words]
+        party = Party(compose(settings))
         received = Instruction(party.model.read())
-        turn, usual = partial(party.turn, round=1, instruction=received), partial(usual_turn, party, received)
+        turn = partial(party.turn, "", round=1, instruction=received)  # of no run: nothing is kept
+        usual = partial(usual_turn, party, received)
         turn(0), usual(0)
         pairs = [(timed(turn, index), timed(usual, index)) for index in range(1, turns + 1)]
         mine, theirs = (sum(side) / turns for side in zip(*pairs, strict=True))
@@ -300,14 +310,15 @@ def usual_turn(party: Party, received: Instruction, index: int) -> None:
 def main() -> None:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     known = {"idle": idle, "bare": bare, "template": template}
-    chosen = sys.argv[1:] or list(known)
+    words = [word for word in sys.argv[1:] if "=" in word]
+    chosen = [word for word in sys.argv[1:] if "=" not in word] or list(known)
     table = Table(title="engine")
     for heading in ("what", "measured", "ratio", "aim"):
         table.add_column(heading)
     for name in chosen:
         if name not in known:
             sys.exit(f"no benchmark '{name}': expected {', '.join(known)}")
-        for row in known[name]():
+        for row in known[name](words):
             table.add_row(*row)
     Console().print(table)
 
