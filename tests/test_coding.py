@@ -126,9 +126,13 @@ def test_with_feedback_the_sum_of_what_was_sent_follows_the_sum_of_what_was_mean
     assert (with_it - meant_sum).norm() < 0.3 * meant_sum.norm()
 
 
-def test_a_residual_of_another_shape_is_let_go():
-    meant = {"w": torch.ones(3)}
-    assert with_feedback(meant, {"w": torch.ones(4), "x": torch.ones(1)})["w"].tolist() == [1, 1, 1]
+def test_of_a_residual_the_part_that_fits_is_sent_and_one_that_is_narrower_is_let_go():
+    """A pruned adapter has the first components of what it had, and so have its remains."""
+    meant = {"w": torch.ones(3, 2)}
+    remains = torch.arange(8.0).view(4, 2)
+    assert with_feedback(meant, {"w": remains, "x": torch.ones(1)})["w"].tolist() == [[1, 2], [3, 4], [5, 6]]
+    for other in (torch.ones(2, 2), torch.ones(3), torch.ones(3, 2, 1)):
+        assert with_feedback(meant, {"w": other})["w"].tolist() == [[1, 1]] * 3
 
 
 def test_replies_that_wait_on_disk_are_decoded_against_what_was_sent(tmp_path):

@@ -25,6 +25,7 @@ LINE = re.compile(r"^ {4}(?:\.venv/bin/)?((?:fedtune|python -m|make) .*)$", re.M
 TINY = (
     "model=tiny",
     "model.path=null",
+    "model.quantization=none",
     f"data.path={PAIRS}",
     "data.prompt_column=null",
     "data.completion_column=null",
@@ -74,8 +75,9 @@ def test_a_run_that_a_page_prints_runs(words, tmp_path, monkeypatch):
         return
     tracker = [] if "tracker=tensorboard" in said else ["tracker=none"]
     answers = ["evaluate.generate=2"] if any(word.startswith("evaluate.generate=") for word in said) else []
-    few = [word for word in said if word.startswith("method.strategy.rules.local_steps=")]
-    steps = ["method.strategy.rules.local_steps=2"] if few else []
+    smaller = {"method.strategy.rules.local_steps": "2", "adapter.rank": "16", "population.ranks": "[16,8,4]"}
+    keys = {word.partition("=")[0] for word in said if "capability" not in word}
+    steps = [f"{key}={value}" for key, value in smaller.items() if key in keys]
     run_local(compose([*said, *TINY, *tracker, *answers, *steps]))
     assert [path.name for path in (tmp_path / "runs").iterdir()]
 

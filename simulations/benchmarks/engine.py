@@ -234,7 +234,7 @@ def template(words: Sequence[str] = (), turns: int = 4) -> list[tuple[str, ...]]
         settings = ["model=smollm2", f"model.quantization={quantization}", "evaluate.every=0", *words]
         party = Party(compose(settings))
         received = Instruction(party.model.read())
-        turn = partial(party.turn, "", round=1, instruction=received)  # of no run: nothing is kept
+        turn = partial(party.turn, "0" * 16, round=1, instruction=received)
         usual = partial(usual_turn, party, received)
         turn(0), usual(0)
         pairs = [(timed(turn, index), timed(usual, index)) for index in range(1, turns + 1)]
