@@ -42,7 +42,8 @@ class Talk:
         self.view = view
         self.clock = Clock(party)
         self.ledger = Ledger()
-        self.roster = Roster(exchange, self.experiment, party.model.layout, self._book, view.note)
+        layout, data = party.model.layout, party.data.sha256
+        self.roster = Roster(exchange, self.experiment, layout, self._book, view.note, data)
         self.state: Any = None
         self.sent = Sent()
         self._asked: dict[int, Asked] = {}  # the clients whose answers are awaited
