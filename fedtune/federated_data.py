@@ -91,7 +91,7 @@ class FederatedData:
         """How many texts there are."""
         return len(np.unique(self._same))
 
-    @property
+    @cached_property
     def idle(self) -> list[int]:
         """The clients without rows."""
         return [client for client, rows in enumerate(self.train) if not len(rows)]
@@ -125,22 +125,31 @@ class FederatedData:
             "division_sha256": division.hexdigest(),
         }
 
-    def changed(self, before: Mapping[str, Any]) -> str:
-        """How these data differ from those of which `before` is the `identity`; empty if they don't, or nothing is
-        known of them."""
+    def check_same(self, before: Mapping[str, Any], refused: str) -> None:
+        """
+        Args:
+            before: the `identity` of the data that a run began with; empty where nothing is known of them.
+            refused: what can't be done if these are others.
+
+        Raises:
+            DataError: saying what differs.
+        """
         own, was = self.identity, {name: before.get(name, value) for name, value in self.identity.items()}
-        if own["corpus_sha256"] != was["corpus_sha256"]:
-            return (
-                f"the data are others than they were: {own['examples']:,} examples, tokens of sha256 "
-                f"{own['corpus_sha256'][:12]}...; then {was['examples']:,}, of {str(was['corpus_sha256'])[:12]}... "
-                "(an edited file, or another tokenizer)"
+        if own == was:
+            return
+        if own["corpus_sha256"] != was["corpus_sha256"] or own["examples"] != was["examples"]:
+            now, then = own["examples"], was["examples"]
+            counts = (
+                f"are {now:,} examples and were {then:,}" if now != then else f"are {now:,} examples with other tokens"
             )
-        if own["division_sha256"] != was["division_sha256"]:
-            return (
-                "the same examples are divided otherwise than they were, which comes of another version of "
-                "flwr-datasets or numpy"
+            raise DataError(
+                f"{refused}: its data {counts}: the file was changed, or is read by another tokenizer or version of "
+                "fedtune. Put back what was changed, or start a new run with another out="
             )
-        return ""
+        raise DataError(
+            f"{refused}: its examples are divided otherwise than they were, by a column of the file that was changed "
+            "or by another version of fedtune, flwr-datasets or numpy. Go back to that, or start a new run with another out="
+        )
 
     def describe(self, spec: DataSpec) -> list[str]:
         """What a person should know of this division, a line each."""
@@ -152,10 +161,13 @@ class FederatedData:
         own = sum(map(len, self.heldout))
         inside, theirs = self.in_training
         lines.append(
-            f"held out {len(self.server):,} rows by the server, {own:,} by clients; {inside} and {theirs} of them stand "
-            "in training data word for word"
+            f"held out {len(self.server):,} rows by the server, {own:,} by clients; {inside} and {theirs} of them "
+            "stand in training data word for word"
         )
-        for setting, got, asked in (("heldout", len(self.server), self.asked[0]), ("client_heldout", own, self.asked[1])):
+        for setting, got, asked in (
+            ("heldout", len(self.server), self.asked[0]),
+            ("client_heldout", own, self.asked[1]),
+        ):
             if 2 * got < asked:
                 lines.append(
                     f"         data.{setting}={getattr(spec, setting):g} asks for {asked:,} rows, and {got:,} are held "
@@ -209,7 +221,9 @@ def load_data(spec: DataSpec, clients: int, tokenizer: Any, seed: int) -> Federa
         )
     held = [shared[places] for places in divide(spec, [columns[row] for row in shared], clients, seed)]
     # At least one row is left to train on; a client with a single row has no held-out data of its own.
-    quota = {client: min(round(spec.client_heldout * len(rows)), max(len(rows) - 1, 0)) for client, rows in enumerate(held)}
+    quota = {
+        client: min(round(spec.client_heldout * len(rows)), max(len(rows) - 1, 0)) for client, rows in enumerate(held)
+    }
     owner = np.full(count, -1)
     for client, rows in enumerate(held):
         owner[rows] = client

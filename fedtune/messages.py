@@ -53,6 +53,18 @@ class Talk:
         """Whether what a client was told is needed when it answers, whatever the codec."""
         return self.experiment.evaluate.similarity
 
+    @property
+    def idle(self) -> set[int]:
+        """The clients without training data: by their own word, and before they came by the division."""
+        known, peers = set(self.party.data.idle), self.roster.peers
+        return {index for index in known | peers.keys() if not (peers[index].samples if index in peers else 0)}
+
+    @property
+    def per_round(self) -> int:
+        """How many clients a round asks: no more than have data."""
+        population = self.experiment.population
+        return min(population.per_round, population.clients - len(self.idle))
+
     def _book(self, entry: Entry) -> None:
         self.ledger.book(entry)
 
