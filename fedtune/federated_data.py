@@ -148,7 +148,7 @@ class FederatedData:
             )
         raise DataError(
             f"{refused}: its examples are divided otherwise than they were, by a column of the file that was changed "
-            "or by another version of fedtune, flwr-datasets or numpy. Go back to that, or start a new run with another out="
+            "or by another version of fedtune, flwr-datasets or numpy. Go back to it, or start a new run with out="
         )
 
     def describe(self, spec: DataSpec) -> list[str]:

@@ -108,7 +108,7 @@ class DataSpec:
     completion_column: str | None = option(None, "column with the answer, where the usual names don't apply")
     loss_on: str = option("completion", "completion (the answer alone) or all tokens")
     max_length: int = option(512, "tokens; longer examples are cut")
-    duplicates: str = option("drop", "rows with the same text: drop (one stays) or keep; docs/data.md")
+    duplicates: str = option("drop", "rows with the same text: drop (one stays) or keep; docs/evaluation.md")
     partition: str = option("iid", "iid, dirichlet, natural, pathological, shard, linear, square or exponential")
     partition_by: str | None = option(None, "column that dirichlet, natural, pathological and shard look at")
     alpha: float = option(0.5, "dirichlet: the smaller, the more unlike the clients")
