@@ -43,6 +43,7 @@ class Checkpoint:
     run: str  # the run's id, by which clients find what they kept
     sent: Sent = field(default_factory=Sent)  # what was broadcast so far, where broadcasts build on one another
     progress: Progress = field(default_factory=Progress)
+    data: dict[str, Any] = field(default_factory=dict)  # by what the data are known again (FederatedData.identity)
 
 
 def flatten(state: Any, root: str = "") -> tuple[Any, Tensors]:
@@ -116,6 +117,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "state": json.dumps(tree),
         "sent": json.dumps(sent),
         "progress": json.dumps(progress),
+        "data": json.dumps(checkpoint.data),
     }
     apart, same = _apart(tensors | links | updates)
     if same:
@@ -139,7 +141,8 @@ def load_checkpoint(path: Path, template: Any) -> Checkpoint:
         progress = (
             unflatten(json.loads(header["progress"]), tensors, Progress()) if "progress" in header else Progress()
         )
-        return Checkpoint(int(header["round"]), header["config_sha256"], state, header["run"], sent, progress)
+        data = json.loads(header.get("data", "{}"))
+        return Checkpoint(int(header["round"]), header["config_sha256"], state, header["run"], sent, progress, data)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunFolderError(
             f"{path} is no checkpoint of this method: {error}. Start anew with another out="

@@ -1,7 +1,9 @@
 """Tokenised examples: the tokens of all lie in one array, and row numbers pick from it."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -37,6 +39,28 @@ class Corpus:
     def batch(self, rows: Sequence[int] | np.ndarray, pad: int) -> Batch:
         """The examples of those row numbers as one batch, padded on the right with `pad`."""
         return padded([self.span(row) for row in rows], pad)
+
+    def pick(self, rows: np.ndarray) -> "Corpus":
+        """The corpus of these rows alone, which have to ascend: the first is its row 0."""
+        lengths = np.diff(self.starts)
+        kept = np.zeros(len(self), dtype=bool)
+        kept[rows] = True
+        tokens = np.repeat(kept, lengths)
+        starts = np.concatenate([[0], np.cumsum(lengths[rows])]).astype(np.int64)
+        questions = {new: self.questions[old] for new, old in enumerate(rows.tolist()) if old in self.questions}
+        return Corpus(self.tokens[tokens], self.targets[tokens], starts, questions)
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash of all that is learnt and asked: equal corpora, and only those, have equal hashes."""
+        digest = hashlib.sha256()
+        for array in (self.starts, self.tokens, self.targets):
+            digest.update(array.tobytes())
+        for row, question in sorted(self.questions.items()):
+            digest.update(f"{row} {question.right}".encode())
+            for tokens, counts in question.options:
+                digest.update(f" {len(tokens)} ".encode() + tokens.tobytes() + counts.tobytes())
+        return digest.hexdigest()
 
     def span(self, row: int) -> Span:
         start, end = self.starts[row], self.starts[row + 1]

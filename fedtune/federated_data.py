@@ -3,14 +3,17 @@
 A client's data is a list of row numbers into one corpus: hundreds of clients cost hundreds of short integer arrays.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from fedtune.corpus import Corpus
 from fedtune.data import load_examples
+from fedtune.duplicates import distinct, groups, hold_out, repeated, texts
 from fedtune.errors import DataError
 from fedtune.keys import fold, permutation
 from fedtune.partition import divide
@@ -60,8 +63,17 @@ class FederatedData:
     server: np.ndarray  # rows that no client holds
     pad: int
     dropped: int  # examples left out because the cut at max_length left nothing to learn
+    repeated: int = 0  # and those left out because another has the same text
+    asked: tuple[int, int] = (0, 0)  # rows that the server, and all clients together, were to hold out
 
     def batches(self, client: int, batch_size: int, key: int) -> ClientBatches:
+        """What client `client` trains on.
+
+        Raises:
+            DataError: if it has no rows.
+        """
+        if not len(self.train[client]):
+            raise DataError(f"client {client} has no rows to train on, so it should not be asked to")
         return ClientBatches(self.corpus, self.train[client], batch_size, self.pad, key)
 
     def pooled(self) -> "FederatedData":
@@ -69,51 +81,164 @@ class FederatedData:
         train, heldout = (np.sort(np.concatenate(rows)) for rows in (self.train, self.heldout))
         return replace(self, train=(train,), heldout=(heldout,))
 
+    @property
+    def read(self) -> int:
+        """Rows of the source that had anything to learn."""
+        return len(self.corpus) + self.repeated
+
+    @cached_property
+    def distinct(self) -> int:
+        """How many texts there are."""
+        return len(np.unique(self._same))
+
+    @cached_property
+    def idle(self) -> list[int]:
+        """The clients without rows."""
+        return [client for client, rows in enumerate(self.train) if not len(rows)]
+
+    @cached_property
+    def in_training(self) -> tuple[int, int]:
+        """How many of the rows that the server, and that clients, hold out stand word for word in what some client
+        trains on."""
+        trained = np.concatenate(self.train)
+        own = np.concatenate(self.heldout)
+        return repeated(self._same, self.server, trained), repeated(self._same, own, trained)
+
+    @cached_property
+    def _same(self) -> np.ndarray:
+        return texts(self.corpus)
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash of the corpus and its division: what server and clients have to have in common."""
+        return hashlib.sha256("".join(map(str, self.identity.values())).encode()).hexdigest()
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """By what the data are known again."""
+        division = hashlib.sha256()
+        for rows in (self.server, *self.train, *self.heldout):
+            division.update(f"{len(rows)} ".encode() + rows.astype(np.int64).tobytes())
+        return {
+            "examples": len(self.corpus),
+            "corpus_sha256": self.corpus.sha256,
+            "division_sha256": division.hexdigest(),
+        }
+
+    def check_same(self, before: Mapping[str, Any], refused: str) -> None:
+        """
+        Args:
+            before: the `identity` of the data that a run began with; empty where nothing is known of them.
+            refused: what can't be done if these are others.
+
+        Raises:
+            DataError: saying what differs.
+        """
+        own, was = self.identity, {name: before.get(name, value) for name, value in self.identity.items()}
+        if own == was:
+            return
+        if own["corpus_sha256"] != was["corpus_sha256"] or own["examples"] != was["examples"]:
+            now, then = own["examples"], was["examples"]
+            counts = (
+                f"are {now:,} examples and were {then:,}" if now != then else f"are {now:,} examples with other tokens"
+            )
+            raise DataError(
+                f"{refused}: its data {counts}: the file was changed, or is read by another tokenizer or version of "
+                "fedtune. Put back what was changed, or start a new run with another out="
+            )
+        raise DataError(
+            f"{refused}: its examples are divided otherwise than they were, by a column of the file that was changed "
+            "or by another version of fedtune, flwr-datasets or numpy. Go back to it, or start a new run with out="
+        )
+
+    def describe(self, spec: DataSpec) -> list[str]:
+        """What a person should know of this division, a line each."""
+        lines = []
+        if again := self.read - self.distinct:
+            kept = spec.duplicates == "keep"
+            ending = "they stay (data.duplicates=keep)" if kept else "left out (data.duplicates=keep takes them)"
+            lines.append(f"repeated {again:,} of {self.read:,} rows say what another says, word for word: {ending}")
+        own = sum(map(len, self.heldout))
+        inside, theirs = self.in_training
+        lines.append(
+            f"held out {len(self.server):,} rows by the server, {own:,} by clients; {inside} and {theirs} of them "
+            "stand in training data word for word"
+        )
+        for setting, got, asked in (
+            ("heldout", len(self.server), self.asked[0]),
+            ("client_heldout", own, self.asked[1]),
+        ):
+            if 2 * got < asked:
+                lines.append(
+                    f"         data.{setting}={getattr(spec, setting):g} asks for {asked:,} rows, and {got:,} are held "
+                    "out: rows with one prompt are held out together or not at all"
+                )
+        if idle := len(self.idle):
+            lines.append(f"         {idle:,} of {len(self.train):,} clients have no rows, and are never asked")
+        return lines
+
 
 def load_data(spec: DataSpec, clients: int, tokenizer: Any, seed: int) -> FederatedData:
     """Read, tokenise and divide the data.
 
-    First the server's held-out rows are set aside, then flwr-datasets divides the rest among the clients, then each
-    client sets aside its own held-out rows. All of it follows from the seed.
+    Rows whose text another has are left out (data.duplicates). Then the server's held-out rows are set aside,
+    flwr-datasets divides the rest among the clients, and each client sets aside its own held-out rows; rows with one
+    text or one prompt are on one side of each of these splits (fedtune/duplicates.py). All of it follows from the
+    seed. A client may end up without rows.
 
     Raises:
-        DataError: if the source can't be read, or a client would have nothing to train on.
+        DataError: if the source can't be read, or has too few rows.
         ConfigError: if the partition doesn't fit the data or the number of clients.
     """
-    same = ("partition", "partition_by", "alpha", "classes", "partition_options", "heldout", "client_heldout")
-    source = tuple(str(value) for name, value in vars(spec).items() if name not in same)
+    division = ("partition", "partition_by", "alpha", "classes", "partition_options", "heldout", "client_heldout")
+    others = (*division, "duplicates")
+    source = tuple(str(value) for name, value in vars(spec).items() if name not in others)
     examples = once(("examples", source), lambda: load_examples(spec))
-    corpus, kept = once(("corpus", source, id(tokenizer)), lambda: tokenise(examples, tokenizer, spec))
-    if len(corpus) < clients + 1:
-        raise DataError(f"{len(corpus)} examples are too few for {clients} clients: use fewer clients or more data")
-    order = permutation(fold(seed, "data"), len(corpus))
-    columns = [examples[place].columns for place in kept]
-    spared = _one_of_each(order, columns, spec.partition_by)
-    candidates = order[~np.isin(order, spared)]
-    server = np.sort(candidates[: round(spec.heldout * len(corpus))])
+    whole, kept = once(("corpus", source, id(tokenizer)), lambda: tokenise(examples, tokenizer, spec))
+    by = spec.partition_by
+
+    def pick() -> tuple[Corpus, list[int]]:
+        labels = [str(examples[place].columns.get(by)) if by else "" for place in kept]
+        rows = distinct(texts(whole), labels)
+        return whole.pick(rows), [kept[row] for row in rows]
+
+    corpus, places = whole, kept
+    if spec.duplicates == "drop":
+        corpus, places = once(("distinct", source, id(tokenizer), by), pick)
+    count = len(corpus)
+    columns = [examples[place].columns for place in places]
+    group = groups([examples[place] for place in places], texts(corpus))
+    order = permutation(fold(seed, "data"), count)
+    aside = round(spec.heldout * count)
+    labels = [str(own.get(by)) if by else "" for own in columns]
+    server = hold_out(order, group, [0] * count, {0: aside}, labels)
     shared = order[~np.isin(order, server)]
-    labels = [columns[row] for row in shared]
-    train, heldout = [], []
-    for client, places in enumerate(divide(spec, labels, clients, seed)):
-        rows = shared[places]
-        # At least one row is left to train on; a client with a single row has no held-out data of its own.
-        own = min(round(spec.client_heldout * len(rows)), max(len(rows) - 1, 0))
-        mixed = rows[permutation(fold(seed, "client data", client), len(rows))]
-        heldout.append(np.sort(mixed[:own]))
-        train.append(np.sort(mixed[own:]))
-    if empty := [str(client) for client, rows in enumerate(train) if not len(rows)]:
+    if len(shared) < clients:
+        without = f", {len(server)} of them the server's own (data.heldout={spec.heldout:g})," if len(server) else ""
+        again = f" ({len(kept) - count:,} rows that repeat others are left out)" if count < len(kept) else ""
         raise DataError(
-            f"{len(empty)} of {clients} clients have no data (client {', '.join(empty[:5])}): "
-            "use fewer clients, a milder partition (data.partition=iid, a larger data.alpha) or more data"
+            f"{count} examples{without} are too few for {clients} clients{again}: use fewer clients or more data"
         )
+    held = [shared[places] for places in divide(spec, [columns[row] for row in shared], clients, seed)]
+    # At least one row is left to train on; a client with a single row has no held-out data of its own.
+    quota = {
+        client: min(round(spec.client_heldout * len(rows)), max(len(rows) - 1, 0)) for client, rows in enumerate(held)
+    }
+    owner = np.full(count, -1)
+    for client, rows in enumerate(held):
+        owner[rows] = client
+    mixed = [rows[permutation(fold(seed, "client data", client), len(rows))] for client, rows in enumerate(held)]
+    owners = owner.tolist()
+    own = hold_out(np.concatenate(mixed), group, owners, quota, owners)
+    tests = np.zeros(count, dtype=bool)
+    tests[own] = True
     return FederatedData(
-        corpus, tuple(train), tuple(heldout), server, int(tokenizer.pad_token_id), len(examples) - len(corpus)
+        corpus,
+        tuple(np.sort(rows[~tests[rows]]) for rows in held),
+        tuple(np.sort(rows[tests[rows]]) for rows in held),
+        server,
+        int(tokenizer.pad_token_id),
+        len(examples) - len(kept),
+        len(kept) - count,
+        (aside, sum(quota.values())),
     )
-
-
-def _one_of_each(order: np.ndarray, columns: Sequence[Mapping[str, Any]], by: str | None) -> list[int]:
-    """The first row of every label, which the server leaves to the clients: a rare label would else vanish."""
-    first: dict[Any, int] = {}
-    for row in order.tolist() if by else []:
-        first.setdefault(str(columns[row].get(by)), row)
-    return list(first.values())

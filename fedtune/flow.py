@@ -50,10 +50,10 @@ class AsynchronousServer(Server):
                     "population=mixed makes clients unequal"
                 )
             return super()._play(number)
-        clients = self.experiment.population.clients
+        clients = self.experiment.population.clients - len(self.idle)
         if self.buffer > clients:
             raise ConfigError(
-                f"a step of the server takes {self.buffer} updates, and population.clients={clients} give one each to "
+                f"a step of the server takes {self.buffer} updates, and {clients} clients with rows give one each to "
                 f"what it holds: take method.strategy.buffer={clients} or less"
             )
         begun = time.monotonic()
@@ -93,7 +93,7 @@ class AsynchronousServer(Server):
         present = self.roster.refresh(number)
         able, expected = self._able(number)
         able = [index for index in able if index in present and str(index) not in self._pending and index not in asked]
-        while able and (lacking := self.experiment.population.per_round - len(self._pending)) > 0:
+        while able and (lacking := self.per_round - len(self._pending)) > 0:
             chosen = self.clock.cohort(number, able, lacking, self.roster.peers, expected)
             asked.update(chosen)
             able = [index for index in able if index not in asked]

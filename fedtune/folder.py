@@ -8,9 +8,9 @@ base, which rounds each weight once to the base's dtype.
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Source:
     origin: Origin
     dtype: str
     file: TunedModel | None
+    data: Mapping[str, Any] = field(default_factory=dict)  # what summary.json says of the run's data
 
 
 def export(source: str, out: str, base: str | None = None) -> Exported:
@@ -104,9 +105,10 @@ def source_of(path: Path) -> Source:
         )
     experiment = load(stored.read_text(encoding="utf-8"), str(stored))
     try:
-        base = json.loads((path / "summary.json").read_text(encoding="utf-8"))["base"]
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        base = summary["base"]
         origin = Origin(base["source"], base["sha256"], None, base["hub_id"])
-        return Source(path, experiment, origin, base["dtype"], None)
+        return Source(path, experiment, origin, base["dtype"], None, dict(summary.get("data", {})))
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ExportError(
             f"{path}/summary.json doesn't say which base the run was on ({type(error).__name__}: {error}): "

@@ -74,6 +74,8 @@ def evaluate(request: Request) -> Verdict:
     local, number = tuned(found, party)
     if request.data is not None:
         party.data = _whole(party, request.data)
+    else:
+        party.data.check_same(found.data, f"{request.run} can't be scored on what it held out")
     heldout = party.evaluate()
     clients = _by_client(party) if request.clients else {}
     if heldout is None and not clients and not request.tasks:

@@ -53,7 +53,8 @@ class Talk:
         self.view = view
         self.clock = Clock(party)
         self.ledger = Ledger()
-        self.roster = Roster(exchange, self.experiment, party.model.layout, self._book, view.note)
+        layout, data = party.model.layout, party.data.sha256
+        self.roster = Roster(exchange, self.experiment, layout, self._book, view.note, data)
         self.state: Any = None
         self.sent = Sent()
         self._asked: dict[int, Asked] = {}  # the clients whose answers are awaited
@@ -62,6 +63,18 @@ class Talk:
     def keeps_told(self) -> bool:
         """Whether what a client was told is needed when it answers, whatever the codec."""
         return self.experiment.evaluate.similarity
+
+    @property
+    def idle(self) -> set[int]:
+        """The clients without training data: by their own word, and before they came by the division."""
+        known, peers = set(self.party.data.idle), self.roster.peers
+        return {index for index in known | peers.keys() if not (peers[index].samples if index in peers else 0)}
+
+    @property
+    def per_round(self) -> int:
+        """How many clients a round asks: no more than have data."""
+        population = self.experiment.population
+        return min(population.per_round, population.clients - len(self.idle))
 
     def _book(self, entry: Entry) -> None:
         self.ledger.book(entry)

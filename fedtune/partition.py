@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from fedtune.errors import ConfigError
 from fedtune.keys import fold
 from fedtune.schema import DataSpec
 
+LEAST = "min_partition_size"
+
 
 def divide(spec: DataSpec, columns: Sequence[Mapping[str, Any]], clients: int, seed: int) -> list[np.ndarray]:
-    """Places 0 ... len(columns) - 1 divided among the clients by a flwr-datasets partitioner.
+    """Places 0 ... len(columns) - 1 divided among the clients by a flwr-datasets partitioner. Some may get none.
 
     Args:
         columns: the columns of the row in each place.
@@ -34,21 +37,36 @@ def divide(spec: DataSpec, columns: Sequence[Mapping[str, Any]], clients: int, s
             named = ", ".join(map(str, missing)) or "none"
             raise ConfigError(f"data.partition_by={by}: no such column in every row; there are {named}")
         rows[by] = [row[by] for row in columns]
-    partitioner = _partitioner(spec, clients, fold(seed, "partition") % 2**32)
-    partitioner.dataset = datasets.Dataset.from_dict(rows)
+    dataset = datasets.Dataset.from_dict(rows)
     named = f"data.partition={spec.partition}" + (f" by '{by}'" if by else "")
+    given = spec.partition_options or {}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a line for every attempt at a skewed draw
-            if (made := partitioner.num_partitions) != clients:
-                raise ConfigError(f"{named} makes {made} clients, not {clients}: set population.clients={made}")
-            return [np.asarray(partitioner.load_partition(i)["place"], dtype=np.int64) for i in range(clients)]
+        try:
+            made = _places(spec, dataset, clients, seed)
+        except ValueError:
+            # Among many clients hardly any draw of a small alpha has rows for everybody: then the first draw it is
+            if spec.partition != "dirichlet" or LEAST in given:
+                raise
+            made = _places(replace(spec, partition_options={**given, LEAST: 0}), dataset, clients, seed)
     except (ValueError, TypeError, IndexError, KeyError, ZeroDivisionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"{named} does not work for {count} rows and {clients} clients: {reason} "
             "Use fewer clients, a milder partition, or other data.partition_options"
         ) from error
+    if len(made) != clients:
+        raise ConfigError(f"{named} makes {len(made)} clients, not {clients}: set population.clients={len(made)}")
+    return made
+
+
+def _places(spec: DataSpec, dataset: Any, clients: int, seed: int) -> list[np.ndarray]:
+    """The places of each partition, however many there are."""
+    partitioner = _partitioner(spec, clients, fold(seed, "partition") % 2**32)
+    partitioner.dataset = dataset
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a line for every attempt at a skewed draw
+        count = partitioner.num_partitions
+        return [np.asarray(partitioner.load_partition(i)["place"], dtype=np.int64) for i in range(count)]
 
 
 def _partitioner(spec: DataSpec, clients: int, seed: int) -> Any:
@@ -62,7 +80,7 @@ def _partitioner(spec: DataSpec, clients: int, seed: int) -> Any:
         "square": (kinds.SquarePartitioner, counted),
         "exponential": (kinds.ExponentialPartitioner, counted),
         "natural": (kinds.NaturalIdPartitioner, {"partition_by": spec.partition_by}),
-        "dirichlet": (kinds.DirichletPartitioner, {**labelled, "alpha": spec.alpha, "min_partition_size": 2}),
+        "dirichlet": (kinds.DirichletPartitioner, {**labelled, "alpha": spec.alpha, LEAST: 2}),
         "pathological": (kinds.PathologicalPartitioner, {**labelled, "num_classes_per_partition": spec.classes}),
         "shard": (kinds.ShardPartitioner, {**labelled, "num_shards_per_partition": spec.classes}),
     }

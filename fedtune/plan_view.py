@@ -78,11 +78,14 @@ def plans(party: Party) -> tuple[list[Planned], QuorumError | None]:
     clock, trouble = Clock(party), None
     expected: dict[int, Turn] = {}
     try:
-        expected = clock.admit(state, 1, peers)
+        expected = clock.admit(state, 1, {index: peer for index, peer in peers.items() if peer.samples})
     except QuorumError as error:
         trouble = error
     found = []
     for index, peer in peers.items():
+        if not peer.samples:
+            found.append(Planned(peer, {}, None, "has no rows to train on"))
+            continue
         if index in clock.left_out:
             found.append(Planned(peer, {}, None, clock.left_out[index]))
             continue

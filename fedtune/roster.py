@@ -31,6 +31,7 @@ class Roster:
         layout: the server's, whose manifest every client's has to equal.
         book: takes the ledger's entry of each greeting.
         say: takes what a person should know.
+        data_sha256: of the data that all divide alike; "" where clients may hold others.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Roster:
         layout: Layout,
         book: Callable[[Entry], None],
         say: Callable[[str], None],
+        data_sha256: str = "",
     ):
         self.peers: dict[int, Peer] = {}
         self.nodes: dict[int, int] = {}
@@ -52,6 +54,7 @@ class Roster:
         self.run = ""
         self._book = book
         self._say = say
+        self._data_sha256 = data_sha256
         self._asked: dict[int, str] = {}  # the nodes that said who they are, or could not: when they were started
 
     def gather(self, done: int) -> None:
@@ -62,7 +65,7 @@ class Roster:
 
         Raises:
             QuorumError: if too few came.
-            FedtuneError: if one came that can't take part: a wrong index, other trainable tensors, no data.
+            FedtuneError: if one came that can't take part: a wrong index, other trainable tensors, other data.
         """
         deadline = time.monotonic() + self._seconds
         told = False
@@ -107,7 +110,8 @@ class Roster:
         around = {node: lines.down(message, sizes[node]) for node, message in zip(nodes, messages, strict=True)}
         for arrival in self._exchange.send(messages, self._seconds):
             try:
-                peer = wire.unpack_greeting(arrival.content(), self._wanted, self._layout.sha256)
+                content = arrival.content()
+                peer = wire.unpack_greeting(content, self._wanted, self._layout.sha256, self._data_sha256)
                 self._admit(peer, arrival.node, present)
             except FedtuneError as error:
                 if at_start and _needs_a_person(arrival, error):

@@ -161,6 +161,7 @@ class Server(Talk):
                     )
                     + ", or start a new run with another out="
                 )
+            self.party.data.check_same(checkpoint.data, f"{self.folder.path} can't go on")
             self.state, self.done, self.run_id = checkpoint.state, checkpoint.round, checkpoint.run
             self.sent, self.clock.progress = checkpoint.sent, checkpoint.progress
             self.state_sha256 = state_sha256(self.state)
@@ -173,14 +174,13 @@ class Server(Talk):
 
     def _play(self, number: int) -> Round:
         """One round, up to the aggregated state."""
-        experiment = self.experiment
         played = Round(number)
         begun = time.monotonic()
         self.before = (self.ledger.totals["spent_bytes"], self.seconds)
         present = self.roster.refresh(number)
         able, expected = self._able(number)
         self._check_able(number, able)
-        cohort = self.clock.cohort(number, able, experiment.population.per_round, self.roster.peers, expected)
+        cohort = self.clock.cohort(number, able, self.per_round, self.roster.peers, expected)
         asked = [index for index in cohort if index in present]
         self.view.round_begins(number, len(cohort))
         with closing(Replies(self.party.codec_up, self.folder.path)) as replies:
@@ -206,10 +206,10 @@ class Server(Talk):
 
     def _able(self, number: int) -> tuple[list[int], dict[int, Turn]]:
         """Who can take part in round `number`, and what the devices with limits are expected to take."""
-        peers, population = self.roster.peers, self.experiment.population
+        peers, population, idle = self.roster.peers, self.experiment.population, self.idle
         expected: dict[int, Turn] = {}
         if self._is_timed():
-            expected = self.clock.admit(self.state, number, peers)
+            expected = self.clock.admit(self.state, number, {i: peer for i, peer in peers.items() if i not in idle})
         else:
             self.clock.forget()
             self._say_untimed()
@@ -222,7 +222,7 @@ class Server(Talk):
         able = [
             index
             for index in range(population.clients)
-            if index not in out and self.clock.is_there(number, index, peers)
+            if index not in out and index not in idle and self.clock.is_there(number, index, peers)
         ]
         return able, expected
 
@@ -241,11 +241,12 @@ class Server(Talk):
             QuorumError: if a round with nobody else can't count.
         """
         population = self.experiment.population
-        needed = population.enough(population.per_round)
+        needed = population.enough(self.per_round)
         if len(able) < needed:
             out = self.clock.left_out
-            away = population.clients - len(able) - len(out)
+            away = population.clients - len(able) - len(out) - len(self.idle)
             why = [f"client {index} {reason}" for index, reason in out.items()][:1]
+            why += [f"{len(self.idle)} have no rows"] if self.idle else []
             why += [f"{away} are away in this round, by their devices' availability"] if away else []
             raise QuorumError(
                 f"round {number}: {len(able)} of {population.clients} clients can take part, population.quorum asks "
@@ -258,7 +259,7 @@ class Server(Talk):
         Raises:
             QuorumError: if a round with that many usable updates doesn't count.
         """
-        enough = self.experiment.population.enough(max(asked, self.experiment.population.per_round))
+        enough = self.experiment.population.enough(max(asked, self.per_round))
         if got < enough:
             self.folder.append_failures(played.failures)
             first = next((f"; client {peer}: {reason}" for _, peer, reason in played.failures), "")
@@ -346,9 +347,8 @@ class Server(Talk):
         # Who has said since what it keeps is known
         unsure = [i for i in progress.unsure if i in peers and not (peers[i].heard or peers[i].installed_version)]
         self.clock.progress = replace(progress, unsure=unsure)
-        self.folder.save_checkpoint(
-            Checkpoint(number, self.experiment.sha256, self.state, self.run_id, self.sent, self.clock.progress)
-        )
+        kept = (self.run_id, self.sent, self.clock.progress, self.party.data.identity)
+        self.folder.save_checkpoint(Checkpoint(number, self.experiment.sha256, self.state, *kept))
 
     def _is_last(self, number: int) -> bool:
         """Whether the run ends with this round, by its number or its budget."""
@@ -367,8 +367,8 @@ class Server(Talk):
         Args:
             heard: what the server's own model is to hold afterwards.
         """
-        present = self.exchange.nodes()
-        there = [i for i in sorted(self.roster.nodes) if self.roster.nodes[i] in present]
+        present, idle = self.exchange.nodes(), self.idle
+        there = [i for i in sorted(self.roster.nodes) if self.roster.nodes[i] in present and i not in idle]
         scores: dict[int, Score] = {}
         for index, arrival in self._ask(number + 1, there, MessageType.EVALUATE, number):
             part = "evaluate"

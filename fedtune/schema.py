@@ -108,6 +108,7 @@ class DataSpec:
     completion_column: str | None = option(None, "column with the answer, where the usual names don't apply")
     loss_on: str = option("completion", "completion (the answer alone) or all tokens")
     max_length: int = option(512, "tokens; longer examples are cut")
+    duplicates: str = option("drop", "rows with the same text: drop (one stays) or keep; docs/evaluation.md")
     partition: str = option("iid", "iid, dirichlet, natural, pathological, shard, linear, square or exponential")
     partition_by: str | None = option(None, "column that dirichlet, natural, pathological and shard look at")
     alpha: float = option(0.5, "dirichlet: the smaller, the more unlike the clients")
@@ -119,6 +120,7 @@ class DataSpec:
     def __post_init__(self) -> None:
         one_of("data.loss_on", self.loss_on, ("completion", "all"))
         at_least("data.max_length", self.max_length, 2)
+        one_of("data.duplicates", self.duplicates, ("drop", "keep"))
         above_zero("data.alpha", self.alpha)
         at_least("data.classes", self.classes, 1)
         fraction("data.heldout", self.heldout)

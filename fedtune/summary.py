@@ -65,11 +65,17 @@ def summarise(
         },
         "data": {
             "source": describe_source(experiment.data),
-            "examples": len(data.corpus),
+            "rows": data.read + data.dropped,
             "dropped": data.dropped,
+            "distinct": data.distinct,
+            "duplicates_dropped": data.repeated,
+            **data.identity,
             "train": sum(map(len, data.train)),
             "client_heldout": sum(map(len, data.heldout)),
             "server_heldout": len(data.server),
+            "heldout_in_training": data.in_training[0],
+            "client_heldout_in_training": data.in_training[1],
+            "clients_without_rows": len(data.idle),
         },
         "machine": {
             "device": str(model.device),

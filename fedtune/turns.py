@@ -37,7 +37,7 @@ def take_turn(
         version, heard = party.holds(run, index, before) if run else (0, 0)
         capability = capability_of(node_config, profile_of(index, party.experiment, home()))
         peer = Peer(index, party.samples(index), capability, installed_version=version, heard=heard)
-        return pack_greeting(peer, party.model.layout.sha256)
+        return pack_greeting(peer, party.model.layout.sha256, party.data.sha256)
     if kind not in (MessageType.TRAIN, MessageType.EVALUATE):
         raise WireError(f"message type '{kind}' is not known: expected query, train or evaluate")
     if not round.isdecimal():

@@ -283,33 +283,43 @@ def unpack_question(content: RecordDict) -> tuple[str, int]:
     return run, round
 
 
-def pack_greeting(peer: Peer, layout_sha256: str) -> RecordDict:
+def pack_greeting(peer: Peer, layout_sha256: str, data_sha256: str = "") -> RecordDict:
     """What a client says of itself at the handshake. Of its capability, only what is limited."""
     limits = {name: value for name, value in vars(peer.capability).items() if value != getattr(_UNLIMITED, name)}
     greeting = {"index": peer.index, "samples": peer.samples, "layout": layout_sha256, **limits}
     held = {"version": peer.installed_version, "heard": peer.heard}
     greeting |= {name: number for name, number in held.items() if number}
+    greeting |= {"data": data_sha256} if data_sha256 else {}
     return RecordDict({GREETING: ConfigRecord(greeting)})
 
 
-def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str) -> Peer:
+def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str, data_sha256: str = "") -> Peer:
     """The peer that a greeting describes.
+
+    Args:
+        data_sha256: of the data that server and clients divide alike; "" where theirs are no business of the server's.
 
     Raises:
         WireError: if the greeting has another form, names a client that doesn't exist, or comes from a client whose
-            trainable tensors, or the base that they are part of, differ from the server's.
+            trainable tensors, the base that they are part of, or data differ from the server's.
     """
     record = dict(_record(content, GREETING, ConfigRecord))
     index, samples, layout = (record.pop(name, None) for name in ("index", "samples", "layout"))
+    data = record.pop("data", "")
     held = {name: record.pop(name, 0) for name in ("version", "heard")}
     if not isinstance(index, int) or not 0 <= index < clients:
         raise WireError(f"client index should be 0 ... {clients - 1}, got {index!r}")
-    if not isinstance(samples, int) or samples < 1:
-        raise WireError(f"client {index} should have at least one sample, got {samples!r}")
+    if not isinstance(samples, int) or samples < 0:
+        raise WireError(f"client {index} should have a number of samples from 0 up, got {samples!r}")
     if layout != layout_sha256:
         raise WireError(
             f"client {index} has other trainable tensors than the server: it runs another model, adapter or version, "
             "or, where the base itself is trained (adapter=none), it holds another base"
+        )
+    if data_sha256 and data != data_sha256:
+        raise WireError(
+            f"client {index} holds other data than the server, or divides them otherwise: give its device the same "
+            "file, tokenizer and versions of fedtune, flwr-datasets and numpy"
         )
     for name, number in held.items():
         if not isinstance(number, int) or number < 0:

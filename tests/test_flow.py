@@ -202,5 +202,5 @@ def test_without_limits_rounds_are_synchronous_and_a_note_says_so(small_run, cap
 
 
 def test_a_buffer_that_can_never_be_full_is_refused(devices, small_run):
-    with pytest.raises(ConfigError, match=r"takes 4 updates, and population.clients=3 .* method.strategy.buffer=3 or"):
+    with pytest.raises(ConfigError, match=r"takes 4 updates, and 3 clients with rows .* method.strategy.buffer=3 or"):
         small_run(*devices(THREE), "method=fedbuff")

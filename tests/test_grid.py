@@ -140,6 +140,14 @@ def test_a_client_with_another_model_is_refused_at_the_handshake(tmp_path):
         run(LocalGrid, tmp_path / "run", app=greeting_app(lambda greeting: greeting.update(layout="0" * 64)))
 
 
+@pytest.mark.parametrize(
+    "change", [lambda greeting: greeting.update(data="0" * 64), lambda greeting: greeting.pop("data")]
+)
+def test_a_client_with_other_data_is_refused_at_the_handshake(tmp_path, change):
+    with pytest.raises(WireError, match="client 0 holds other data than the server"):
+        run(LocalGrid, tmp_path / "run", app=greeting_app(change))
+
+
 def test_a_client_that_fails_at_the_handshake_says_why(tmp_path):
     def fail(greeting):
         raise ValueError("no such camera")

@@ -151,7 +151,7 @@ def test_an_update_of_another_form_is_refused(content, said):
     [
         ({"index": 5, "samples": 1, "layout": "x"}, "client index should be 0 ... 3"),
         ({"index": "0", "samples": 1, "layout": "x"}, "client index should be"),
-        ({"index": 0, "samples": 0, "layout": "x"}, "at least one sample"),
+        ({"index": 0, "samples": -1, "layout": "x"}, "a number of samples from 0 up"),
         ({"index": 0, "samples": 1, "layout": "y"}, "other trainable tensors"),
         ({"index": 0, "samples": 1, "layout": "x", "memory_bytes": -5.0}, "memory_bytes should be a number above 0"),
         ({"index": 0, "samples": 1, "layout": "x", "backprop": 1}, "backprop should be true or false"),
