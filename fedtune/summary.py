@@ -67,6 +67,7 @@ def summarise(
             "source": describe_source(experiment.data),
             "examples": len(data.corpus),
             "dropped": data.dropped,
+            "rows": dict(data.corpus.counts),
             "train": sum(map(len, data.train)),
             "client_heldout": sum(map(len, data.heldout)),
             "server_heldout": len(data.server),
