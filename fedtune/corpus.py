@@ -29,6 +29,7 @@ class Corpus:
     targets: np.ndarray  # (total,) bool: the tokens whose loss counts
     starts: np.ndarray  # (examples + 1,) int64: example i is [starts[i], starts[i + 1])
     questions: Mapping[int, Question] = field(default_factory=dict)  # by row, where the example is one
+    counts: Mapping[str, int] = field(default_factory=dict)  # of rows, by what reading did (fedtune/row_counts.py)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -48,7 +49,7 @@ class Corpus:
         tokens = np.repeat(kept, lengths)
         starts = np.concatenate([[0], np.cumsum(lengths[rows])]).astype(np.int64)
         questions = {new: self.questions[old] for new, old in enumerate(rows.tolist()) if old in self.questions}
-        return Corpus(self.tokens[tokens], self.targets[tokens], starts, questions)
+        return Corpus(self.tokens[tokens], self.targets[tokens], starts, questions, self.counts)
 
     @cached_property
     def sha256(self) -> str:

@@ -16,7 +16,7 @@ from itertools import takewhile
 import numpy as np
 
 from fedtune.corpus import Corpus
-from fedtune.data import Example
+from fedtune.rows import Example
 
 
 def texts(corpus: Corpus) -> np.ndarray:
@@ -36,7 +36,7 @@ def distinct(same: np.ndarray, labels: Sequence[str]) -> np.ndarray:
         labels: of each row, by which it will be divided.
     """
     often = Counter(labels)
-    order = np.lexsort((np.arange(len(same)), [often[label] for label in labels]))
+    order = np.lexsort([np.arange(len(same)), np.array([often[label] for label in labels], dtype=np.int64)])
     _, places = np.unique(same[order], return_index=True)
     found: np.ndarray = np.sort(order[places])
     return found

@@ -20,6 +20,7 @@ from fedtune.federated_data import FederatedData
 from fedtune.folder import check_one_model, party_for, source_of, tuned
 from fedtune.harness import check_installed, run_tasks
 from fedtune.party import Party
+from fedtune.row_counts import describe
 from fedtune.tokenisation import tokenise
 
 COLUMNS = ("loss", "accuracy", "exact match", "ROUGE-L", "choices")  # of FIGURES
@@ -94,6 +95,8 @@ def _whole(party: Party, path: str) -> FederatedData:
     """A file's examples, all held out, with the columns named as for the run's own."""
     spec = replace(party.experiment.data, path=path, subset=None)
     corpus, kept = tokenise(examples := load_examples(spec), party.model.tokenizer, spec)
+    for line in describe(corpus.counts, spec):
+        print(line)
     pad = int(party.model.tokenizer.pad_token_id)
     return FederatedData(corpus, (), (), np.arange(len(corpus)), pad, len(examples) - len(kept))
 

@@ -1,5 +1,6 @@
 """The division of rows among clients, by flwr-datasets' partitioners."""
 
+import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -32,11 +33,10 @@ def divide(spec: DataSpec, columns: Sequence[Mapping[str, Any]], clients: int, s
     by, count = spec.partition_by, len(columns)
     rows: dict[str, Any] = {"place": range(count)}
     if by is not None:
-        missing = next((row for row in columns if by not in row), None)
-        if missing is not None:
-            named = ", ".join(map(str, missing)) or "none"
+        if not any(by in row for row in columns):
+            named = ", ".join(map(str, columns[0])) or "none"
             raise ConfigError(f"data.partition_by={by}: no such column in every row; there are {named}")
-        rows[by] = [row[by] for row in columns]
+        rows[by] = _labels([row.get(by) for row in columns])
     dataset = datasets.Dataset.from_dict(rows)
     named = f"data.partition={spec.partition}" + (f" by '{by}'" if by else "")
     given = spec.partition_options or {}
@@ -67,6 +67,13 @@ def _places(spec: DataSpec, dataset: Any, clients: int, seed: int) -> list[np.nd
         warnings.simplefilter("ignore")  # a line for every attempt at a skewed draw
         count = partitioner.num_partitions
         return [np.asarray(partitioner.load_partition(i)["place"], dtype=np.int64) for i in range(count)]
+
+
+def _labels(values: Sequence[Any]) -> list[Any]:
+    """These, if all are texts or all are whole numbers; else each as text: null as `null`, a list as JSON."""
+    if {type(value) for value in values} in ({str}, {int}):
+        return list(values)
+    return [value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str) for value in values]
 
 
 def _partitioner(spec: DataSpec, clients: int, seed: int) -> Any:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.row_counts import describe
 from fedtune.schema import FULL, Experiment
 
 if TYPE_CHECKING:  # torch comes with it, and a report needs none
@@ -220,6 +221,7 @@ def headline(experiment: Experiment, party: "Party", folder: Path) -> list[str]:
         f"on {model.device}, {model.trainable:,} trainable parameters",
         f"data     {experiment.data.name}, {len(data.corpus):,} examples, {experiment.data.partition} partition",
         *data.describe(experiment.data),
+        *describe(data.corpus.counts, experiment.data),
         f"writing  {folder}",
     ]
 

@@ -70,6 +70,7 @@ def summarise(
             "distinct": data.distinct,
             "duplicates_dropped": data.repeated,
             **data.identity,
+            "row_counts": dict(data.corpus.counts),
             "train": sum(map(len, data.train)),
             "client_heldout": sum(map(len, data.heldout)),
             "server_heldout": len(data.server),

@@ -159,10 +159,14 @@ def test_long_examples_are_cut_and_those_with_nothing_left_to_learn_dropped(tmp_
         ("a.jsonl", b"\xff\xfe\x00", "not UTF-8"),
         ("a.json", '{"prompt": "a"', "a.json is not JSON"),
         ("a.json", '"text"', "should hold a list"),
-        ("a.csv", "prompt,completion\na,b\nc\n", "a.csv line 3: expected columns"),
+        ("a.csv", "prompt,completion\na,b\nc\n", "a.csv line 3: column 'completion' is null or empty"),
         ("a.csv", "prompt,completion\na,b,c\n", "a.csv line 2 has more cells"),
         ("a.parquet", "nonsense", "a.parquet is not Parquet"),
-        ("a.docx", "x", "expected one of .jsonl, .json, .csv, .parquet, got '.docx'"),
+        (
+            "a.docx",
+            "x",
+            "expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet (and .gz, .bz2, .xz after them), got '.docx'",
+        ),
     ],
 )
 def test_a_fault_names_the_file_and_the_line(tmp_path, name, content, said):
@@ -192,7 +196,6 @@ def test_random_bytes_in_a_file_are_refused_or_read_but_never_crash(tmp_path_fac
     [
         ("/no/such.jsonl", "does not exist"),
         ("missing.csv", "does not exist"),
-        (".", "is a folder"),
         ("some/dataset", "nor to be had from the Hugging Face hub"),
     ],
 )

@@ -39,7 +39,7 @@ def title(run: Run) -> str:
     """As "SmolLM2-135M on chatterbot, 20 clients"."""
     model, data = run.experiment.model, run.experiment.data
     base = _last(_text(run.summary, "base", "hub_id") or model.path) or model.name
-    source = data.name if data.name != "custom" else _last(data.path) or data.name
+    source = data.name if data.name != "custom" else _last(", ".join(data.paths)) or data.name
     count = _clients(run)
     return f"{base} on {source}, {count} client{'' if count == 1 else 's'}"
 
