@@ -89,7 +89,7 @@ def test_what_depends_on_the_machine_is_recorded():
         ("runtime.name=rya", ["runtime=rya is not known", "did you mean ray"]),
         ("train", ["train: expected key=value"]),
         ("+train.x=1", ["expected key=value"]),
-        ("model.path=a=b", ["wants quotes"]),
+        ("method.client.optimizer=a=b", ["wants quotes"]),
     ],
 )
 def test_a_mistake_is_answered_with_what_is_known(word, said):
