@@ -30,6 +30,9 @@ from fedtune.targets import make
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
+# Of a word that came from elsewhere: characters, and brackets that open
+LONGEST_WORD, MOST_BRACKETS = 20_000, 50
+
 # The two directions share one folder of codecs; `codec=` sets both.
 ALIASES = {
     "codec_up": ("codec@codec_up",),
@@ -130,6 +133,9 @@ def check_words(words: Sequence[str], where: str) -> None:
         section = key.split(".")[0]
         group = "codec" if key in ALIASES else key
         named = f"{where}: {word[:100]!r}"
+        # Hydra's parser takes seconds for lists within lists, and ends in a RecursionError
+        if len(word) > LONGEST_WORD or word.count("[") + word.count("{") > MOST_BRACKETS:
+            raise ConfigError(f"{named}... is too long: at most {LONGEST_WORD} characters and {MOST_BRACKETS} brackets")
         if not re.fullmatch(r"[A-Za-z_][\w.]*", key) or section not in known:
             raise ConfigError(f"{named} is no setting: expected key=value{nearest(section[:40], sorted(known))}")
         if group in groups() and value.strip("'\"") not in choices(group):

@@ -70,10 +70,10 @@ def unpack_settings(content: RecordDict) -> tuple[dict[str, Setting], str]:
         if not isinstance(value, int | float | str | bool):
             raise WireError(f"setting '{name}' should be a number, text or truth value, got {type(value).__name__}")
         settings[name] = value
-    check_settings(settings)
     run = settings.pop(RUN, "")
     if not isinstance(run, str):
         raise WireError(f"setting '{RUN}' should be the run's id, got {run!r}")
+    check_settings(settings)
     return settings, run
 
 

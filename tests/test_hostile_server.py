@@ -66,7 +66,7 @@ def ask(kind, content, run_config, group="1"):
 
 def refused(device, kind, content, run_config, group="1"):
     """The device's words, which must be of one named error, soon, and of nothing that is its own."""
-    before, begun = sorted(path for path in device.rglob("*")), time.monotonic()
+    before, begun = files(device), time.monotonic()
     with pytest.raises(ClientError) as caught:
         ask(kind, content, run_config, group)
     said = str(caught.value)
@@ -75,8 +75,12 @@ def refused(device, kind, content, run_config, group="1"):
     assert SECRET not in said
     assert str(device) not in said
     assert len(said) < 5000
-    assert sorted(path for path in device.rglob("*") if "home" not in path.parts) == before
+    assert files(device) == before
     return said
+
+
+def files(device):
+    return sorted(path for path in device.rglob("*") if device / "home" not in (path, *path.parents))
 
 
 def put(*path, value):
@@ -194,7 +198,7 @@ WORDS = {
     "code": ("method.client._target_=os.system", "wants 'os.system' made"),
     "quotes that don't end": ("name='", "can't be split into words"),
     "digits": (f"seed={'1' * 5000}", "can't be read"),
-    "lists in lists": (f"population.ranks={'[' * 5000}", "population.ranks=[["),
+    "lists in lists": (f"population.ranks={'[' * 5000}", "is too long"),
 }
 
 
@@ -229,7 +233,7 @@ MESSAGES = {
     "a base of no bits": (told(bits=-8), "setting 'bits': expected a whole number"),
     "a rank below none": (told(rank=-1), "setting 'rank': expected a whole number"),
     "a rank without end": (told(rank=1 << 40), "setting 'rank': expected a whole number"),
-    "a rank above this run's": (told(rank=64), "rank 64"),
+    "a rank above this run's": (told(rank=64), "asks for rank 64; the adapters of this run have 8"),
     "a scaling that is none": (told(scaling=math.nan), "setting 'scaling': expected a finite number"),
     "a scaling that is text": (told(scaling="x"), "setting 'scaling': expected a number"),
     "training of what there isn't": (told(train="everything"), "there is no 'everything' to train"),
@@ -238,7 +242,10 @@ MESSAGES = {
     "a version on nothing": (told(version=1), "KeyError: 'builds_on'"),
     "a text without end": (told(note="x" * 100_000), "setting 'note': it has 100000 characters"),
     "a name without end": (told({"x" * 300_000: 1}), "a setting is called 'xxx"),
-    "settings without end": (told({f"x{number}": 1 for number in range(1000)}), "1000 settings in one message"),
+    "settings without end": (
+        told({f"x{number}": 1 for number in range(1000)}),
+        "1000 settings in one",
+    ),
     "tensors that are none": (told(tensors=each(lambda tensor: tensor * math.nan)), "values that are not finite"),
     "tensors of others": (told(tensors=lambda honest: {"evil": torch.zeros(1)}), "no trainable tensor 'evil'"),
     "tensors of another shape": (told(tensors=each(lambda tensor: tensor[:1, :1])), "tensor "),
@@ -248,16 +255,18 @@ MESSAGES = {
         "has rank 3",
     ),
     "a change of layers that aren't": (
-        told(version=1, builds_on=0, tensors=lambda honest: {"x.residual_A.1": torch.zeros(2, 2)}),
+        told(
+            version=1, builds_on=0, tensors=lambda honest: {f"x.residual_{side}.1": torch.zeros(2, 2) for side in "AB"}
+        ),
         "can't be done here",
     ),
     "a change of another width": (
         told(version=1, builds_on=0, tensors=lambda honest: {**honest, **residual(next(iter(honest)))}),
         "can't be done here",
     ),
-    "no settings": (lambda honest, codec: RecordDict(), "settings"),
+    "no settings": (lambda honest, codec: RecordDict(), "expected a record 'payload'"),
     "no tensors": (lambda honest, codec: RecordDict({"settings": ConfigRecord({"run": RUN})}), "payload"),
-    "no blob": (lambda honest, codec: with_blob(b"\x00" * 100), "not a packed"),
+    "no blob": (lambda honest, codec: with_blob(b"\x00" * 100), "not a raw blob"),
     "a run that is a path": (
         lambda honest, codec: wire.pack_instruction(Instruction(honest), codec, 0, "../../../etc"),
         "16 hexadecimal digits",
@@ -310,10 +319,11 @@ SLOPES = {
     "no seed": (told(pool_seed=0.5), "pool_seed=0.5 is missing or wrong"),
     "an unknown noise": (told(noise="brown"), "brown"),
     "no rules": (told(noise=None), "'noise' is missing or wrong"),
-    "no slopes": (told(tensors=lambda honest: {}), "KeyError: 'slopes'"),
-    "no direction": (told(tensors=lambda honest: {"slopes": torch.zeros(0, dtype=torch.int32)}), "can't be done here"),
-    "slopes in two dimensions": (told(tensors=lambda honest: {"slopes": torch.zeros(2, 4)}), "can't be done here"),
-    "odds that are none": (told(tensors=lambda honest: {**EIGHT, "probabilities": torch.ones(3, 3)}), "can't be done"),
+    "no slopes": (told(tensors=lambda honest: {}), "expected the tensor 'slopes'"),
+    "no direction": (told(tensors=lambda honest: {"slopes": torch.zeros(0, dtype=torch.int32)}), "got int32 (0,)"),
+    "slopes in two dimensions": (told(tensors=lambda honest: {"slopes": torch.zeros(2, 4)}), "got float32 (2, 4)"),
+    "odds of others": (told(tensors=lambda honest: {**EIGHT, "probabilities": torch.ones(3, 3)}), "expected 8 prob"),
+    "odds below none": (told(tensors=lambda honest: {**EIGHT, "probabilities": -torch.ones(8)}), "-8 in all"),
 }
 
 
