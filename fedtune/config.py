@@ -176,8 +176,8 @@ def describe_keys() -> Iterator[tuple[str, Any, str]]:
 def _expand(override: str) -> list[str]:
     """Turn `codec_up=int8` into Hydra's `codec@codec_up=int8`, and empty what it would merge; leave all else alone."""
     key, equals, value = override.partition("=")
-    if key in TEXTS and _is_bare(value):
-        return [f"{key}={_quoted(value)}"]
+    if key in TEXTS and _is_bare(key, value):
+        override = f"{key}={_quoted(value)}"
     if key in ALIASES:
         return [f"{target}{equals}{value}" for target in ALIASES[key]]
     if key.startswith("codec."):
@@ -197,15 +197,14 @@ def _texts() -> Iterator[str]:
             yield outer.name
 
 
-# Paths may be lists as well
-TEXTS = frozenset([*_texts(), "data.path", "model.path", "population.devices"])
-PATHS = ("model.path", "data.path", "population.devices")
+PATHS = ("model.path", "data.path", "population.devices")  # which may be lists, and shares of devices, as well
+TEXTS = frozenset([*_texts(), *PATHS])
 
 
-def _is_bare(value: str) -> bool:
-    """Whether a text is as the shell left it, and not null, a list, or in quotes for Hydra already."""
-    quoted = re.fullmatch(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", value, re.DOTALL)
-    return bool(value) and value != "null" and not quoted and not value.startswith(("[", "{"))
+def _is_bare(key: str, value: str) -> bool:
+    """Whether a text is as the shell left it, and not null, or written for Hydra already."""
+    written = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""" + (r"|\[.*\]|\{.*\}" if key in PATHS else "")
+    return bool(value) and value != "null" and not re.fullmatch(written, value, re.DOTALL)
 
 
 def _quoted(value: str) -> str:
