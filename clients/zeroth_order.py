@@ -5,6 +5,7 @@ with one sum a direction. Its tensors: `slopes`, how far along each direction of
 are some, `probabilities`, by which directions are drawn.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from fedtune.adapters import LocalModel
 from fedtune.costs import Work
 from fedtune.errors import ClientError, ConfigError
 from fedtune.keys import bits, fold
-from fedtune.protocol import Batches, Instruction, Setting, Tensors, Update
+from fedtune.protocol import Batches, Instruction, Setting, Tensors, Update, describe
 from fedtune.seeded import pool
 from fedtune.zeroth import descend, rules_of
 
@@ -37,12 +38,12 @@ class ZerothOrder:
         return Work(rules.local_steps, STATE_BYTES, passes, backward=False)
 
     def receive(self, model: LocalModel, instruction: Instruction, memory: Tensors) -> None:
-        rules, slopes = rules_of(instruction.settings), instruction.tensors["slopes"].tolist()
+        rules, slopes = rules_of(instruction.settings), slopes_of(instruction).tolist()
         model.seeded.move_to(rules.space, dict(zip(pool(rules.pool_seed, len(slopes)), slopes, strict=True)))
 
     def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
         rules = rules_of(instruction.settings)
-        directions = len(instruction.tensors["slopes"])
+        directions = len(slopes_of(instruction))
         index = drawn(fold(key, "directions"), rules.slopes, directions, instruction.tensors.get("probabilities"))
         seeds = pool(rules.pool_seed, directions)
         by_step = [[seeds[j] for j in step] for step in index.reshape(-1, rules.perturbations)]
@@ -62,6 +63,23 @@ class ZerothOrder:
             "slopes": torch.from_numpy(slopes.astype(np.int32)),
         }
         return Update(tensors, batches.examples, {"train_loss": steps.loss, "skipped_steps": float(steps.skipped)})
+
+
+def slopes_of(instruction: Instruction) -> Tensor:
+    """How far along each direction of the pool the weights are, (directions,) int32.
+
+    Raises:
+        ClientError: if the server sent something else, or odds that are none.
+    """
+    slopes, odds = instruction.tensors.get("slopes"), instruction.tensors.get("probabilities")
+    if slopes is None or slopes.dtype != torch.int32 or slopes.ndim != 1 or not len(slopes):
+        got = "none" if slopes is None else describe(slopes)
+        raise ClientError(f"expected the tensor 'slopes', int32 (directions,), from the server, got {got}")
+    if odds is not None:
+        total = float(odds.double().sum())
+        if odds.shape != slopes.shape or not (odds >= 0).all() or not 0 < total < math.inf:
+            raise ClientError(f"expected {len(slopes)} probabilities from 0 up, got {describe(odds)}, {total:g} in all")
+    return slopes
 
 
 def drawn(key: int, count: int, directions: int, probabilities: Tensor | None = None) -> np.ndarray:

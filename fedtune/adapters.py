@@ -127,12 +127,17 @@ class LocalModel:
         """A fresh LoRA adapter: B zero, A uniform in +-1/sqrt(in), drawn by key.
 
         Raises:
-            ModelError: in PiSSA, whose base lacks what its own A and B start as.
+            ModelError: for a rank that nobody has in this run, and in PiSSA, whose base lacks what its own A and B
+                start as.
         """
         if self.origin_shift:
             raise ModelError(
                 "adapter=pissa starts from the base's own factors, and this method starts from fresh ones again and "
                 "again: take adapter=lora"
+            )
+        if not 1 <= rank <= self.layout.rank:
+            raise ModelError(
+                f"a fresh adapter of rank {rank}: expected 1 to {self.layout.rank}, the widest of this run"
             )
         fresh = {}
         for module, product in pairs(self.layout.initial).items():

@@ -250,7 +250,8 @@ def run(overrides: Sequence[str]) -> None:
     Raises:
         FedtuneError: if it can't be set up or can't go on.
     """
-    from fedtune.config import compose, differences, load
+    from fedtune.config import check_words, compose, differences, load
+    from fedtune.owner import check_targets, user
     from fedtune.runtime.start import start
 
     resume = [word.removeprefix("resume=") for word in overrides if word.startswith("resume=")]
@@ -263,7 +264,9 @@ def run(overrides: Sequence[str]) -> None:
     if not stored.is_file():
         raise ConfigError(f"resume={folder} holds no run (no config.yaml): give the folder that out= named")
     experiment = load(stored.read_text(encoding="utf-8"), str(stored))
+    check_targets(experiment, f"{stored}: ", user().targets)  # it may be another's
     if others:
+        check_words(experiment.overrides, str(stored))
         # What the same words would give today, with the new ones: only then is a difference the new words' doing
         words = {word.partition("=")[0]: word for word in [*experiment.overrides, *others]}
         before, asked = compose(experiment.overrides), compose(list(words.values()))

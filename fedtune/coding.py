@@ -14,7 +14,7 @@ left out to what is sent next: sent_t = C(meant_t + e_t), e_{t+1} = meant_t + e_
 sent follows the sum of what was meant.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -30,14 +30,19 @@ VERSION = 1
 WHOLE = Packed()
 
 
-def build_codec(spec: Mapping[str, Any], where: str) -> tuple[Codec, bool | None]:
+def build_codec(
+    spec: Mapping[str, Any], where: str, allowed: Collection[str] | None = None
+) -> tuple[Codec, bool | None]:
     """The codec that a choice of conf/codec describes, and its `feedback`: whether what it leaves out is to be sent
     later, which is for whoever keeps it to do; None if that is for the direction to say.
+
+    Args:
+        allowed: as for `build`.
 
     Raises:
         ConfigError: as for `build`, and for feedback where nothing is left out.
     """
-    codec: Codec = build({name: value for name, value in spec.items() if name != "feedback"}, where)
+    codec: Codec = build({name: value for name, value in spec.items() if name != "feedback"}, where, allowed)
     feedback = spec.get("feedback", False)
     if not (feedback is None or isinstance(feedback, bool)):
         raise ConfigError(f"{where}.feedback={feedback}: expected true or false")

@@ -40,10 +40,9 @@ from fedtune.checks import one_of
 from fedtune.codecs.packed import DTYPES, MAX_DIMENSIONS, Packed, Reader, read_head
 from fedtune.coding import wide
 from fedtune.config import CONF, build, choices, compose
-from fedtune.errors import ConfigError, ExportError, WireError
+from fedtune.errors import MALFORMED, ConfigError, ExportError, WireError
 from fedtune.export import ADAPTER_CONFIG
 from fedtune.folder import beside, new_folder
-from fedtune.model_file import MALFORMED
 from fedtune.protocol import Codec, Tensors, describe, is_lossless
 from fedtune.wire import check_finite
 

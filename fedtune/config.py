@@ -1,12 +1,14 @@
 """From words to settings: Hydra composes conf/*.yaml and what was typed into an `Experiment`.
 
-Below this module nobody sees Hydra or an untyped config.
+Below this module nobody sees Hydra or an untyped config. What came from elsewhere, a file's text or a Flower run's
+config, holds plain values: nothing in it is looked up on this machine.
 """
 
+import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,19 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedtune.checks import nearest
-from fedtune.errors import ConfigError, FedtuneError
-from fedtune.schema import Experiment, SafeLoader
+from fedtune.errors import MALFORMED, ConfigError
+from fedtune.plain_yaml import read_plain
+from fedtune.schema import Experiment
+from fedtune.targets import make
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+
+# Of a word that came from elsewhere: characters, and brackets that open
+LONGEST_WORD, MOST_BRACKETS = 20_000, 50
 
 # The two directions share one folder of codecs; `codec=` sets both.
 ALIASES = {
@@ -60,22 +66,44 @@ def compose(overrides: Sequence[str]) -> Experiment:
         given = [word for word in words if word.startswith((f"{group}.path=", f"{group}="))]
         if given and all(word.startswith(f"{group}.path=") for word in given):
             words.append(f"{group}=custom")
-    return _to_experiment(_compose(words), list(overrides))
+    return _with_paths(_to_experiment(_compose(words), list(overrides)))
 
 
 def load(text: str, where: str = "config.yaml") -> Experiment:
-    """Read back what `Experiment.text` wrote.
+    """Read back what `Experiment.text` wrote, whoever's it is.
 
     Raises:
         ConfigError: if the text isn't such a config; `where` names it in the message.
     """
     try:
-        given = yaml.load(text, SafeLoader)
+        given = read_plain(text)
         if not isinstance(given, dict):
             raise ConfigError(f"{where}: expected settings as 'key: value', got {type(given).__name__}")
-        return _to_experiment(OmegaConf.merge(_schema(), given), None)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{where} can't be read: {_first_line(error)}") from error
+        words = given.pop("overrides", [])  # what was typed is kept, and never looked up
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ConfigError(f"{where}: 'overrides' should be a list of words")
+        if asks := next(_asking(given), None):
+            raise ConfigError(
+                f"{where}: '{asks[:100]}' has '${{' in it, which asks this machine for a value. A file or a message "
+                "holds plain values: write the value itself there"
+            )
+        experiment = _to_experiment(OmegaConf.merge(_schema(), given), None)
+        return replace(experiment, overrides=words) if words else experiment
+    except (yaml.YAMLError, OmegaConfBaseException, *MALFORMED) as error:
+        raise ConfigError(f"{where} can't be read: {_first_line(error)[:300]}") from error
+
+
+def _asking(given: Any, key: str = "") -> Iterator[str]:
+    """The keys under which something is to be looked up."""
+    if isinstance(given, Mapping):
+        for name, value in given.items():
+            inner = f"{key}.{name}" if key else str(name)
+            yield from [inner] if "${" in str(name) else _asking(value, inner)
+    elif isinstance(given, list):
+        for value in given:
+            yield from _asking(value, key)
+    elif isinstance(given, str) and "${" in given:
+        yield key
 
 
 def from_run_config(run_config: Mapping[str, Any]) -> Experiment:
@@ -87,25 +115,42 @@ def from_run_config(run_config: Mapping[str, Any]) -> Experiment:
         words = shlex.split(overrides)
     except ValueError as error:
         raise ConfigError(f"overrides={overrides!r} can't be split into words: {error}") from error
+    check_words(words, "overrides")
     # Who comes this way was started by Flower, on whatever it runs
     return compose(words if any(word.startswith("runtime=") for word in words) else ["runtime=flower", *words])
 
 
-def build(spec: Mapping[str, Any], what: str) -> Any:
-    """Make the object that a `_target_` entry describes.
+def check_words(words: Sequence[str], where: str) -> None:
+    """Look at `key=value` words that came from elsewhere, before Hydra does, which finds files by the names of choices,
+    and values by resolvers (${oc.env:HOME}).
 
     Raises:
-        ConfigError: if the class can't be found or refuses its arguments.
+        ConfigError: for a word that is more than a setting and its value; `where` names them in the message.
     """
-    try:
-        return instantiate(dict(spec))
-    except FedtuneError:
-        raise
-    except Exception as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, FedtuneError):
-            raise cause from None
-        raise ConfigError(f"{what}: {spec.get('_target_')} can't be made: {_first_line(cause)}") from error
+    known = {*top_level_keys(), *groups(), *ALIASES, "resume"}
+    for word in words:
+        key, _, value = word.partition("=")
+        section = key.split(".")[0]
+        group = "codec" if key in ALIASES else key
+        named = f"{where}: {word[:100]!r}"
+        # Hydra's parser takes seconds for lists within lists, and ends in a RecursionError
+        if len(word) > LONGEST_WORD or word.count("[") + word.count("{") > MOST_BRACKETS:
+            raise ConfigError(f"{named}... is too long: at most {LONGEST_WORD} characters and {MOST_BRACKETS} brackets")
+        if not re.fullmatch(r"[A-Za-z_][\w.]*", key) or section not in known:
+            raise ConfigError(f"{named} is no setting: expected key=value{nearest(section[:40], sorted(known))}")
+        if group in groups() and value.strip("'\"") not in choices(group):
+            raise ConfigError(f"{named} is not known: expected {', '.join(choices(group))}")
+        if "${" in re.sub(r"\$\{[A-Za-z_][\w.]*\}", "", value):
+            raise ConfigError(f"{named} asks this machine for a value: write the value itself there")
+
+
+def build(spec: Mapping[str, Any], what: str, allowed: Collection[str] | None = None) -> Any:
+    """Make the object that a `_target_` entry describes: `fedtune.targets.make`.
+
+    Raises:
+        ConfigError: if the class may not be made, can't be found or refuses its arguments.
+    """
+    return make(spec, what, allowed)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -131,6 +176,8 @@ def describe_keys() -> Iterator[tuple[str, Any, str]]:
 def _expand(override: str) -> list[str]:
     """Turn `codec_up=int8` into Hydra's `codec@codec_up=int8`, and empty what it would merge; leave all else alone."""
     key, equals, value = override.partition("=")
+    if key in TEXTS and _is_bare(key, value):
+        override = f"{key}={_quoted(value)}"
     if key in ALIASES:
         return [f"{target}{equals}{value}" for target in ALIASES[key]]
     if key.startswith("codec."):
@@ -138,6 +185,58 @@ def _expand(override: str) -> list[str]:
     if key == "population.devices":  # Hydra would add them to those of a mix
         return [f"{key}=null", override]
     return [override]
+
+
+def _texts() -> Iterator[str]:
+    """The settings that are text, whose values need no quotes but the shell's."""
+    for outer in fields(Experiment):
+        factory = outer.default_factory
+        if factory is not MISSING and is_dataclass(factory):
+            yield from (f"{outer.name}.{item.name}" for item in fields(factory) if item.type in (str, str | None))
+        elif outer.type in (str, str | None):
+            yield outer.name
+
+
+PATHS = ("model.path", "data.path", "population.devices")  # which may be lists, and shares of devices, as well
+TEXTS = frozenset([*_texts(), *PATHS])
+
+
+def _is_bare(key: str, value: str) -> bool:
+    """Whether a text is as the shell left it, and not null, or written for Hydra already."""
+    written = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""" + (r"|\[.*\]|\{.*\}" if key in PATHS else "")
+    return bool(value) and value != "null" and not re.fullmatch(written, value, re.DOTALL)
+
+
+def _quoted(value: str) -> str:
+    """A text in the quotes of Hydra's grammar, where a backslash means something before a quote alone."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    escaped = re.sub(r"(\\+)\Z", r"\1\1", escaped)
+    return f"'{escaped}'"
+
+
+def _with_paths(experiment: Experiment) -> Experiment:
+    """The experiment with the files and folders that are here by their whole paths, so that it can be gone on with,
+    exported and evaluated from anywhere. On real nodes a path is each device's own."""
+    if experiment.runtime.name == "flower":
+        return experiment
+    for key in PATHS:
+        section, _, name = key.partition(".")
+        spec = getattr(experiment, section)
+        if (whole := _absolute(given := getattr(spec, name))) != given:
+            experiment = replace(experiment, **{section: replace(spec, **{name: whole})})
+    return experiment
+
+
+def _absolute(given: Any) -> Any:
+    if isinstance(given, list):
+        return [_absolute(item) for item in given]
+    if not isinstance(given, str):
+        return given
+    path = os.path.expanduser(given)  # noqa: PTH111 (a path that is none stays as it was typed)
+    try:
+        return os.path.abspath(path) if os.path.exists(path) else given  # noqa: PTH100, PTH110 (links stay links)
+    except ValueError:
+        return given
 
 
 @cache
@@ -165,6 +264,8 @@ def _compose(words: list[str]) -> DictConfig:
             return composed
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, words)) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists within lists
+        raise ConfigError(f"these settings can't be read: {_first_line(error)[:200]}") from error
 
 
 def _to_experiment(composed: Any, overrides: list[str] | None) -> Experiment:
@@ -197,14 +298,14 @@ def _explain(error: Exception, words: list[str]) -> str:
         detail = _first_line(error.__cause__) if error.__cause__ else "expected key=value"
         return f"{match.group(1)}: {detail[0].lower()}{detail[1:]}"
     if bad := next((word for word in words if not _parses(word)), None):
-        return f"{bad}: expected key=value; a value with special characters wants quotes, as in 'key=\"a=b\"'"
+        return f"{bad[:200]}: expected key=value; a value with special characters wants quotes, as in 'key=\"a=b\"'"
     return _first_line(error)
 
 
 def _parses(word: str) -> bool:
     try:
         OverridesParser.create().parse_override(word)
-    except HydraException:
+    except (HydraException, ValueError, RecursionError):
         return False
     return True
 

@@ -55,3 +55,16 @@ class DeploymentError(FedtuneError):
 
 class Interrupted(FedtuneError):
     """Somebody pressed Ctrl-C."""
+
+
+# What data of another form than expected makes Python and torch raise
+MALFORMED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,  # RecursionError among them
+    TypeError,
+    ValueError,
+    MemoryError,
+)

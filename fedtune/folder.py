@@ -23,6 +23,7 @@ from fedtune.errors import ExportError, ModelError
 from fedtune.export import adapter_files
 from fedtune.model_file import NAME, TunedModel, malformed, read
 from fedtune.models import Base, Origin, load_base, pick_device
+from fedtune.owner import user
 from fedtune.party import Party
 from fedtune.schema import FULL, Experiment
 from fedtune.traits import traits_of
@@ -129,7 +130,7 @@ def party_for(found: Source, base: str | None, **settings: Any) -> Party:
         spec = replace(spec, path=base, revision=None)
     runtime = replace(found.experiment.runtime, device="auto")
     with malformed(found.path):
-        return Party(replace(found.experiment, model=spec, runtime=runtime, **settings))
+        return Party(replace(found.experiment, model=spec, runtime=runtime, **settings), user())
 
 
 def check_one_model(found: Source, party: Party) -> None:

@@ -3,7 +3,7 @@
 from fedtune.adapters import LocalModel
 from fedtune.averaging import narrowed
 from fedtune.base_change import DENSE
-from fedtune.errors import WireError
+from fedtune.errors import ClientError, WireError
 from fedtune.merging import update_residual
 from fedtune.protocol import Instruction, Tensors, Update
 
@@ -21,7 +21,7 @@ def install(model: LocalModel, instruction: Instruction, memory: Tensors) -> Non
     Of what it doesn't have, a client whose rank is its own starts from the first components of what all start from.
 
     Raises:
-        ClientError: if a change builds on one that this client hasn't got.
+        ClientError: if a change builds on one that this client hasn't got, or the rank is one that nobody has.
         ModelError: for a tensor that this model doesn't have.
     """
     residual, rest = update_residual(instruction, memory)
@@ -29,6 +29,8 @@ def install(model: LocalModel, instruction: Instruction, memory: Tensors) -> Non
     if change := residual | dense:
         model.base_change.set(change)
     if rank := int(instruction.settings.get(RANK, 0)):
+        if rank > model.layout.rank:
+            raise ClientError(f"the server asks for rank {rank}; the adapters of this run have {model.layout.rank}")
         start = narrowed(model.layout.initial, rank)
         narrower = {name: tensor for name, tensor in start.items() if tensor is not model.layout.initial[name]}
         rest = narrower | rest

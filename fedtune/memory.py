@@ -93,7 +93,7 @@ class Memory:
     def _place(self, run: str, index: int) -> str:
         # The run's id comes from the network: nothing but an id may become a part of a path
         if not RUN.fullmatch(run):
-            raise ClientError(f"expected 16 hexadecimal digits as the run's id, got {run!r}")
+            raise ClientError(f"expected 16 hexadecimal digits as the run's id, got {run[:40]!r}")
         return f"{self._folder}/{run}/{index}"
 
     def _rounds(self, run: str, index: int) -> list[int]:

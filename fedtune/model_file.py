@@ -12,25 +12,24 @@ It is one safetensors file. Its tensors are the instruction's; under "fedtune" i
     base      source, sha256 and hub_id as in summary.json; dtype
 
 Such a file may come from a stranger. What is read here is checked, and nothing in it can have code run that isn't
-fedtune's own (`check_targets`).
+fedtune's own (fedtune/targets.py).
 """
 
-import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedtune.config import load
-from fedtune.errors import ClientError, ConfigError, DivergedError, ExportError, ModelError, WireError
+from fedtune.errors import MALFORMED, ClientError, ConfigError, DivergedError, ExportError, ModelError, WireError
 from fedtune.models import Origin
+from fedtune.owner import check_targets, user
 from fedtune.protocol import Instruction, Tensors
 from fedtune.schema import Experiment, RuntimeSpec
 from fedtune.wire import check_finite
@@ -38,20 +37,7 @@ from fedtune.wire import check_finite
 NAME = "model.fedtune"  # in a run folder
 FORMAT = 1
 KEY = "fedtune"
-OURS = ("fedtune", "strategies", "clients")  # the packages whose classes a file may name
 LONGEST = 100_000  # characters of a config; ours have about 2,000
-
-# What data of another form than expected makes Python and torch raise
-MALFORMED = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,  # RecursionError among them
-    TypeError,
-    ValueError,
-    MemoryError,
-)
 
 
 @dataclass(frozen=True)
@@ -119,8 +105,10 @@ def read(path: Path) -> TunedModel:
             raise ExportError(f"{path}: expected the base's sha256, got {origin.sha256[:70]!r}")
         number = _typed(path, about, "round", int)
         check_finite(tensors)
-        check_text(text, path)
+        if len(text) > LONGEST:
+            raise ConfigError(f"{path}: its config is no run's: longer than {LONGEST} characters")
         experiment = load(text, f"{path}: its config")
+        check_targets(experiment, f"{path}: its ", user().targets)
     return TunedModel(experiment, Instruction(tensors, settings), origin, dtype, number)
 
 
@@ -134,59 +122,6 @@ def malformed(path: Path) -> Iterator[None]:
     except MALFORMED as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise ExportError(f"{path} makes no model here: {type(error).__name__}: {reason}") from error
-
-
-def check_text(text: str, path: Path) -> None:
-    """Refuse a stranger's config that could do more than say what was run.
-
-    Raises:
-        ConfigError: if it is far too long, repeats itself by reference, asks for values of this machine (as
-            ${oc.env:HOME}), or names a class that isn't fedtune's.
-    """
-    if len(text) > LONGEST or "${" in text:
-        raise ConfigError(f"{path}: its config is no run's: longer than {LONGEST} characters, or with '${{' in it")
-    try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ConfigError(f"{path}: its config is no run's: it refers to parts of itself")
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: its config can't be read: {str(error).splitlines()[0]}") from error
-    for target in targets(config):
-        check_target(target, path)
-
-
-def targets(config: Any) -> Iterator[Any]:
-    """Whatever a config wants to have made, at any depth."""
-    if isinstance(config, Mapping):
-        if "_target_" in config:
-            yield config["_target_"]
-        for value in config.values():
-            yield from targets(value)
-    elif isinstance(config, list):
-        for value in config:
-            yield from targets(value)
-
-
-def check_target(target: Any, path: Path) -> None:
-    """A prefix would not be enough: fedtune.models.os.system begins with fedtune too. So: MODULE.CLASS, a dataclass of
-    one of our packages, as all strategies, clients, codecs and rules are.
-
-    Raises:
-        ConfigError: if it is anything else.
-    """
-    module, _, name = str(target).rpartition(".")
-    made: Any = None
-    if module.split(".")[0] in OURS and re.fullmatch(r"\w+(\.\w+)+", module):
-        try:
-            made = getattr(importlib.import_module(module), name, None)
-        except ImportError:
-            made = None
-    if not (isinstance(made, type) and is_dataclass(made) and made.__module__.split(".")[0] in OURS):
-        raise ConfigError(
-            f"{path} wants {str(target)[:100]!r} made. A .fedtune file may come from anyone, so it may name "
-            f"dataclasses of {', '.join(f'{package}.' for package in OURS)} that are installed here, and nothing else. "
-            "A method of your own belongs in strategies/ and clients/; from anybody else, don't use this file"
-        )
 
 
 def _typed(path: Path, tree: Mapping[str, Any], name: str, kind: type) -> Any:

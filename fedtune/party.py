@@ -26,13 +26,22 @@ from fedtune.keys import fold, permutation
 from fedtune.memory import Memory
 from fedtune.merging import installed_version
 from fedtune.models import Base, pick_device
+from fedtune.owner import Owner, check_room
 from fedtune.population import server_peer
 from fedtune.probe import base_bytes, costs_of, weights_of
 from fedtune.protocol import Client, Codec, Instruction, Layout, Strategy, Tensors, Update, grid, is_lossless
 from fedtune.schema import FULL, Experiment, ModelSpec
 from fedtune.sharing import base_for
 from fedtune.traits import check_codecs, check_traits, traits_of
-from fedtune.wire import blob_of, pack_instruction, pack_told, pack_update, unpack_instruction, unpack_settings
+from fedtune.wire import (
+    blob_of,
+    check_finite,
+    pack_instruction,
+    pack_told,
+    pack_update,
+    unpack_instruction,
+    unpack_settings,
+)
 
 QUANTIZATION = {4: "nf4", 8: "int8"}  # by the bits that a client is told; as it is otherwise
 NUMBER = "$number"  # in what a client keeps of a broadcast, beside the tensors
@@ -43,18 +52,25 @@ class Party:
 
     Attributes:
         training_seconds: what the last turn's training took.
+
+    Args:
+        owner: whose machine this is, where the experiment is another's; None: it is this user's own.
     """
 
-    def __init__(self, experiment: Experiment):
+    def __init__(self, experiment: Experiment, owner: Owner | None = None):
+        if owner is not None:
+            owner.check(experiment)
         self.experiment = experiment
+        self.owner = owner
+        allowed = None if owner is None else owner.targets
         self.training_seconds = 0.0
         self._beside: dict[int, LocalModel] = {}  # by bits, beside `model`
-        self.strategy: Strategy[Any] = build(experiment.strategy, "method.strategy")
-        self.client: Client = build(experiment.method.client, "method.client")
+        self.strategy: Strategy[Any] = build(experiment.strategy, "method.strategy", allowed)
+        self.client: Client = build(experiment.method.client, "method.client", allowed)
         check_traits(experiment, traits_of(self.strategy))
-        self.codec_up, feedback = build_codec(experiment.codec_up, "codec_up")
+        self.codec_up, feedback = build_codec(experiment.codec_up, "codec_up", allowed)
         self.feedback = bool(feedback)
-        self.codec_down, feedback = build_codec(experiment.codec_down, "codec_down")
+        self.codec_down, feedback = build_codec(experiment.codec_down, "codec_down", allowed)
         self.chained = feedback is None or feedback  # a broadcast is the difference from the one before
         check_codecs(experiment, traits_of(self.strategy), self.codec_up, self.codec_down)
         # A device with fewer cores than the server is not made to run more threads than it has
@@ -114,6 +130,8 @@ class Party:
 
     def _on(self, base: Base) -> LocalModel:
         experiment = self.experiment
+        if self.owner is not None and self.owner.is_device:
+            check_room(base.model, experiment.adapter)
         return LocalModel(base, experiment.adapter, experiment.seed, experiment.model.merge == "requantize")
 
     @cached_property
@@ -136,7 +154,8 @@ class Party:
 
     def _place(self, name: str) -> Path:
         out = self.experiment.out
-        if self.experiment.runtime.name == "flower" or out is None:
+        # Nobody else says where a device writes
+        if self.owner is not None or self.experiment.runtime.name == "flower" or out is None:
             return home() / name
         return Path(out).expanduser() / name
 
@@ -217,6 +236,12 @@ class Party:
             before: the round before which it kept what the message builds on.
             round: under which it is to keep what it hears, for the next; None: it isn't to.
         """
+        heard = self._decoded(content, index, before, round)
+        if self.owner is not None:
+            check_finite(heard[0].tensors)
+        return heard
+
+    def _decoded(self, content: RecordDict, index: int, before: int, round: int | None) -> tuple[Instruction, str]:
         blob = blob_of(content)
         if not is_link(blob) or is_lossless(self.codec_down):
             return unpack_instruction(content, self.codec_down, self.start)
@@ -351,12 +376,16 @@ def home() -> Path:
     return Path(flower).expanduser() / "fedtune" if flower else user_state_path("fedtune")
 
 
-def party_of(run_config: Mapping[str, Any]) -> Party:
-    """The party of the run that this config describes; one a process, however many clients ask."""
+def party_of(run_config: Mapping[str, Any], owner: Owner | None = None) -> Party:
+    """The party of the run that this config describes; one a process, however many clients ask.
+
+    Args:
+        owner: as for `Party`.
+    """
     text = run_config.get("config") or from_run_config(run_config).text()
-    return _party(str(text))
+    return _party(str(text), owner)
 
 
 @lru_cache(maxsize=1)
-def _party(text: str) -> Party:
-    return Party(from_run_config({"config": text}))
+def _party(text: str, owner: Owner | None) -> Party:
+    return Party(from_run_config({"config": text}), owner)

@@ -1,13 +1,15 @@
 """What a client does with a message, wherever it runs: content in, content out."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from flwr.app import MessageType, RecordDict
 
-from fedtune.errors import ConfigError, WireError
-from fedtune.party import home, party_of
+from fedtune.errors import MALFORMED, ClientError, ConfigError, WireError
+from fedtune.owner import Owner
+from fedtune.party import Party, home, party_of
 from fedtune.population import profile_of
 from fedtune.protocol import Capability, Peer
 from fedtune.wire import pack_greeting, pack_score, unpack_question
@@ -17,7 +19,12 @@ LIMITS = {name.replace("_", "-"): name for name in Capability.__dataclass_fields
 
 
 def take_turn(
-    kind: str, round: str, content: RecordDict, run_config: Mapping[str, Any], node_config: Mapping[str, Any]
+    kind: str,
+    round: str,
+    content: RecordDict,
+    run_config: Mapping[str, Any],
+    node_config: Mapping[str, Any],
+    owner: Owner | None = None,
 ) -> RecordDict:
     """Answer a message.
 
@@ -26,11 +33,22 @@ def take_turn(
         round: the message's group id.
         run_config: the run's, which holds the experiment.
         node_config: the node's own: `partition-id`, and what limits it.
+        owner: whose device this is, where the run is another's; None: both are this user's.
 
     Raises:
         FedtuneError: if this client can't do its part.
     """
-    party = party_of(run_config)
+    try:
+        return _answer(kind, round, content, party_of(run_config, owner), node_config)
+    except MALFORMED as error:
+        if owner is None:
+            raise
+        # What a hostile message can make fail is without end, and the reason is the same
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise ClientError(f"what the server asks for can't be done here: {type(error).__name__}: {reason}") from error
+
+
+def _answer(kind: str, round: str, content: RecordDict, party: Party, node_config: Mapping[str, Any]) -> RecordDict:
     index = index_of(node_config)
     if kind == MessageType.QUERY:
         run, before = unpack_question(content)
@@ -39,9 +57,9 @@ def take_turn(
         peer = Peer(index, party.samples(index), capability, installed_version=version, heard=heard)
         return pack_greeting(peer, party.model.layout.sha256, party.data.sha256)
     if kind not in (MessageType.TRAIN, MessageType.EVALUATE):
-        raise WireError(f"message type '{kind}' is not known: expected query, train or evaluate")
-    if not round.isdecimal():
-        raise WireError(f"expected the round's number as the message's group, got {round!r}")
+        raise WireError(f"message type {kind[:40]!r} is not known: expected query, train or evaluate")
+    if not re.fullmatch(r"[0-9]{1,18}", round):
+        raise WireError(f"expected the round's number as the message's group, got {round[:40]!r}")
     number = int(round)
     if kind == MessageType.EVALUATE:
         instruction, run = party.hear(content, index, number + 1)

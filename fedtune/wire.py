@@ -21,6 +21,7 @@ from fedtune.coding import decode, encode
 from fedtune.errors import ConfigError, WireError
 from fedtune.evaluate import Score
 from fedtune.flower import content_bytes, envelope_bytes
+from fedtune.limits import check_settings
 from fedtune.protocol import Capability, Codec, Instruction, Peer, Setting, Tensors, Update
 
 PAYLOAD, BLOB, SETTINGS, METRICS, EXAMPLES, GREETING = "payload", "blob", "settings", "metrics", "examples", "greeting"
@@ -72,6 +73,7 @@ def unpack_settings(content: RecordDict) -> tuple[dict[str, Setting], str]:
     run = settings.pop(RUN, "")
     if not isinstance(run, str):
         raise WireError(f"setting '{RUN}' should be the run's id, got {run!r}")
+    check_settings(settings)
     return settings, run
 
 

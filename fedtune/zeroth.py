@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import numpy as np
 import torch
@@ -27,11 +27,13 @@ from fedtune.errors import ClientError, ConfigError, DivergedError, WireError
 from fedtune.noise import coefficient
 from fedtune.protocol import Batch, Setting, describe
 from fedtune.seeded import SeededWeights, Space, steps_record
+from fedtune.targets import fits
 from fedtune.training import loss_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+MAX_SLOPES = 1_000_000  # that a client measures in a round; each takes a forward pass
 Told = TypeVar("Told", bound="DataclassInstance")
 
 
@@ -55,6 +57,11 @@ class Rules:
     def __post_init__(self) -> None:
         at_least("method.strategy.rules.local_steps", self.local_steps, 1)
         at_least("method.strategy.rules.perturbations", self.perturbations, 1)
+        if self.slopes > MAX_SLOPES:
+            raise ConfigError(
+                f"method.strategy.rules: {self.local_steps} steps of {self.perturbations} directions are more than a "
+                f"round can have, {MAX_SLOPES} in all"
+            )
         if not 0 < self.eps < math.inf:
             raise ConfigError(f"method.strategy.rules.eps={self.eps}: expected a number above 0")
         _ = self.space
@@ -82,6 +89,9 @@ def as_told(kind: type[Told], settings: Mapping[str, Setting]) -> Told:
     """
     try:
         given: dict[str, Any] = {field.name: settings[field.name] for field in fields(kind)}
+        for name, hint in get_type_hints(kind).items():
+            if not fits(given[name], hint):
+                raise TypeError(f"{name}={given[name]!r}")
         return kind(**given)
     except (KeyError, TypeError) as error:
         raise ClientError(f"the server's instruction is no seeded method's: {error} is missing or wrong") from error

@@ -5,10 +5,27 @@ import importlib
 
 import pytest
 import yaml
+from conftest import PAIRS, SMALL, summary_of
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fedtune.config import CONF, build, choices, compose, describe_keys, differences, from_run_config, load
+from fedtune.cli import main
+from fedtune.config import (
+    CONF,
+    TEXTS,
+    _expand,
+    build,
+    choices,
+    compose,
+    describe_keys,
+    differences,
+    from_run_config,
+    load,
+)
 from fedtune.errors import ConfigError
 from fedtune.schema import Experiment
+from fedtune.targets import table
 
 
 @pytest.mark.parametrize("name", choices("experiment"))
@@ -32,7 +49,7 @@ def test_a_methods_yaml_lists_all_hyper_parameters_and_builds(name):
         module, _, cls = side["_target_"].rpartition(".")
         fields = {item.name for item in dataclasses.fields(getattr(importlib.import_module(module), cls))}
         assert fields == side.keys() - {"_target_"}
-        assert dataclasses.is_dataclass(build(side, name))
+        assert dataclasses.is_dataclass(build(side, name, allowed=()))  # as another's
 
 
 def test_values_reach_the_experiment():
@@ -89,7 +106,7 @@ def test_what_depends_on_the_machine_is_recorded():
         ("runtime.name=rya", ["runtime=rya is not known", "did you mean ray"]),
         ("train", ["train: expected key=value"]),
         ("+train.x=1", ["expected key=value"]),
-        ("model.path=a=b", ["wants quotes"]),
+        ("method.client.optimizer=a=b", ["wants quotes"]),
     ],
 )
 def test_a_mistake_is_answered_with_what_is_known(word, said):
@@ -152,3 +169,111 @@ def test_a_server_optimizers_yaml_lists_all_hyper_parameters_and_reads_back(name
     assert experiment.server_optimizer_name == name
     assert load(experiment.text()) == experiment
     assert experiment.sha256 != compose(["method=krum"]).sha256
+
+
+@given(st.text(min_size=1).filter(lambda text: "${" not in text and text != "null" and not text.startswith(("'", '"'))))
+def test_a_text_needs_no_quotes_but_the_shells(text):
+    """Hydra's own parser gives back what was typed, whatever it is."""
+    (word,) = _expand(f"out={text}")
+    assert OverridesParser.create().parse_override(word).value() == text
+
+
+@pytest.mark.parametrize("key", sorted(TEXTS))
+def test_every_setting_that_is_text_is_one_of_them(key):
+    assert _expand(f"{key}=a, b=c {{x}}")[-1] == f"{key}='a, b=c {{x}}'"
+    for value in ("null", "'a, b'"):  # the second is how it had to be typed before
+        assert _expand(f"{key}={value}")[-1] == f"{key}={value}"
+
+
+@pytest.mark.parametrize("name", ["a, b=c", "{a} (b)", "Grüße 世界 🙂", 'it\'s "x" \\'])
+def test_a_run_may_be_called_anything(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"{name}.jsonl").write_text(PAIRS.read_text())
+    experiment = compose([f"out={name}", f"name={name}", f"data.path={name}.jsonl", f"data.prompt_column={name}"])
+    assert (experiment.out, experiment.name, experiment.data.prompt_column) == (name, name, name)
+    assert experiment.data.path == str(tmp_path / f"{name}.jsonl")
+    assert load(experiment.text()) == experiment
+
+
+def test_a_run_goes_on_from_any_folder(tmp_path, monkeypatch, capsys):
+    """Its data, its devices and its base are named relative to where it was started; its folder is named as nobody
+    should."""
+    home, away, name = tmp_path / "home", tmp_path / "away", "Läufe, a=b {1}"
+    home.mkdir()
+    away.mkdir()
+    (home / "pairs.jsonl").write_text(PAIRS.read_text())
+    (home / "devices.csv").write_text(
+        "device,memory_bytes,flop_per_s,up_bytes_per_s,down_bytes_per_s\nboard,8e9,1e11,1e6,1e6\n"
+    )
+    words = [word for word in SMALL if not word.startswith("data.path=")]
+    monkeypatch.chdir(home)
+    assert (
+        main(["run", *words, "data.path=pairs.jsonl", "population.devices=devices.csv", "rounds=1", f"out={name}"]) == 0
+    )
+    monkeypatch.chdir(away)
+    assert main(["run", f"resume=../home/{name}", "rounds=2"]) == 0, capsys.readouterr().err
+    assert summary_of(home / name)["rounds"] == 2
+
+
+def test_what_is_no_path_here_and_what_is_a_devices_own_stays_as_it_was_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    experiment = compose(["model.path=mine", "data.path=openai/gsm8k"])
+    assert (experiment.model.path, experiment.data.path) == (str(tmp_path / "mine"), "openai/gsm8k")
+    assert compose(["model.path=mine", "runtime=flower"]).model.path == "mine"
+
+
+SECRETS = {
+    "a value": ("name: run", "name: ${oc.env:SECRET}", "'name'"),
+    "a list": ("targets: null", "targets: ['${oc.env:SECRET}']", "'adapter.targets'"),
+    "a reference to a setting": ("name: run", "name: ${train.lr}", "'name'"),
+    "a key": ("name: run", "${oc.env:SECRET}: run", r"'\$\{oc\.env:SECRET\}'"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "named"), SECRETS.values(), ids=SECRETS)
+def test_a_file_looks_nothing_up(monkeypatch, old, new, named):
+    monkeypatch.setenv("SECRET", "hunter2")
+    with pytest.raises(ConfigError, match=f"x.yaml: {named} has") as caught:
+        load(compose([]).text().replace(old, new, 1), "x.yaml")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_what_was_typed_is_kept_and_not_looked_up(monkeypatch):
+    monkeypatch.setenv("LR", "0.5")
+    typed = ["train.lr=${oc.env:LR}", "method.client.lr=${train.lr}"]
+    experiment = compose(typed)
+    assert (experiment.train.lr, experiment.method.client["lr"]) == (0.5, 0.5)  # their own word, on their own machine
+    assert experiment.overrides == ["train.lr=0.5", "method.client.lr=0.5"]
+    assert load(experiment.text()) == experiment
+    assert load(dataclasses.replace(experiment, overrides=typed).text()).overrides == typed
+
+
+def test_the_table_has_our_files_and_what_conf_names():
+    assert {target.split(".")[0] for target in table()} == {"strategies", "clients", "fedtune"}
+    core = {target for target in table() if target.startswith("fedtune.") and ".codecs." not in target}
+    assert core == {"fedtune.zeroth.Rules", "fedtune.blocks.Projection"}
+
+
+def test_a_class_of_ones_own_is_made_from_ones_own_words_and_wants_a_word_from_a_folder(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert main(["run", *SMALL, "method.client._target_=mischief.Mischief", "rounds=1", f"out={out}"]) == 0
+    assert main(["run", f"resume={out}", "rounds=2"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"fedtune: {out / 'config.yaml'}: method.client wants 'mischief.Mischief' made.")
+    assert said.endswith("FEDTUNE_TARGETS=mischief.Mischief\n")
+    assert main(["export", str(out), str(tmp_path / "model")]) == 1
+    assert "FEDTUNE_TARGETS=mischief.Mischief" in capsys.readouterr().err
+    monkeypatch.setenv("FEDTUNE_TARGETS", "mischief.Mischief")
+    assert main(["run", f"resume={out}", "rounds=2"]) == 0
+    assert main(["export", str(out), str(tmp_path / "model")]) == 0
+
+
+def test_a_folder_has_nothing_looked_up_by_its_words(tmp_path, monkeypatch, capsys):
+    """Its words are composed again where more are given with resume=."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    (tmp_path / "config.yaml").write_text(dataclasses.replace(compose([]), overrides=["name=${oc.env:SECRET}"]).text())
+    assert main(["run", f"resume={tmp_path}", "rounds=5"]) == 1
+    said = capsys.readouterr().err
+    assert "asks this machine for a value" in said
+    assert "hunter2" not in said

@@ -44,6 +44,7 @@ PLAN = (
 def fleet(tmp_path_factory):
     environment = {
         "PYTHONPATH": str(HERE),  # the clients of these tests are in no bundle
+        "FEDTUNE_TARGETS": "mischief.Mischief",
         "MISCHIEF": " ".join(PLAN),
         "MISCHIEF_DONE": str(tmp_path_factory.mktemp("done")),
         **CALMLY,

@@ -18,10 +18,11 @@ from fedtune.cli import main
 from fedtune.config import compose
 from fedtune.errors import ConfigError, ExportError
 from fedtune.folder import PROMPTS, export
-from fedtune.model_file import KEY, LONGEST, check_target, dump, read
+from fedtune.model_file import KEY, LONGEST, dump, read
 from fedtune.models import load_base
 from fedtune.party import Party
 from fedtune.schema import ADAPTERS, FULL, ModelSpec
+from fedtune.targets import check
 from fedtune.tiny import tiny_model, tiny_tokenizer
 
 K = 64
@@ -301,7 +302,7 @@ HOSTILE = {
     "no config": (setting("config", value=None), "'config' should be str"),
     "a config that is a list": (setting("config", value="[]"), "expected settings"),
     "a config that is no YAML": (setting("config", value="{"), "its config can't be read"),
-    "a config that is empty": (setting("config", value="{}"), "makes no model here|is no run's"),
+    "a config that is empty": (setting("config", value="{}"), "wants None made"),
     "a config that grows": (
         setting("config", value="a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]"),
         "refers to parts of itself",
@@ -323,7 +324,7 @@ HOSTILE = {
     "a round that is none": (setting("round", value=True), "'round' should be int"),
     "code": (config(TARGET, "_target_: os.system\n    command: touch /tmp/owned"), "wants 'os.system' made"),
     "code behind our name": (config(TARGET, "_target_: fedtune.models.os.system"), "wants 'fedtune.models.os.system'"),
-    "code deeper down": (config(TARGET, f"{TARGET}\n    x: [{{_target_: builtins.eval}}]"), "wants 'builtins.eval'"),
+    "code deeper down": (config(TARGET, f"{TARGET}\n    x: [{{_target_: builtins.eval}}]"), "should be a plain value"),
     "a class that takes other words": (config(TARGET, "_target_: strategies.fedit.FedIT"), "can't be made"),
     "a method that is no method": (config("clients.zeroth_order.ZerothOrder", "fedtune.protocol.Peer"), "Peer"),
 }
@@ -355,19 +356,19 @@ def test_a_strangers_metadata_ends_in_one_message(file, tmp_path, change, part):
         ["os.system"],
     ],
 )
-def test_only_dataclasses_of_ours_are_made(file, target):
+def test_only_dataclasses_of_ours_are_made(target):
     with pytest.raises(ConfigError, match="and nothing else"):
-        check_target(target, file)
+        check({"_target_": target}, "method.client")
 
 
-def test_every_class_that_our_methods_name_may_be_made(file):
+def test_every_class_that_our_methods_name_may_be_made():
     for target in (
         "strategies.mezo.MeZO",
         "fedtune.codecs.raw.Raw",
         "fedtune.zeroth.Rules",
         "clients.rolora.KeepsAdapter",
     ):
-        check_target(target, file)
+        check({"_target_": target}, "method.client")
 
 
 TENSORS = {

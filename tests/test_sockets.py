@@ -42,7 +42,8 @@ def fleet(tmp_path_factory):
     """A secure fleet of two nodes that reach the SuperLink through a proxy each. It has no database: removing a message
     of 500 MB locks SQLite for seconds, on a busy machine longer than the five for which Flower 1.41 waits, and a
     SuperNode that asks for messages then ends."""
-    environment = {"PYTHONPATH": str(HERE), "MEGABYTES": str(MEGABYTES)}
+    targets = "mischief.Mischief,bulky.Bulky,bulky.BulkyClient"
+    environment = {"PYTHONPATH": str(HERE), "MEGABYTES": str(MEGABYTES), "FEDTUNE_TARGETS": targets}
     folder = tmp_path_factory.mktemp("fleet")
     with Fleet(folder, [], app=HERE.parent, env=environment, database=False) as fleet:
         target = ("127.0.0.1", fleet.superlink.port)

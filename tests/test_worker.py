@@ -15,7 +15,7 @@ from pathlib import Path
 import mischief
 import psutil
 import pytest
-from conftest import SMALL
+from conftest import PAIRS, SMALL
 from flwr.app import Context, Message, RecordDict
 
 from fedtune import wire
@@ -40,6 +40,8 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("FEDTUNE_TARGETS", "mischief.Mischief")
+    monkeypatch.setenv("FEDTUNE_FOLDERS", str(Path(__file__).parent))
     place = place_of(NODE)
     yield place
     for process in workers(place):
@@ -225,3 +227,29 @@ def test_the_device_app_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_a_hostile_server_learns_nothing_from_a_worker_and_ends_none(place, tmp_path, monkeypatch):
+    """A class of Python's, a secret, a file, and a text that ends PyYAML's C parser: tests/test_hostile_server.py has
+    the rest. What a worker raises crosses a socket, and comes without the folders of the device."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    query, _, context = messages(tmp_path)
+    text = str(context.run_config["config"])
+    hostile = {
+        "wants 'shutil.copy' made": text.replace("mischief.Mischief", "shutil.copy"),
+        "'data.path' has": text.replace(str(PAIRS), "${oc.env:SECRET}"),
+        "opens only files in folders": text.replace(str(PAIRS), "/etc/passwd"),
+        "deeper than 50 levels": "[" * 90_000,
+        "pairs.jsonl line 1": text.replace("prompt_column: null", "prompt_column: nothing"),
+    }
+    greeting = ask(query, context)["greeting"]
+    (process,) = workers(place)
+    for part, config in hostile.items():
+        with pytest.raises(ClientError) as caught:
+            ask(query, Context(99, NODE, context.node_config, RecordDict(), {"config": config}))
+        assert part in str(caught.value)
+        assert "hunter2" not in str(caught.value)
+        assert str(PAIRS.parent) not in str(caught.value)
+    assert ask(query, context)["greeting"] == greeting
+    assert workers(place) == [process]

@@ -14,8 +14,9 @@ from fedtune.columns import METRICS
 from fedtune.compare.state import RECORD, TRIALS, json_object
 from fedtune.config import load
 from fedtune.errors import ConfigError, FedtuneError, RunFolderError
+from fedtune.plain_yaml import read_plain
 from fedtune.report.tables import number, read_columns, read_lines
-from fedtune.schema import Experiment, SafeDumper, SafeLoader
+from fedtune.schema import Experiment, SafeDumper
 
 Floats = np.ndarray  # float64
 
@@ -154,8 +155,8 @@ def _experiment(folder: Path) -> Experiment:
 def _loaded(text: str, where: str) -> Experiment:
     """As `load`; what runs of one kind share is looked at once."""
     try:
-        given = yaml.load(text, SafeLoader)
-    except yaml.YAMLError:
+        given = read_plain(text)
+    except (yaml.YAMLError, ValueError):  # ValueError: a number of thousands of digits
         return load(text, where)
     if not isinstance(given, dict):
         return load(text, where)

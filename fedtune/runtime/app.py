@@ -59,27 +59,31 @@ def _client_app(answer: Callable[[Message, Context], RecordDict]) -> ClientApp:
     return app
 
 
-def make_server_app(config: str | None = None, resume: str | None = None, stop: Event | None = None) -> ServerApp:
+def make_server_app(
+    config: str | None = None, resume: str | None = None, stop: Event | None = None, deployed: bool = False
+) -> ServerApp:
     """The server's side.
 
     Args:
         config: as for `make_client_app`.
         resume: the run folder to go on with; the run config may name it as well.
         stop: set it to interrupt the run, where Ctrl-C can't reach the thread that it runs in.
+        deployed: the run config came over the wire.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        from fedtune.owner import user
         from fedtune.party import party_of
         from fedtune.rounds import run
 
         run_config = {"config": config} if config else context.run_config
         folder = resume or str(context.run_config.get("resume", "")) or None
-        run(grid, party_of(run_config), folder, stop)
+        run(grid, party_of(run_config, user() if deployed else None), folder, stop)
 
     return app
 
 
 client_app = make_device_app()
-server_app = make_server_app()
+server_app = make_server_app(deployed=True)

@@ -51,6 +51,7 @@ def serve(place: Place, parent: int, idle: float) -> NoReturn:
 
 def answer_one(connection: Connection) -> None:
     """Read a request, do the work, and send its answer or the error's text."""
+    from fedtune.owner import device_owner
     from fedtune.party import party_of
     from fedtune.turns import take_turn
 
@@ -59,10 +60,13 @@ def answer_one(connection: Connection) -> None:
     what = f"round {request['round']}, {request['kind']}"
     with end_with_caller(connection, what):
         try:
-            party = party_of(request["run_config"])
+            owner = device_owner()
+            party = party_of(request["run_config"], owner)
             limit = party.experiment.runtime.timeout
             connection.send_bytes(json.dumps({"limit": limit}).encode())
-            done = take_turn(request["kind"], request["round"], content, request["run_config"], request["node_config"])
+            done = take_turn(
+                request["kind"], request["round"], content, request["run_config"], request["node_config"], owner
+            )
         except Exception as error:  # whatever it is, the server is told, and the worker stays
             said = f"{type(error).__name__}: {error}"
             say(f"{what}: {said}")

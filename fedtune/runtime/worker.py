@@ -69,20 +69,35 @@ def ask(message: Message, context: Context) -> RecordDict:
     A node whose owner wants no process to stay (`--node-config 'worker=false'`) does the work here.
 
     Raises:
-        ClientError: what the worker raised, or that it died twice or took too long.
+        ClientError: what the worker raised, or that it died twice or took too long, in words that say no more of this
+            device than the server has to know (fedtune/owner.py). The whole stands in the device's own log.
     """
+    if _is_ray():  # a simulation, whose processes stay by themselves
+        from fedtune.turns import take_turn
+
+        at = message.metadata
+        return take_turn(at.message_type, at.group_id, message.content, context.run_config, context.node_config)
+    try:
+        return _ask(message, context)
+    except Exception as error:
+        from fedtune.privacy import for_the_server
+
+        said = str(error) if isinstance(error, ClientError) else f"{type(error).__name__}: {error}"
+        raise ClientError(for_the_server(said, str(context.run_config.get("config", "")))) from error
+
+
+def _ask(message: Message, context: Context) -> RecordDict:
     age, begun = _process_age(), time.monotonic()
     at = message.metadata
     run_config, node_config = dict(context.run_config), dict(context.node_config)
-    in_ray = _is_ray()  # whose processes stay by themselves
-    if node_config.get("worker", True) is False or in_ray:
+    if node_config.get("worker", True) is False:
+        from fedtune.owner import device_owner
         from fedtune.party import party_of
         from fedtune.turns import take_turn
 
-        content = take_turn(at.message_type, at.group_id, message.content, run_config, node_config)
-        if in_ray:
-            return content
-        training = party_of(run_config).training_seconds
+        owner = device_owner()
+        content = take_turn(at.message_type, at.group_id, message.content, run_config, node_config, owner)
+        training = party_of(run_config, owner).training_seconds
     else:
         request = {"kind": at.message_type, "round": at.group_id, "run_config": run_config, "node_config": node_config}
         answer, reply = _ask_worker(place_of(context.node_id), request, content_to_bytes(message.content))

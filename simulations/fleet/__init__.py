@@ -39,6 +39,10 @@ QUIET = {
 }
 
 
+# All devices here are this user's, who may open any file on them already. A real one names folders (docs/security.md)
+OWNER = {"FEDTUNE_FOLDERS": os.sep}
+
+
 class Fleet:
     """A deployment on loopback; see the module's docstring.
 
@@ -190,4 +194,4 @@ class Fleet:
             "PYTHONUNBUFFERED": "1",
             "NO_PROXY": ",".join(filter(None, [outside.get("NO_PROXY"), "127.0.0.1,localhost"])),
         }
-        return {**QUIET, **outside, **own, **self.env, **(env or {})}
+        return {**QUIET, **OWNER, **outside, **own, **self.env, **(env or {})}
