@@ -153,7 +153,7 @@ def converted(gguf: Path, sha256: str) -> Path:
         model.config.__dict__.pop("quantization_config", None)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        (unfinished / "origin.json").write_text(json.dumps({"gguf": gguf.name, "sha256": sha256}))
+        (unfinished / "origin.json").write_text(json.dumps({"gguf": gguf.name, "sha256": sha256}), encoding="utf-8")
         unfinished.chmod(0o755)  # mkdtemp's is for the owner alone
         try:
             unfinished.rename(target)

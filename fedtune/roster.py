@@ -109,6 +109,8 @@ class Roster:
             try:
                 peer = wire.unpack_greeting(arrival.content(), self._wanted, self._layout.sha256)
                 self._admit(peer, arrival.node, present)
+                if wire.has_lost(arrival.content()):
+                    self._say(f"client {peer.index} can't read what it kept: it starts anew, and is told everything")
             except FedtuneError as error:
                 if at_start and _needs_a_person(arrival, error):
                     raise

@@ -34,10 +34,10 @@ def take_turn(
     index = index_of(node_config)
     if kind == MessageType.QUERY:
         run, before = unpack_question(content)
-        version, heard = party.holds(run, index, before) if run else (0, 0)
+        version, heard, lost = party.holds(run, index, before) if run else (0, 0, False)
         capability = capability_of(node_config, profile_of(index, party.experiment, home()))
         peer = Peer(index, party.samples(index), capability, installed_version=version, heard=heard)
-        return pack_greeting(peer, party.model.layout.sha256)
+        return pack_greeting(peer, party.model.layout.sha256, lost)
     if kind not in (MessageType.TRAIN, MessageType.EVALUATE):
         raise WireError(f"message type '{kind}' is not known: expected query, train or evaluate")
     if not round.isdecimal():

@@ -25,6 +25,7 @@ from fedtune.protocol import Capability, Codec, Instruction, Peer, Setting, Tens
 
 PAYLOAD, BLOB, SETTINGS, METRICS, EXAMPLES, GREETING = "payload", "blob", "settings", "metrics", "examples", "greeting"
 ROUND = "round"
+LOST = "lost"
 RUN = "run"  # the setting under which an instruction carries the run's id; no strategy may use it
 MAX_METRICS = 64
 SCORED = ("loss", "accuracy", "tokens")  # what every score has
@@ -283,13 +284,22 @@ def unpack_question(content: RecordDict) -> tuple[str, int]:
     return run, round
 
 
-def pack_greeting(peer: Peer, layout_sha256: str) -> RecordDict:
-    """What a client says of itself at the handshake. Of its capability, only what is limited."""
+def pack_greeting(peer: Peer, layout_sha256: str, lost: bool = False) -> RecordDict:
+    """What a client says of itself at the handshake. Of its capability, only what is limited.
+
+    Args:
+        lost: whether it could not read what it had kept.
+    """
     limits = {name: value for name, value in vars(peer.capability).items() if value != getattr(_UNLIMITED, name)}
     greeting = {"index": peer.index, "samples": peer.samples, "layout": layout_sha256, **limits}
     held = {"version": peer.installed_version, "heard": peer.heard}
-    greeting |= {name: number for name, number in held.items() if number}
+    greeting |= {name: number for name, number in held.items() if number} | ({LOST: True} if lost else {})
     return RecordDict({GREETING: ConfigRecord(greeting)})
+
+
+def has_lost(content: RecordDict) -> bool:
+    """Whether a greeting says that its client could not read what it had kept."""
+    return bool(_record(content, GREETING, ConfigRecord).get(LOST, False))
 
 
 def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str) -> Peer:
@@ -302,6 +312,7 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str) -> Pe
     record = dict(_record(content, GREETING, ConfigRecord))
     index, samples, layout = (record.pop(name, None) for name in ("index", "samples", "layout"))
     held = {name: record.pop(name, 0) for name in ("version", "heard")}
+    record.pop(LOST, None)
     if not isinstance(index, int) or not 0 <= index < clients:
         raise WireError(f"client index should be 0 ... {clients - 1}, got {index!r}")
     if not isinstance(samples, int) or samples < 1:
