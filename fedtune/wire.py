@@ -21,7 +21,7 @@ from fedtune.coding import decode, encode
 from fedtune.errors import ConfigError, WireError
 from fedtune.evaluate import Score
 from fedtune.flower import content_bytes, envelope_bytes
-from fedtune.protocol import Capability, Codec, Instruction, Peer, Setting, Tensors, Update
+from fedtune.protocol import UNLIMITED, Capability, Codec, Instruction, Peer, Setting, Tensors, Update
 
 PAYLOAD, BLOB, SETTINGS, METRICS, EXAMPLES, GREETING = "payload", "blob", "settings", "metrics", "examples", "greeting"
 ROUND = "round"
@@ -290,7 +290,7 @@ def pack_greeting(peer: Peer, layout_sha256: str, lost: bool = False) -> RecordD
     Args:
         lost: whether it could not read what it had kept.
     """
-    limits = {name: value for name, value in vars(peer.capability).items() if value != getattr(_UNLIMITED, name)}
+    limits = {name: value for name, value in vars(peer.capability).items() if value != getattr(UNLIMITED, name)}
     greeting = {"index": peer.index, "samples": peer.samples, "layout": layout_sha256, **limits}
     held = {"version": peer.installed_version, "heard": peer.heard}
     greeting |= {name: number for name, number in held.items() if number} | ({LOST: True} if lost else {})
@@ -326,9 +326,7 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str) -> Pe
         if not isinstance(number, int) or number < 0:
             raise WireError(f"client {index}: '{name}' should be a number from 0 up, got {number!r}")
     try:
-        return Peer(index, samples, Capability(**record), installed_version=held["version"], heard=held["heard"])
+        able = Capability(**record) if record else UNLIMITED
+        return Peer(index, samples, able, installed_version=held["version"], heard=held["heard"])
     except (TypeError, ValueError) as error:
         raise WireError(f"client {index} describes what it can do in a way that is not understood: {error}") from error
-
-
-_UNLIMITED = Capability()
