@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -15,3 +16,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names of new files on disk. A system that can't do that for folders has other ways."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

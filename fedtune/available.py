@@ -128,6 +128,6 @@ def _number(path: Path) -> int | None:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(errors="replace").splitlines()
+        return path.read_text(errors="replace", encoding="utf-8").splitlines()
     except OSError:
         return []

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from fedtune.atomic import write_atomically
 from fedtune.broadcast import Sent
 from fedtune.errors import RunFolderError
 from fedtune.protocol import Tensors
+from fedtune.sealed import seal, unseal
 
 TENSOR = "$tensor"  # stands in the tree where a tensor belongs; a plain dict may not use it as a key
 
@@ -44,6 +43,7 @@ class Checkpoint:
     sent: Sent = field(default_factory=Sent)  # what was broadcast so far, where broadcasts build on one another
     progress: Progress = field(default_factory=Progress)
     data: dict[str, Any] = field(default_factory=dict)  # by what the data are known again (FederatedData.identity)
+    tables: dict[str, list[Any]] = field(default_factory=dict)  # by name: bytes and SHA-256 (fedtune/tables.py)
 
 
 def flatten(state: Any, root: str = "") -> tuple[Any, Tensors]:
@@ -97,7 +97,7 @@ def state_sha256(state: Any) -> str:
     for path in sorted(tensors):
         tensor = tensors[path]
         digest.update(f"{path} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -118,11 +118,12 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "sent": json.dumps(sent),
         "progress": json.dumps(progress),
         "data": json.dumps(checkpoint.data),
+        "tables": json.dumps(checkpoint.tables),
     }
     apart, same = _apart(tensors | links | updates)
     if same:
         header["same"] = json.dumps(same)
-    write_atomically(path, save(apart, metadata=header))
+    write_atomically(path, seal(apart, header))
 
 
 def load_checkpoint(path: Path, template: Any) -> Checkpoint:
@@ -132,18 +133,17 @@ def load_checkpoint(path: Path, template: Any) -> Checkpoint:
         RunFolderError: if the file is damaged or belongs to another method.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors, header = unseal(path)
         tensors |= {name: tensors[first] for name, first in json.loads(header.get("same", "{}")).items()}
         state = unflatten(json.loads(header["state"]), tensors, template)
-        sent = unflatten(json.loads(header["sent"]), tensors, Sent()) if "sent" in header else Sent()
-        progress = (
-            unflatten(json.loads(header["progress"]), tensors, Progress()) if "progress" in header else Progress()
-        )
-        data = json.loads(header.get("data", "{}"))
-        return Checkpoint(int(header["round"]), header["config_sha256"], state, header["run"], sent, progress, data)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        sent = unflatten(json.loads(header["sent"]), tensors, Sent())
+        progress = unflatten(json.loads(header["progress"]), tensors, Progress())
+        data, tables = json.loads(header["data"]), json.loads(header["tables"])
+        run, config = header["run"], header["config_sha256"]
+        return Checkpoint(int(header["round"]), config, state, run, sent, progress, data, tables)
+    except OSError as error:
+        raise RunFolderError(f"{path} can't be read: {error.strerror or error}") from error
+    except (KeyError, TypeError, ValueError) as error:
         raise RunFolderError(
             f"{path} is no checkpoint of this method: {error}. Start anew with another out="
         ) from error

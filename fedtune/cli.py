@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedtune import __version__, cli_evaluate
 from fedtune.errors import ConfigError, FedtuneError, Interrupted
+from fedtune.outlet import outlast_readers
 from fedtune.report.command import COMMANDS, add_parsers, handle
 
 SUMMARY = """\
@@ -118,6 +119,7 @@ there is not run again; what was stopped or failed goes on where it stood. All o
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0 done, 1 an error that the message explains, 130 interrupted."""
+    outlast_readers()
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="fedtune", description=SUMMARY, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -250,7 +252,7 @@ def run(overrides: Sequence[str]) -> None:
     Raises:
         FedtuneError: if it can't be set up or can't go on.
     """
-    from fedtune.config import check_words, compose, differences, load
+    from fedtune.config import check_words, compose, differences, load_file
     from fedtune.owner import check_targets, user
     from fedtune.runtime.start import start
 
@@ -263,7 +265,7 @@ def run(overrides: Sequence[str]) -> None:
     stored = folder / "config.yaml"
     if not stored.is_file():
         raise ConfigError(f"resume={folder} holds no run (no config.yaml): give the folder that out= named")
-    experiment = load(stored.read_text(encoding="utf-8"), str(stored))
+    experiment = load_file(stored)
     check_targets(experiment, f"{stored}: ", user().targets)  # it may be another's
     if others:
         check_words(experiment.overrides, str(stored))
@@ -357,10 +359,10 @@ def print_methods() -> None:
     names = choices("method")
     width = max(map(len, names))
     for name in names:
-        chosen = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
+        chosen = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text(encoding="utf-8"))
         target = chosen.get("method", chosen)["strategy"]["_target_"]
         source = CONF.parent.joinpath(*target.split(".")[:-1]).with_suffix(".py")
-        title, _, rest = (ast.get_docstring(ast.parse(source.read_text())) or "").partition("\n\n")
+        title, _, rest = (ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").partition("\n\n")
         print(f"{name:<{width}} {title}")
         for line in rest.split("\n\n")[0].splitlines():
             print(f"{'':<{width}} {line}")

@@ -1,4 +1,4 @@
-"""The columns of metrics.csv: who reads a run folder needs no torch."""
+"""The columns of a run's tables: who reads a run folder needs no torch."""
 
 MORE_SCORES = ("eval_exact_match", "eval_rouge_l", "eval_choice_accuracy")  # empty where they aren't measured
 METRICS = (
@@ -23,3 +23,11 @@ METRICS = (
     "requantization_error",  # of the whole change of the base, relative; empty where it is kept beside the base
     *MORE_SCORES,
 )
+FAILURES = ("round", "peer", "error")
+CLIENTS = ("round", "peer", "eval_loss", "eval_accuracy", "tokens", *MORE_SCORES)
+CLOCK = (
+    "round", "peer", "begun_seconds", "device", "down_bytes", "download_seconds", "compute_seconds", "up_bytes",
+    "upload_seconds", "memory_bytes", "limit_bytes", "bits", "batch_size", "steps", "layers", "numbers", "staleness",
+    "not_counted",
+)  # fmt: skip
+SIMILARITY = ("round", "peer", "other", "similarity")

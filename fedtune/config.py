@@ -106,6 +106,20 @@ def _asking(given: Any, key: str = "") -> Iterator[str]:
         yield key
 
 
+def load_file(path: Path) -> Experiment:
+    """`load` of a run's config.yaml.
+
+    Raises:
+        ConfigError: if it can't be read or isn't UTF-8 text, as whatever fedtune writes is.
+    """
+    try:
+        return load(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from error
+    except UnicodeError as error:
+        raise ConfigError(f"{path} is no text in UTF-8 ({error}): put back what the run wrote") from error
+
+
 def from_run_config(run_config: Mapping[str, Any]) -> Experiment:
     """The experiment that a Flower run carries: its whole text, or the words that compose it."""
     if text := run_config.get("config"):

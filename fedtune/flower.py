@@ -26,7 +26,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.errors import ConfigError, FedtuneError, WireError
+from fedtune.errors import ConfigError, FedtuneError, RunFolderError, WireError
 
 __all__ = [
     "SERVER_NODE",
@@ -124,7 +124,7 @@ def pull_one(grid: Grid, message_id: str) -> Iterable[Message]:
     """
     try:
         return list(outlast(lambda: grid.pull_messages([message_id])))
-    except (httpx.HTTPError, OSError):
+    except (httpx.HTTPError, OSError, RunFolderError):
         raise
     except Exception as error:  # Flower raises what it likes on objects that don't fit together
         raise WireError(f"its reply can't be unpacked ({type(error).__name__}: {error})") from error

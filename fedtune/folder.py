@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from fedtune.adapters import LocalModel
 from fedtune.checkpoint import load_checkpoint
-from fedtune.config import load
+from fedtune.config import load_file
 from fedtune.errors import ExportError, ModelError
 from fedtune.export import adapter_files
 from fedtune.model_file import NAME, TunedModel, malformed, read
@@ -104,7 +104,7 @@ def source_of(path: Path) -> Source:
             f"{path} has no checkpoint, and so no model yet: not even round 0 is done. "
             f"Go on with it: fedtune run resume={path}"
         )
-    experiment = load(stored.read_text(encoding="utf-8"), str(stored))
+    experiment = load_file(stored)
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         base = summary["base"]

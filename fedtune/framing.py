@@ -12,6 +12,7 @@ client and server write. TLS adds to each record and each new connection. Retrie
 add are left out. Private to Flower like `fedtune.flower`, and tested with flwr 1.41.
 """
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -134,7 +135,9 @@ def objects_of(message: Message) -> Objects:
 def link_of(grid: Grid) -> "Link | None":
     """The link that a deployed ServerApp's nodes use, as far as its own connection tells; None where clients are in
     the same process or in Flower's simulation."""
-    from flwr.superlink.grid import HttpGrid  # pulls in the HTTP client, which nothing else here needs
+    if "flwr.superlink.grid" not in sys.modules:  # seconds, which a run in one process can do without
+        return None
+    from flwr.superlink.grid import HttpGrid
 
     return Link(tls=not grid._insecure, host=grid._addr) if isinstance(grid, HttpGrid) else None
 

@@ -73,4 +73,6 @@ def sums(entries: Iterable[Entry]) -> dict[str, int]:
 def parse(row: list[str]) -> Entry:
     """An entry from its line in ledger.csv. Raises ValueError on any other line."""
     round_, peer, direction, part, payload, wire, framing, seconds = row
+    if direction not in TOTALS:
+        raise ValueError(f"direction: expected {' or '.join(TOTALS)}, got {direction!r}")
     return Entry(int(round_), int(peer), direction, part, int(payload), int(wire), int(framing), float(seconds))

@@ -4,28 +4,34 @@ A file per run, client and round. A turn starts from the newest file of an earli
 again after a resume, or because a reply got lost, starts from exactly what it started from the first time.
 
     FOLDER/RUN/INDEX/ROUND.safetensors
+
+A file that was damaged costs its client what it kept, and one turn: it starts anew, and the server tells it everything.
 """
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-
 from fedtune.atomic import write_atomically
-from fedtune.errors import ClientError
+from fedtune.errors import ClientError, RunFolderError
 from fedtune.protocol import Tensors
+from fedtune.sealed import seal, unseal
 
 VERSIONS = 2  # the round that the server may have to play again, and the one before it
 RUN = re.compile(r"[0-9a-f]{16}")
 
 
 class Memory:
-    """The memories of all clients that share `folder`: in a simulation the run's own, on a device the node's."""
+    """The memories of all clients that share `folder`: in a simulation the run's own, on a device the node's.
 
-    def __init__(self, folder: Path):
+    Args:
+        run_folder: the run's own, whose disk is the run's concern and not a client's.
+    """
+
+    def __init__(self, folder: Path, run_folder: Path | None = None):
         self._folder = folder
+        self._run_folder = run_folder
         self._empty = ("", -1)  # a run and a round before which nobody had kept anything
         self._shared: dict[tuple[str, str], Path] = {}  # where the last one kept what several keep alike
 
@@ -33,7 +39,8 @@ class Memory:
         """What client `index` kept before `round`; nothing if that is its first turn.
 
         Raises:
-            ClientError: if the file is damaged, or `run` is no run's id.
+            ClientError: if the file can't be read, or `run` is no run's id. Of a damaged one this is said once: from
+                then on the client has kept nothing.
         """
         if (run, round) == self._empty:
             return {}
@@ -45,9 +52,15 @@ class Memory:
             return {}
         path = self._path(run, index, max(known))
         try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ClientError(f"client {index} can't read what it kept in {path}: {error}") from error
+            return unseal(path)[0]
+        except OSError as error:
+            raise ClientError(f"client {index} can't read what it kept in {path}: {error.strerror or error}") from error
+        except ValueError as error:
+            self._forget(run, index, path)
+            raise ClientError(
+                f"client {index} can't read what it kept in {path}: {error}. It has forgotten all that it kept and "
+                "starts anew"
+            ) from error
 
     def keep(self, run: str, index: int, round: int, tensors: Tensors, alike: str = "") -> None:
         """Keep `tensors` as what client `index` holds after `round`.
@@ -57,12 +70,13 @@ class Memory:
 
         Raises:
             ClientError: if the disk can't take it.
+            RunFolderError: if that is the run's own.
         """
         path = self._path(run, index, round)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not (alike and self._link(self._shared.get((run, alike)), path)):
-                write_atomically(path, save({name: tensor.detach().cpu() for name, tensor in tensors.items()}))
+                write_atomically(path, seal({name: tensor.detach().cpu() for name, tensor in tensors.items()}))
             if alike:
                 self._shared = {(run, alike): path}
             # Later rounds are of a future that a resume undid
@@ -71,7 +85,19 @@ class Memory:
             for number in set(known) - set(earlier[-VERSIONS:]):
                 self._path(run, index, number).unlink(missing_ok=True)
         except OSError as error:
+            if self._run_folder is not None:
+                raise RunFolderError(
+                    f"{path} can't be written: {error.strerror or error}. What was written before is kept; "
+                    f"make room, then: fedtune run resume={self._run_folder}"
+                ) from error
             raise ClientError(f"client {index} can't keep its state in {path}: {error.strerror or error}") from error
+
+    def _forget(self, run: str, index: int, damaged: Path) -> None:
+        """Take out all that a client kept but the damaged file, which gets another name for whoever wants to know."""
+        with suppress(OSError):
+            damaged.replace(damaged.with_suffix(".damaged"))
+            for number in self._rounds(run, index):
+                self._path(run, index, number).unlink(missing_ok=True)
 
     def _link(self, source: Path | None, path: Path) -> bool:
         """Give a file another name, `path`; whether that could be done."""

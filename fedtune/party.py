@@ -145,19 +145,19 @@ class Party:
     @cached_property
     def memory(self) -> Memory:
         """What this process's clients keep: in the run folder, or on a device of its own in that device's home."""
-        return Memory(self._place("clients"))
+        return self._kept("clients")
 
     @cached_property
     def residuals(self) -> Memory:
         """What their messages left out so far (codec_up.feedback), in the same way."""
-        return Memory(self._place("residuals"))
+        return self._kept("residuals")
 
-    def _place(self, name: str) -> Path:
+    def _kept(self, name: str) -> Memory:
         out = self.experiment.out
         # Nobody else says where a device writes
         if self.owner is not None or self.experiment.runtime.name == "flower" or out is None:
-            return home() / name
-        return Path(out).expanduser() / name
+            return Memory(home() / name)
+        return Memory(Path(out).expanduser() / name, Path(out).expanduser())
 
     def samples(self, index: int) -> int:
         """Training examples of client `index`.
@@ -169,9 +169,14 @@ class Party:
             raise DataError(f"there is no client {index}: the data is divided among {len(self.data.train)}")
         return len(self.data.train[index])
 
-    def holds(self, run: str, index: int, round: int) -> tuple[int, int]:
-        """Before `round`, which version of the base (fedtune/merging.py) client `index` holds, and which broadcast."""
-        return installed_version(self.memory.recall(run, index, round)), self._recall(run, index, round)[0]
+    def holds(self, run: str, index: int, round: int) -> tuple[int, int, bool]:
+        """Before `round`, which version of the base (fedtune/merging.py) client `index` holds, and which broadcast; and
+        whether it has lost what it kept."""
+        try:
+            version, lost = installed_version(self.memory.recall(run, index, round)), False
+        except ClientError:
+            version, lost = 0, True
+        return version, self._recall(run, index, round)[0], lost
 
     @cached_property
     def start(self) -> Tensors:
@@ -181,7 +186,7 @@ class Party:
     @cached_property
     def heard(self) -> Memory:
         """What this process's clients decoded of the last broadcast, where broadcasts build on one another."""
-        return Memory(self._place("broadcasts"))
+        return self._kept("broadcasts")
 
     def announce(self, sent: Sent, state: Any, number: int) -> Sent:
         """What will have been broadcast when round `number` begins."""
@@ -257,7 +262,8 @@ class Party:
             kept = self.heard.recall(run, index, round)
         except ClientError:  # the server can send the whole
             kept = {}
-        return int(kept.pop(NUMBER, torch.tensor(0))), kept
+        number = kept.pop(NUMBER, None)
+        return 0 if number is None else int(number), kept
 
     def _heard(self, sent: Sent, instruction: Instruction) -> Instruction:
         return Instruction({**sent.told, **self._rest(instruction)}, instruction.settings)

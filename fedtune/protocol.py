@@ -77,6 +77,9 @@ class Capability:
             raise ValueError(f"availability is a share of rounds, above 0 up to 1, got {self.availability!r}")
 
 
+UNLIMITED = Capability()
+
+
 @dataclass(frozen=True)
 class Peer:
     """One client as the server knows it."""

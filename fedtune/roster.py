@@ -12,7 +12,7 @@ from flwr.app import Message, MessageType
 from fedtune import wire
 from fedtune.errors import FedtuneError, QuorumError, WireError
 from fedtune.exchange import POLL_SECONDS, Arrival, Exchange
-from fedtune.flower import raised_by_client
+from fedtune.flower import content_bytes, raised_by_client
 from fedtune.ledger import Entry
 from fedtune.population import equip
 from fedtune.protocol import Layout, Peer
@@ -45,6 +45,7 @@ class Roster:
     ):
         self.peers: dict[int, Peer] = {}
         self.nodes: dict[int, int] = {}
+        self._index_of: dict[int, int] = {}  # by node, the inverse of `nodes`: there may be ten thousand
         self._exchange = exchange
         self._wanted = experiment.population.clients
         self._needed = experiment.population.enough(self._wanted)
@@ -105,7 +106,8 @@ class Roster:
         at_start = next_round > round
         question = wire.pack_question(self.run, next_round)
         messages = [Message(question, node, MessageType.QUERY, group_id=str(round)) for node in nodes]
-        sizes = {message.metadata.dst_node_id: wire.wire_bytes(message) for message in messages}
+        size = content_bytes(question)
+        sizes = {message.metadata.dst_node_id: wire.wire_bytes(message, size) for message in messages}
         lines = self._exchange.lines
         around = {node: lines.down(message, sizes[node]) for node, message in zip(nodes, messages, strict=True)}
         for arrival in self._exchange.send(messages, self._seconds):
@@ -113,6 +115,8 @@ class Roster:
                 content = arrival.content()
                 peer = wire.unpack_greeting(content, self._wanted, self._layout.sha256, self._data_sha256)
                 self._admit(peer, arrival.node, present)
+                if wire.has_lost(content):
+                    self._say(f"client {peer.index} can't read what it kept: it starts anew, and is told everything")
             except FedtuneError as error:
                 if at_start and _needs_a_person(arrival, error):
                     raise
@@ -135,12 +139,15 @@ class Roster:
             self._say(f"client {peer.index} is back, on another node")
         self._forget(node)
         self.peers[peer.index] = equip(peer, self._experiment, self._layout)
+        self._forget(self.nodes.get(peer.index, node))
         self.nodes[peer.index] = node
+        self._index_of[node] = peer.index
         self._asked[node] = present[node]
 
     def _forget(self, node: int) -> None:
         """Nobody's node any more, whose it was."""
-        self.nodes = {index: known for index, known in self.nodes.items() if known != node}
+        if (index := self._index_of.pop(node, None)) is not None:
+            self.nodes.pop(index, None)
 
 
 def _needs_a_person(arrival: Arrival, error: FedtuneError) -> bool:

@@ -15,38 +15,28 @@ tracker.json    by which ids trackers know the run (fedtune/trackers.py); Tensor
 model.fedtune   all that makes the model of its base, where that is numbers along seeded directions: a few kB
 """
 
-import csv
-import io
 import itertools
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-from fedtune import ledger, model_file
+from fedtune import model_file
 from fedtune.atomic import write_atomically
 from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.clock import Timed
+from fedtune.columns import CLOCK as CLOCK
 from fedtune.columns import METRICS as METRICS
-from fedtune.columns import MORE_SCORES
-from fedtune.config import load
+from fedtune.columns import MORE_SCORES, SIMILARITY
+from fedtune.config import load_file
 from fedtune.errors import RunFolderError
 from fedtune.evaluate import Score
 from fedtune.ledger import Entry
 from fedtune.schema import Experiment
-
-FAILURES = ("round", "peer", "error")
-CLOCK = (
-    "round", "peer", "begun_seconds", "device", "down_bytes", "download_seconds", "compute_seconds", "up_bytes",
-    "upload_seconds", "memory_bytes", "limit_bytes", "bits", "batch_size", "steps", "layers", "numbers", "staleness",
-    "not_counted",
-)  # fmt: skip
-SIMILARITY = ("round", "peer", "other", "similarity")
-CLIENTS = ("round", "peer", "eval_loss", "eval_accuracy", "tokens", *MORE_SCORES)
+from fedtune.tables import COLUMNS, Tables, csv_text, read_lines
 
 
 class RunFolder:
@@ -58,6 +48,8 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self._lock = lock(path)
+        self._tables = Tables(path)
+        self._settled: dict[str, list[Any]] = {}  # the tables as of the checkpoint that was read
 
     @classmethod
     def create(cls, out: str | None, name: str) -> "RunFolder":
@@ -89,7 +81,13 @@ class RunFolder:
         folder = Path(path).expanduser()
         if not (folder / "config.yaml").is_file():
             raise RunFolderError(f"resume={path} holds no run (no config.yaml): give the folder that out= named")
-        return cls(folder)
+        try:
+            return cls(folder)
+        except OSError as error:
+            raise RunFolderError(
+                f"resume={path} can't be written to: {error.strerror or error}. A run goes on in its own folder: make "
+                "room there, or copy it to where it can be written"
+            ) from error
 
     def close(self) -> None:
         if self._lock is not None:
@@ -106,56 +104,60 @@ class RunFolder:
         Raises:
             ConfigError: if it can't be read.
         """
-        path = self.path / "config.yaml"
-        return load(path.read_text(encoding="utf-8"), str(path))
+        return load_file(self.path / "config.yaml")
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        self._append("metrics.csv", METRICS, _csv_text([[_cell(row.get(name)) for name in METRICS]]))
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        self._append("metrics.csv", [row])
 
     def append_ledger(self, entries: Iterable[Entry]) -> None:
-        self._append("ledger.csv", ledger.COLUMNS, "".join([entry.line() for entry in entries]))
+        with self._writing("ledger.csv"):
+            self._tables.append("ledger.csv", "".join([entry.line() for entry in entries]))
 
     def append_failures(self, failures: Iterable[tuple[int, int, str]]) -> None:
         """By client, whoever failed first."""
-        lines = [[str(cell) for cell in failure] for failure in sorted(failures, key=lambda failure: failure[:2])]
-        self._append("failures.csv", FAILURES, _csv_text(lines))
+        ordered = sorted(failures, key=lambda failure: failure[:2])
+        self._append("failures.csv", [{"round": round, "peer": peer, "error": why} for round, peer, why in ordered])
 
     def append_clients(self, round: int, scores: Mapping[int, Score]) -> None:
         rows = [
             {"round": round, "peer": peer, "tokens": score.tokens, **score.row()}
             for peer, score in sorted(scores.items())
         ]
-        self._append("clients.csv", CLIENTS, _csv_text([[_cell(row[name]) for name in CLIENTS] for row in rows]))
+        self._append("clients.csv", rows)
 
     def append_similarity(self, round: int, pairs: Iterable[tuple[int, int, float | None]]) -> None:
         """Args:
         pairs: as fedtune.similarity.every_two has them.
         """
-        lines = [[_cell(cell) for cell in (round, *pair)] for pair in pairs]
-        self._append("similarity.csv", SIMILARITY, _csv_text(lines))
+        self._append("similarity.csv", [dict(zip(SIMILARITY, (round, *pair), strict=True)) for pair in pairs])
 
     def append_clock(self, round: int, turns: Iterable[Timed]) -> None:
         """A line a turn, by client and then by when it began. No limit is an empty cell, as in a file of devices."""
-        lines = []
+        rows = []
         for timed in sorted(turns, key=lambda timed: (timed.peer, timed.begun)):
             took = [None if value == math.inf else value for value in astuple(timed.turn)]
             cells = (round, timed.peer, timed.begun, *took, timed.staleness, timed.not_counted)
-            lines.append([_cell(cell) for cell in cells])
-        self._append("clock.csv", CLOCK, _csv_text(lines))
+            rows.append(dict(zip(CLOCK, cells, strict=True)))
+        self._append("clock.csv", rows)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         with self._writing("summary.json") as path:
             write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """After this the round counts, so its lines are on disk before."""
         with self._writing("checkpoint/state.safetensors") as path:
             path.parent.mkdir(exist_ok=True)
-            save_checkpoint(path, checkpoint)
+            save_checkpoint(path, replace(checkpoint, tables=self._tables.settle()))
 
     def load_checkpoint(self, template: Any) -> Checkpoint | None:
         """The last finished round, or None if there is none yet."""
         path = self.path / "checkpoint" / "state.safetensors"
-        return load_checkpoint(path, template) if path.exists() else None
+        if not path.exists():
+            return None
+        checkpoint = load_checkpoint(path, template)
+        self._settled = checkpoint.tables
+        return checkpoint
 
     def write_adapter(self, name: str, content: bytes, place: str = "adapter") -> None:
         """Args:
@@ -170,31 +172,15 @@ class RunFolder:
             write_atomically(path, content)
 
     def forget_after(self, round: int) -> list[Entry]:
-        """Take out the lines of rounds after `round`, and a last line that was cut off, and return the ledger.
+        """Take out what follows `round`, that of the checkpoint that was read, and return the ledger.
 
-        A killed run may have written lines of a round whose checkpoint it didn't reach; that round is run again.
+        Raises:
+            RunFolderError: if lines of finished rounds are gone or changed.
         """
-        kept: list[Entry] = []
-        by_round = ("metrics.csv", "failures.csv", "clients.csv", "similarity.csv", "clock.csv")
-        tables = dict.fromkeys(by_round, _round_of) | {"ledger.csv": ledger.parse}
-        for name, parse in tables.items():
-            path = self.path / name
-            if not path.exists():
-                continue
-            header, *lines = _read_lines(path)
-            good: list[list[str]] = []
-            for cells in lines:
-                try:
-                    entry = parse(cells)
-                except (ValueError, IndexError):
-                    continue
-                if (entry.round if isinstance(entry, Entry) else entry) <= round and len(cells) == len(header):
-                    good.append(cells)
-                    if isinstance(entry, Entry):
-                        kept.append(entry)
+        for name in COLUMNS:
             with self._writing(name):
-                write_atomically(path, _csv_text([header, *good]).encode())
-        return kept
+                self._tables.cut_back(name, round, self._settled)
+        return self._tables.entries()
 
     def spent(self) -> tuple[float, float | None, float]:
         """Seconds of the rounds so far, without evaluation (the virtual clock's where it runs), the last held-out loss,
@@ -222,25 +208,17 @@ class RunFolder:
         return found
 
     def _rows(self) -> list[dict[str, str]]:
-        path = self.path / "metrics.csv"
-        header, *lines = _read_lines(path) if path.exists() else [list(METRICS)]
+        header, *lines = read_lines(self.path / "metrics.csv") or [list(METRICS)]
         return [dict(zip(header, cells, strict=True)) for cells in lines]
 
     def metrics(self) -> list[dict[str, float]]:
         """The rounds so far, each with the numbers that it has."""
         return [{name: float(cell) for name, cell in row.items() if cell} for row in self._rows()]
 
-    def _append(self, name: str, header: Sequence[str], lines: str) -> None:
-        if not lines:
-            return
-        with self._writing(name) as path:
-            if not path.exists():
-                lines = _csv_text([header]) + lines
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                _write_all(descriptor, lines.encode())
-            finally:
-                os.close(descriptor)
+    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        lines = csv_text([[_cell(row.get(column)) for column in COLUMNS[name]] for row in rows])
+        with self._writing(name):
+            self._tables.append(name, lines)
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
@@ -248,9 +226,11 @@ class RunFolder:
         try:
             yield path
         except OSError as error:
+            begun = (self.path / "config.yaml").exists()
+            way_out = f"fedtune run resume={self.path}" if begun else f"start it again, with out={self.path}"
             raise RunFolderError(
                 f"{path} can't be written: {error.strerror or error}. What was written before is kept; "
-                f"make room, then: fedtune run resume={self.path}"
+                f"make room, then: {way_out}"
             ) from error
 
 
@@ -313,35 +293,6 @@ def _cell(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _round_of(cells: list[str]) -> int:
-    return int(cells[0])
-
-
-def _csv_text(rows: Iterable[Sequence[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
-def _read_lines(path: Path) -> list[list[str]]:
-    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
-        return list(csv.reader(stream))
-
-
-def _write_all(descriptor: int, content: bytes) -> None:
-    """One write where the system takes it whole. If it can't (a full disk), what it took is taken back, so that the
-    file still ends with a whole line."""
-    start = os.fstat(descriptor).st_size
-    view = memoryview(content)
-    try:
-        while view:
-            view = view[os.write(descriptor, view) :]
-    except OSError:
-        with suppress(OSError):
-            os.ftruncate(descriptor, start)
-        raise
-
-
 def lock(path: Path) -> Any:
     """Hold the folder for this process, until what is returned is closed; the system lets go when the process ends,
     however it ends.
@@ -354,7 +305,7 @@ def lock(path: Path) -> Any:
     except ImportError:  # not on Windows
         return None
     flock: Callable[[int, int], None] = fcntl.flock
-    handle = (path / ".lock").open("a")
+    handle = (path / ".lock").open("ab")
     try:
         flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

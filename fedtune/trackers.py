@@ -317,7 +317,7 @@ TRACKERS: dict[str, Callable[[TrackerSpec], Tracker]] = {
 
 def _ids(folder: Path) -> dict[str, str]:
     path = folder / IDS
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def _remember(folder: Path, where: str, known_as: str) -> None:

@@ -11,7 +11,7 @@ from fedtune.errors import MALFORMED, ClientError, ConfigError, WireError
 from fedtune.owner import Owner
 from fedtune.party import Party, home, party_of
 from fedtune.population import profile_of
-from fedtune.protocol import Capability, Peer
+from fedtune.protocol import UNLIMITED, Capability, Peer
 from fedtune.wire import pack_greeting, pack_score, unpack_question
 
 # What a node's owner may declare of it, in Flower's spelling of keys
@@ -52,10 +52,10 @@ def _answer(kind: str, round: str, content: RecordDict, party: Party, node_confi
     index = index_of(node_config)
     if kind == MessageType.QUERY:
         run, before = unpack_question(content)
-        version, heard = party.holds(run, index, before) if run else (0, 0)
-        capability = capability_of(node_config, profile_of(index, party.experiment, home()))
+        version, heard, lost = party.holds(run, index, before) if run else (0, 0, False)
+        capability = capability_of(node_config, profile_of(index, party.experiment, home))
         peer = Peer(index, party.samples(index), capability, installed_version=version, heard=heard)
-        return pack_greeting(peer, party.model.layout.sha256, party.data.sha256)
+        return pack_greeting(peer, party.model.layout.sha256, party.data.sha256, lost)
     if kind not in (MessageType.TRAIN, MessageType.EVALUATE):
         raise WireError(f"message type {kind[:40]!r} is not known: expected query, train or evaluate")
     if not re.fullmatch(r"[0-9]{1,18}", round):
@@ -93,7 +93,8 @@ def capability_of(node_config: Mapping[str, Any], assigned: Capability | None = 
         ConfigError: for a limit that isn't a number above zero, or a label that is none.
     """
     declared = {LIMITS[key]: value for key, value in node_config.items() if key in LIMITS}
+    able = assigned or UNLIMITED
     try:
-        return replace(assigned or Capability(), **declared)
+        return replace(able, **declared) if declared else able
     except ValueError as error:
         raise ConfigError(f"--node-config: {error}") from error

@@ -22,10 +22,11 @@ from fedtune.errors import ConfigError, WireError
 from fedtune.evaluate import Score
 from fedtune.flower import content_bytes, envelope_bytes
 from fedtune.limits import check_settings
-from fedtune.protocol import Capability, Codec, Instruction, Peer, Setting, Tensors, Update
+from fedtune.protocol import UNLIMITED, Capability, Codec, Instruction, Peer, Setting, Tensors, Update
 
 PAYLOAD, BLOB, SETTINGS, METRICS, EXAMPLES, GREETING = "payload", "blob", "settings", "metrics", "examples", "greeting"
 ROUND = "round"
+LOST = "lost"
 RUN = "run"  # the setting under which an instruction carries the run's id; no strategy may use it
 MAX_METRICS = 64
 SCORED = ("loss", "accuracy", "tokens")  # what every score has
@@ -285,14 +286,23 @@ def unpack_question(content: RecordDict) -> tuple[str, int]:
     return run, round
 
 
-def pack_greeting(peer: Peer, layout_sha256: str, data_sha256: str = "") -> RecordDict:
-    """What a client says of itself at the handshake. Of its capability, only what is limited."""
-    limits = {name: value for name, value in vars(peer.capability).items() if value != getattr(_UNLIMITED, name)}
+def pack_greeting(peer: Peer, layout_sha256: str, data_sha256: str = "", lost: bool = False) -> RecordDict:
+    """What a client says of itself at the handshake. Of its capability, only what is limited.
+
+    Args:
+        lost: whether it could not read what it had kept.
+    """
+    limits = {name: value for name, value in vars(peer.capability).items() if value != getattr(UNLIMITED, name)}
     greeting = {"index": peer.index, "samples": peer.samples, "layout": layout_sha256, **limits}
     held = {"version": peer.installed_version, "heard": peer.heard}
-    greeting |= {name: number for name, number in held.items() if number}
+    greeting |= {name: number for name, number in held.items() if number} | ({LOST: True} if lost else {})
     greeting |= {"data": data_sha256} if data_sha256 else {}
     return RecordDict({GREETING: ConfigRecord(greeting)})
+
+
+def has_lost(content: RecordDict) -> bool:
+    """Whether a greeting says that its client could not read what it had kept."""
+    return bool(_record(content, GREETING, ConfigRecord).get(LOST, False))
 
 
 def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str, data_sha256: str = "") -> Peer:
@@ -309,6 +319,7 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str, data_
     index, samples, layout = (record.pop(name, None) for name in ("index", "samples", "layout"))
     data = record.pop("data", "")
     held = {name: record.pop(name, 0) for name in ("version", "heard")}
+    record.pop(LOST, None)
     if not isinstance(index, int) or not 0 <= index < clients:
         raise WireError(f"client index should be 0 ... {clients - 1}, got {index!r}")
     if not isinstance(samples, int) or samples < 0:
@@ -327,9 +338,7 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str, data_
         if not isinstance(number, int) or number < 0:
             raise WireError(f"client {index}: '{name}' should be a number from 0 up, got {number!r}")
     try:
-        return Peer(index, samples, Capability(**record), installed_version=held["version"], heard=held["heard"])
+        able = Capability(**record) if record else UNLIMITED
+        return Peer(index, samples, able, installed_version=held["version"], heard=held["heard"])
     except (TypeError, ValueError) as error:
         raise WireError(f"client {index} describes what it can do in a way that is not understood: {error}") from error
-
-
-_UNLIMITED = Capability()

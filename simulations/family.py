@@ -69,7 +69,7 @@ def main(words: Sequence[str]) -> int:
 
 def finished(folder: Path) -> bool:
     path = folder / "summary.json"
-    return path.exists() and json.loads(path.read_text())["status"] == "finished"
+    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["status"] == "finished"
 
 
 def read(folder: Path) -> Line:
@@ -91,7 +91,7 @@ def read(folder: Path) -> Line:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(newline="") as stream:
+    with path.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 
 

@@ -28,7 +28,7 @@ COMMON = ("experiment=unequal", "runtime.threads=1")
 
 
 def table(folder: Path, name: str) -> list[dict[str, str]]:
-    with (folder / name).open() as stream:
+    with (folder / name).open(encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 
 

@@ -74,6 +74,26 @@ def messages(tmp_path, *more, **node_config):
     return query, Message(content, NODE, "train", group_id="1"), context
 
 
+@pytest.mark.parametrize("kind", ["file", "fifo", "dangling link", "link", "open to all"])
+def test_a_place_that_somebody_else_has_taken_is_one_line(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    taken = tmp_path / f"fedtune-{os.getuid()}"
+    if kind == "file":
+        taken.touch()
+    elif kind == "fifo":
+        os.mkfifo(taken)
+    elif kind == "open to all":
+        taken.mkdir()
+        taken.chmod(0o777)
+    else:
+        if kind == "link":
+            (tmp_path / "there").mkdir()
+        taken.symlink_to(tmp_path / "there")
+    with pytest.raises(ClientError, match=r"must be a folder that only this user can enter.*XDG_RUNTIME_DIR") as caught:
+        place_of(NODE)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.slow
 def test_a_worker_answers_as_this_process_would_and_stays(place, tmp_path):
     query, train, context = messages(tmp_path)

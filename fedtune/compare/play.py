@@ -22,7 +22,7 @@ from typing import Any
 
 from fedtune.compare.plan import Cell
 from fedtune.compare.state import now
-from fedtune.config import compose, differences, load
+from fedtune.config import compose, differences, load_file
 from fedtune.errors import FedtuneError, Interrupted, RunFolderError
 from fedtune.runtime.work import WATCH_SECONDS, is_alive
 from fedtune.schema import Experiment
@@ -53,7 +53,7 @@ def asked(cell: Cell) -> tuple[Experiment, Experiment | None]:
     stored = cell.folder / "config.yaml"
     if not stored.is_file():
         return experiment, None
-    before = load(stored.read_text(encoding="utf-8"), str(stored))
+    before = load_file(stored)
     if changed := differences(before.fixed(), experiment.fixed()):
         raise RunFolderError(
             f"{cell.folder} holds a run with other settings: {'; '.join(changed)}. Take another out=, or leave "

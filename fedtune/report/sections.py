@@ -142,9 +142,10 @@ def _sets_the_scale(entry: Entry) -> bool:
 @cache
 def _is_control(target: str) -> bool:
     module = _file_of(target)
-    return (
-        module is not None and "control" in (ast.get_docstring(ast.parse(module.read_text())) or "").partition("\n")[0]
-    )
+    if module is None:
+        return False
+    said = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+    return "control" in said.partition("\n")[0]
 
 
 def _file_of(target: str) -> Path | None:

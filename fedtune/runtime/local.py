@@ -12,6 +12,7 @@ from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedtune.errors import RunFolderError
 from fedtune.flower import SERVER_NODE, Error, ErrorCode, Run, assume_identity, set_message_id
 from fedtune.keys import fold
 from fedtune.run_folder import settled
@@ -95,6 +96,8 @@ class LocalGrid(Grid):
             return Message(Error(ErrorCode.NODE_UNAVAILABLE, reason), reply_to=message)
         try:
             return self._client_app(message=message, context=context)
+        except RunFolderError:  # the disk that a client's memory is on is the run's own
+            raise
         except Exception as error:  # whatever a client raises is the server's to book, not the end of the run
             reason = f"{type(error).__name__}: {error}"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)

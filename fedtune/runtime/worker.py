@@ -141,7 +141,15 @@ def place_of(node: int) -> Place:
     base = os.environ.get("XDG_RUNTIME_DIR")
     parent = Path(base) if base and Path(base).is_dir() else Path(tempfile.gettempdir())
     folder = parent / f"fedtune-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        what = "a link that leads nowhere" if folder.is_symlink() else "no folder"
+        what = f"it is {what}" if os.path.lexists(folder) else error.strerror or str(error)
+        raise ClientError(
+            f"{folder} must be a folder that only this user can enter, and can't be made: {what}. Remove it, or name "
+            "another place with XDG_RUNTIME_DIR"
+        ) from error
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ClientError(
@@ -253,14 +261,14 @@ def _start(place: Place, idle: float) -> Worker:
 
 def _tail(log: Path) -> str:
     with suppress(OSError):
-        return log.read_text(errors="replace")[-LOG_TAIL:].strip() or "(empty)"
+        return log.read_text(errors="replace", encoding="utf-8")[-LOG_TAIL:].strip() or "(empty)"
     return "(none)"
 
 
 def _process_age() -> float:
     """Seconds since this process began; 0 where the system doesn't say."""
     with suppress(OSError, AttributeError, ValueError):
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        started = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
     return 0.0
 

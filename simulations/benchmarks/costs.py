@@ -53,7 +53,7 @@ SETTINGS = (
 
 def resident(what: str = "VmRSS") -> float:
     """Bytes of this process in memory; "VmHWM" for the most since the counter was reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * float(next(line for line in lines if line.startswith(what)).split()[1])
 
 
@@ -83,7 +83,7 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
     chosen = [weight for weight in weights if weight.block >= 30 - setting.blocks]
     model.adapt_only([weight.module for weight in chosen])
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     generator = torch.Generator().manual_seed(0)
     learnt = torch.arange(setting.tokens).expand(setting.batch, -1) >= setting.tokens // 2
     parameters = model.parameters()

@@ -148,7 +148,7 @@ def ray_round(experiment: Experiment) -> float:
                 "init_args": {"include_dashboard": False, "_node_ip_address": "127.0.0.1"},
             },
         )
-        with (Path(folder) / "run" / "metrics.csv").open() as stream:
+        with (Path(folder) / "run" / "metrics.csv").open(encoding="utf-8") as stream:
             return statistics.median(float(row["seconds"]) for row in list(csv.DictReader(stream))[2:])
 
 
@@ -197,7 +197,7 @@ def bare(words: Sequence[str] = (), clients: int = 20) -> list[tuple[str, ...]]:
         grid = LocalGrid(app, clients, {"config": text})
         party.experiment = experiment
         make_server_app()(grid=grid, context=server_context({"config": text}))
-        with (Path(folder) / "run" / "metrics.csv").open() as stream:
+        with (Path(folder) / "run" / "metrics.csv").open(encoding="utf-8") as stream:
             federated = float(list(csv.DictReader(stream))[1]["seconds"]) - bare_seconds[0]
     ratio = federated / bare_seconds[0]
     return [

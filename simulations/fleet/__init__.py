@@ -182,7 +182,7 @@ class Fleet:
         """Tell the command line where the SuperLink is: $FLWR_HOME/config.toml."""
         trust = f'root-certificates = "{self.authority}"' if self.secure else "insecure = true"
         text = f'[superlink]\ndefault = "{LINK}"\n\n[superlink.{LINK}]\naddress = "{self.superlink.address}"\n{trust}\n'
-        (self.operator / "config.toml").write_text(text)
+        (self.operator / "config.toml").write_text(text, encoding="utf-8")
 
     def environment(self, home: Path, mark: str, env: Mapping[str, str] | None = None) -> dict[str, str]:
         """What a part of the fleet sees. PYTHONPATH stays behind: the app's code comes from its bundle."""
