@@ -35,6 +35,9 @@ class LocalModel:
             adapter has the names that PEFT looks for; the base's own names where there is no adapter.
         base_change: what was merged into the base.
         origin_shift: what is added to the base from the start and for good; nothing for most kinds (fedtune/kinds.py).
+        pad: the token that pads.
+        quantization: what the base is held in: none, int8, nf4, or what its files say.
+        notes: what is to be said of base and adapter when a run starts.
         constants: what an exported adapter needs besides, by such names: VeRA's projections; nothing for other kinds.
     """
 
@@ -47,7 +50,10 @@ class LocalModel:
         Raises:
             ModelError: if a target names no layer that can be adapted, or this kind can't adapt this base.
         """
-        self.module: Any = attach(base.model, spec)
+        attached: tuple[Any, str] = attach(base.model, spec, base.reached)
+        self.module, said = attached
+        self.notes = [*base.notes, *([said] if said else [])]
+        self.quantization, self.pad = base.quantization, base.pad
         self.tokenizer = base.tokenizer
         self.origin = base.origin
         self.device: torch.device = next(base.model.parameters()).device
