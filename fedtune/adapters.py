@@ -186,6 +186,10 @@ class LocalModel:
         """A copy of every tensor that is being trained, on the CPU."""
         return {name: live.detach().to("cpu", copy=True) for name, live in self.trained().items()}
 
+    def at_start(self) -> bool:
+        """Whether all trainable tensors have the values that every party starts from."""
+        return all(torch.equal(live.detach().cpu(), self.layout.initial[name]) for name, live in self._live.items())
+
     def trained(self) -> dict[str, nn.Parameter]:
         """The tensors that are being trained, by name."""
         return {name: live for name, live in self._live.items() if live.requires_grad}
@@ -227,6 +231,11 @@ class LocalModel:
         layer: Any = self.module.get_submodule(module)
         found: nn.Module = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
         return found
+
+    @property
+    def base(self) -> Any:
+        """The base model, with whatever adapters are in its layers."""
+        return self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
 
     @property
     def trainable(self) -> int:

@@ -107,7 +107,7 @@ def load_data(spec: DataSpec, clients: int, tokenizer: Any, seed: int) -> Federa
             "use fewer clients, a milder partition (data.partition=iid, a larger data.alpha) or more data"
         )
     return FederatedData(
-        corpus, tuple(train), tuple(heldout), server, int(tokenizer.pad_token_id), len(examples) - len(corpus)
+        corpus, tuple(train), tuple(heldout), server, int(tokenizer.pad_token_id or 0), len(examples) - len(corpus)
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedtune.corpus import Corpus
 from fedtune.errors import ModelError
 
 LENGTH = 12  # tokens of the text
@@ -59,8 +60,8 @@ def check_quantization(name: str, config: Any, asked: str) -> str:
         held = str(given.get("bnb_4bit_quant_type", "fp4"))
     if asked not in ("none", held):
         raise ModelError(
-            f"model.quantization={asked}, and the files of {name} are quantized already, to {held}, which nothing makes "
-            "whole again: leave model.quantization out, or take the model that isn't quantized"
+            f"model.quantization={asked}, and the files of {name} are quantized already, to {held}, which nothing "
+            "makes whole again: leave model.quantization out, or take the model that isn't quantized"
         )
     return held
 
@@ -147,6 +148,21 @@ def no_tokenizer(name: str, where: str, reason: str = "") -> ModelError:
         f"{name} {what}. It was looked for in {where}: expected {', '.join(TOKENIZER_FILES[:4])} or the like there, as "
         "tokenizer.save_pretrained writes them"
     )
+
+
+def check_tokens(corpus: Corpus, model: Any) -> None:
+    """
+    Raises:
+        ModelError: if an example has a token that the model has no row for.
+    """
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    for tokens in (corpus.tokens, *(span for each in corpus.questions.values() for span, _ in each.options)):
+        if len(tokens) and (highest := int(tokens.max())) >= rows:
+            raise ModelError(
+                f"the tokenizer makes token {highest} of the data, and the model has rows for tokens 0 to {rows - 1}: "
+                "they don't belong together, or the model's embeddings have to be made larger "
+                "(resize_token_embeddings)"
+            )
 
 
 def positions_of(model: Any) -> int | None:

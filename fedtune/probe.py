@@ -39,7 +39,7 @@ def costs_of(model: LocalModel, data: FederatedData, batch_size: int, seed: int)
     rows = np.concatenate(data.train)
     lengths, learnt = np.diff(data.corpus.starts), _learnt(data)
     padded, answers = _typical(lengths, learnt, rows, batch_size, fold(seed, "costs"))
-    base = _base(model)
+    base = model.base
     blocks = blocks_of(base)
     with _bare(model):
         linear = _work(base, blocks, round(padded))
@@ -74,7 +74,7 @@ def costs_of(model: LocalModel, data: FederatedData, batch_size: int, seed: int)
 
 def weights_of(model: LocalModel) -> list[Weight]:
     """The layers that have a LoRA adapter, and where in the base they are."""
-    names = list(blocks_of(_base(model)))
+    names = list(blocks_of(model.base))
     return [
         Weight(module, _block(module, names), product.b.shape[0], product.a.shape[1])
         for module, product in pairs(model.layout.initial).items()
@@ -95,7 +95,7 @@ def blocks_of(base: nn.Module) -> dict[str, nn.Module]:
 
 def base_bytes(model: LocalModel) -> dict[str, float]:
     """The frozen base in memory, by the bits that its matrices could be held in; the vocabulary's stay as they are."""
-    base = _base(model)
+    base = model.base
     layers = _linear(base).values()
     linear = sum(rows * columns for _, rows, columns in layers)
     known = {id(layer.weight) for layer, _, _ in layers} | {id(p) for own in _adapters(base) for p in own.parameters()}
@@ -109,10 +109,6 @@ def base_bytes(model: LocalModel) -> dict[str, float]:
         bits = "4" if getattr(base, "is_loaded_in_4bit", False) else "8"
         return {bits: held[bits]}
     return held
-
-
-def _base(model: LocalModel) -> Any:
-    return model.module.get_base_model() if hasattr(model.module, "get_base_model") else model.module
 
 
 @contextmanager
@@ -129,7 +125,7 @@ def _bare(model: LocalModel) -> Iterator[None]:
             if hasattr(model.module, "disable_adapter"):
                 stack.enter_context(model.module.disable_adapter())
             stack.enter_context(seeded(0, model.device))
-            _base(model).train()
+            model.base.train()
             yield
     finally:
         for layer in off:
@@ -199,7 +195,7 @@ def _embedded(base: Any, length: int) -> Tensor:
     embeddings = base.get_input_embeddings()
     tokens = torch.zeros(1, length, dtype=torch.int64, device=embeddings.weight.device)
     embedded: Tensor = embeddings(tokens).detach().requires_grad_()
-    return embedded
+    return embedded.clone()  # some models add to it in place
 
 
 def _forward(base: Any, embedded: Tensor) -> None:
