@@ -66,8 +66,11 @@ def check_quantization(name: str, config: Any, asked: str) -> str:
     return held
 
 
-def examine(model: Any, name: str) -> frozenset[str] | None:
+def examine(model: Any, name: str, held: str = "none") -> frozenset[str] | None:
     """Send one short text through the model, forwards and back, as it trains.
+
+    Args:
+        held: what the model is held in.
 
     Returns:
         The whole names of the modules that it went through; None where the model doesn't say.
@@ -101,8 +104,11 @@ def examine(model: Any, name: str) -> frozenset[str] | None:
             logits = model(input_ids=tokens, use_cache=False).logits[0].float()
             logits[: LENGTH // 2].square().sum().backward()
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"{name} can't take a text of {LENGTH} tokens, forwards and back: {reason}") from error
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            way_out = "" if held == "none" else f". It is held in {held}: try model.quantization=none"
+            raise ModelError(
+                f"{name} can't take a text of {LENGTH} tokens, forwards and back: {reason}{way_out}"
+            ) from error
     if heard and (gradient := heard[0].grad) is not None:
         influence = gradient.float().abs().sum(-1).flatten()
         before, after = influence[: LENGTH // 2].max(), influence[LENGTH // 2 :].max()
@@ -168,7 +174,10 @@ def check_tokens(corpus: Corpus, model: Any) -> None:
 def positions_of(model: Any) -> int | None:
     """How many tokens a text can have at most: as many as the model's table of positions has rows; None where it has
     no such table, as with rotary positions, which go on beyond what the model was trained with."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    if config.model_type == "mpt":  # ALiBi, but of a fixed length
+        return int(config.max_seq_len)
+    limit = getattr(config, "max_position_embeddings", None)
     words = model.get_input_embeddings()
     found: list[int] = []
     for name, module in model.named_modules():
@@ -184,22 +193,10 @@ def positions_of(model: Any) -> int | None:
 
 
 def quantized_share(model: Any) -> float:
-    """The share of the weights, the vocabulary's aside, that are held as 4 or 8 bits."""
-    vocabulary = {
-        id(p)
-        for part in (model.get_input_embeddings(), model.get_output_embeddings())
-        if part is not None
-        for p in part.parameters()
-    }
-    quantized = whole = 0
-    for module in model.modules():
-        codes = type(module).__name__ in ("Linear4bit", "Linear8bitLt")
-        for name, weight in module.named_parameters(recurse=False):
-            if codes and name == "weight":
-                quantized += module.in_features * module.out_features
-            elif weight.dim() > 1 and id(weight) not in vocabulary:
-                whole += weight.numel()
-    return quantized / (quantized + whole) if quantized + whole else 1.0
+    """The share of the weights, the vocabulary's aside, that bitsandbytes holds as 4 or 8 bits."""
+    quantized, others = _held(model)
+    whole = quantized + sum(weight.numel() for _, weight in others)
+    return quantized / whole if whole else 1.0
 
 
 def check_share(name: str, model: Any, kind: str, least: float) -> str:
@@ -208,22 +205,32 @@ def check_share(name: str, model: Any, kind: str, least: float) -> str:
     Raises:
         ModelError: if that is less than `least`.
     """
+    if kind not in ("nf4", "fp4", "int8"):  # not by bitsandbytes
+        return f"{name}: its files hold it as {kind}"
     share = quantized_share(model)
     said = f"{share:.0%} of its weights, the vocabulary's aside, are held in {kind}"
     if share < least:
-        large = [f"{each} ({weight.numel():,})" for each, weight in _largest(model)]
+        largest = max(_held(model)[1], key=lambda each: each[1].numel())[0]
         raise ModelError(
-            f"{name}: {said}: bitsandbytes quantizes layers, and most of the weights here lie in others, as "
-            f"{', '.join(large)}. Set model.min_quantized={int(share * 100) / 100:g} to take it so, or "
-            "model.quantization=none"
+            f"{name}: {said}. bitsandbytes quantizes layers, and most of these weights are in none, as {largest}. Set "
+            f"model.min_quantized={int(share * 100) / 100:g} to take it so, or model.quantization=none"
         )
     return f"{name}: {said}"
 
 
-def _largest(model: Any) -> list[tuple[str, Tensor]]:
-    words = model.get_input_embeddings().weight
-    plain = [(n, p) for n, p in model.named_parameters() if p.is_floating_point() and p is not words]
-    return sorted(plain, key=lambda each: -each[1].numel())[:1]
+def _held(model: Any) -> tuple[int, list[tuple[str, Tensor]]]:
+    """How many weights are in quantized layers; and the other matrices, but for the vocabulary's."""
+    parts = (model.get_input_embeddings(), model.get_output_embeddings())
+    vocabulary = {id(weight) for part in parts if part is not None for weight in part.parameters()}
+    quantized, others = 0, []
+    for place, module in model.named_modules():
+        codes = type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+        for name, weight in module.named_parameters(recurse=False):
+            if codes and name == "weight":
+                quantized += module.in_features * module.out_features
+            elif weight.dim() > 1 and id(weight) not in vocabulary:
+                others.append((f"{place}.{name}", weight))
+    return quantized, others
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

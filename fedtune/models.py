@@ -87,7 +87,7 @@ def load_base(spec: ModelSpec, device: torch.device) -> Base:
     check_config(spec.path, config)
     held = check_quantization(spec.path, config, spec.quantization)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
-    if spec.quantization != held:
+    if spec.quantization not in ("none", held):
         options["quantization_config"] = _quantization(spec.quantization, dtype)
         held = spec.quantization
     if held != "none":
@@ -111,9 +111,10 @@ def load_base(spec: ModelSpec, device: torch.device) -> Base:
     pad = check_tokenizer(tokenizer, spec.path, str(where), len(model.get_input_embeddings().weight))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    notes = (check_share(spec.path, model, held, spec.min_quantized),) if spec.quantization != "none" else ()
+    least = spec.min_quantized if spec.quantization != "none" else 0.0
+    notes = () if held == "none" else (check_share(spec.path, model, held, least),)
     model = _freeze(model)
-    return Base(model, tokenizer, origin, pad, held, examine(model, spec.path), notes)
+    return Base(model, tokenizer, origin, pad, held, examine(model, spec.path, held), notes)
 
 
 def locate(spec: ModelSpec) -> Origin:

@@ -27,6 +27,7 @@ ALLOCATOR = 1.3  # what an allocator and short-lived copies take, over what a st
 FIXED_BYTES = 110e6  # libraries' workspaces and what else a process has only once it trains; measured likewise
 LOGIT_BYTES = 14.0  # a logit in the model's 16 bits; in float32 its log-probability, and two gradients
 SLOWDOWN = {"4": 1.1, "8": 1.2, "16": 1.0, "32": 1.0}  # a step beside one in 16 bits; measured likewise
+QUANTIZED = ("Linear4bit", "Linear8bitLt")
 SAMPLED = 64  # batches whose padded length is averaged
 
 
@@ -94,17 +95,24 @@ def blocks_of(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def base_bytes(model: LocalModel) -> dict[str, float]:
-    """The frozen base in memory, by the bits that its matrices could be held in; the vocabulary's stay as they are."""
+    """The frozen base in memory, by the bits that its layers could be held in. The vocabulary's stay as they are, and
+    so does what is in no layer, as fused experts: where that is most of the model, fewer bits aren't offered."""
     base = model.base
     layers = _linear(base).values()
+    if model.quantization != "none":  # some are left as they are
+        layers = [each for each in layers if type(each[0]).__name__ in QUANTIZED] or layers
     linear = sum(rows * columns for _, rows, columns in layers)
     known = {id(layer.weight) for layer, _, _ in layers} | {id(p) for own in _adapters(base) for p in own.parameters()}
-    rest = sum(p.numel() for p in base.parameters() if id(p) not in known)
+    rest = [p for p in base.parameters() if id(p) not in known]
+    beside = float(sum(p.numel() * p.element_size() for p in rest))
     wide = 4.0 if base.dtype == torch.float32 else 2.0
-    whole = {"32" if wide == 4 else "16": (linear + rest) * wide}
-    if model.origin.path is None:  # made in code: there is no file to read in other bits
-        return whole
-    held = {"4": linear * NF4_BYTES + rest * wide, "8": linear + rest * wide, **whole}
+    whole = {"32" if wide == 4 else "16": linear * wide + beside}
+    parts = (base.get_input_embeddings(), base.get_output_embeddings())
+    vocabulary = {id(part.weight) for part in parts if part is not None}
+    apart = sum(p.numel() for p in rest if id(p) not in vocabulary)
+    if model.origin.path is None or (model.quantization == "none" and linear < apart):
+        return whole  # made in code, there is no file to read in other bits
+    held = {"4": linear * NF4_BYTES + beside, "8": linear + beside, **whole}
     if getattr(getattr(base, "hf_quantizer", None), "pre_quantized", False):  # its file has no other bits
         bits = "4" if getattr(base, "is_loaded_in_4bit", False) else "8"
         return {bits: held[bits]}
