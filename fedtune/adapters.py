@@ -35,6 +35,9 @@ class LocalModel:
             adapter has the names that PEFT looks for; the base's own names where there is no adapter.
         base_change: what was merged into the base.
         origin_shift: what is added to the base from the start and for good; nothing for most kinds (fedtune/kinds.py).
+        pad: the token that pads.
+        quantization: what the base is held in: none, int8, nf4, or what its files say.
+        notes: what is to be said of base and adapter when a run starts.
         constants: what an exported adapter needs besides, by such names: VeRA's projections; nothing for other kinds.
     """
 
@@ -47,7 +50,10 @@ class LocalModel:
         Raises:
             ModelError: if a target names no layer that can be adapted, or this kind can't adapt this base.
         """
-        self.module: Any = attach(base.model, spec)
+        attached: tuple[Any, str] = attach(base.model, spec, base.reached)
+        self.module, said = attached
+        self.notes = [*base.notes, *([said] if said else [])]
+        self.quantization, self.pad = base.quantization, base.pad
         self.tokenizer = base.tokenizer
         self.origin = base.origin
         self.device: torch.device = next(base.model.parameters()).device
@@ -185,6 +191,10 @@ class LocalModel:
         """A copy of every tensor that is being trained, on the CPU."""
         return {name: live.detach().to("cpu", copy=True) for name, live in self.trained().items()}
 
+    def at_start(self) -> bool:
+        """Whether all trainable tensors have the values that every party starts from."""
+        return all(torch.equal(live.detach().cpu(), self.layout.initial[name]) for name, live in self._live.items())
+
     def trained(self) -> dict[str, nn.Parameter]:
         """The tensors that are being trained, by name."""
         return {name: live for name, live in self._live.items() if live.requires_grad}
@@ -226,6 +236,11 @@ class LocalModel:
         layer: Any = self.module.get_submodule(module)
         found: nn.Module = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
         return found
+
+    @property
+    def base(self) -> Any:
+        """The base model, with whatever adapters are in its layers."""
+        return self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
 
     @property
     def trainable(self) -> int:

@@ -13,6 +13,7 @@ from fedtune.adapters import LocalModel
 from fedtune.base_change import DENSE
 from fedtune.lowrank import LowRank, pairs, stack, unpair
 from fedtune.merging import from_residual, joined
+from fedtune.peft_fields import readable
 from fedtune.protocol import Tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -28,7 +29,8 @@ def adapter_files(model: LocalModel) -> dict[str, bytes]:
     if model.layout.base:
         return {}
     tensors = _tensors(model)
-    config: dict[str, Any] = model.module.peft_config["default"].to_dict()
+    made = model.module.peft_config["default"]
+    config = readable(made, made.to_dict())
     config["base_model_name_or_path"] = model.origin.hub_id or model.origin.path
     config["inference_mode"] = True
     ranks = {module: product.rank for module, product in pairs(tensors).items()}

@@ -237,7 +237,7 @@ def load_data(spec: DataSpec, clients: int, tokenizer: Any, seed: int) -> Federa
         tuple(np.sort(rows[~tests[rows]]) for rows in held),
         tuple(np.sort(rows[tests[rows]]) for rows in held),
         server,
-        int(tokenizer.pad_token_id),
+        int(tokenizer.pad_token_id or 0),
         len(examples) - len(kept),
         len(kept) - count,
         (aside, sum(quota.values())),

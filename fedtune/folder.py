@@ -8,19 +8,23 @@ base, which rounds each weight once to the base's dtype.
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from fedtune.adapters import LocalModel
 from fedtune.checkpoint import load_checkpoint
 from fedtune.config import load_file
 from fedtune.errors import ExportError, ModelError
 from fedtune.export import adapter_files
+from fedtune.keys import bits, fold
 from fedtune.model_file import NAME, TunedModel, malformed, read
 from fedtune.models import Base, Origin, load_base, pick_device
 from fedtune.owner import user
@@ -28,6 +32,8 @@ from fedtune.party import Party
 from fedtune.schema import FULL, Experiment
 from fedtune.traits import traits_of
 
+ROUNDING = {torch.float32: 1e-3}  # of the logits' spread, that merging and another order of sums may change
+COARSE = 0.1  # in 16 bits, over all layers
 PROMPTS = ("adaption_prompt", "prompt_tuning", "prefix_tuning")  # kinds that add tokens, and change no weight
 
 
@@ -71,14 +77,18 @@ def export(source: str, out: str, base: str | None = None) -> Exported:
     _check_exportable(found, party)
     local, number = tuned(found, party)
     _check_weights(local)
-    model, tokenizer, origin = local.module, local.tokenizer, local.origin
+    model, tokenizer, origin, device = local.module, local.tokenizer, local.origin, local.device
+    expected = _predictions(model, device)
+    files = adapter_files(local)
+    del local, party
     if experiment.adapter.kind != FULL:
-        files = adapter_files(local)
-        del local, model, party  # this base has adapters in it. It goes before a fresh one is read
+        del model  # this base has adapters in it. It goes before a fresh one is read
         model = _merged(_base(found, experiment), files)
     with beside(target) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        del model
+        _check_written(unfinished, target, device, expected)
     written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     return Exported(target, written, found.experiment, number, origin)
 
@@ -222,10 +232,54 @@ def _merged(base: Base, files: dict[str, bytes]) -> Any:
     """The base with the adapter in its weights, changes of the base that belong to it included."""
     from peft import PeftModel
 
-    with tempfile.TemporaryDirectory(prefix="fedtune-") as folder:
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="fedtune-") as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
-        return PeftModel.from_pretrained(base.model, folder).merge_and_unload()
+        warnings.simplefilter("ignore")  # about tied weights, which come apart here
+        adapted = PeftModel.from_pretrained(base.model, folder)
+    _take_apart(adapted)
+    return adapted.merge_and_unload()
+
+
+def _take_apart(adapted: Any) -> None:
+    """Give each adapted layer a weight of its own. One that it shares, as a head does with the embeddings where these
+    are tied, would take up the adapter for the others too, which were trained without it."""
+    holders: dict[int, int] = {}
+    for _, weight in adapted.named_parameters(remove_duplicate=False):
+        holders[id(weight)] = holders.get(id(weight), 0) + 1
+    for layer in adapted.modules():
+        if hasattr(layer, "get_base_layer") and holders.get(id(weight := layer.get_base_layer().weight), 1) > 1:
+            layer.get_base_layer().weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+            for config in (adapted.config, adapted.config.get_text_config()):
+                config.tie_word_embeddings = False
+
+
+def _predictions(model: Any, device: torch.device) -> Tensor:
+    """The logits of a few tokens drawn by key, (2, 16, vocabulary) float32, on the CPU."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    words = torch.from_numpy(bits(fold(0, "export"), 32) % rows).to(torch.int64).reshape(2, 16)
+    with torch.inference_mode():
+        logits: Tensor = model.eval()(input_ids=words.to(device), use_cache=False).logits
+    return logits.float().cpu()
+
+
+def _check_written(folder: Path, target: Path, device: torch.device, expected: Tensor) -> None:
+    """Read the folder as anybody would, and compare.
+
+    Raises:
+        ExportError: if it is not the run's model, beyond what rounding the weights once explains.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).to(device)
+    got = _predictions(model, device)
+    off = float((got - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm())
+    if not off <= ROUNDING.get(model.dtype, COARSE):
+        raise ExportError(
+            f"{target} isn't written: read again, the model's predictions are off the run's by {off:.2g} of their "
+            f"spread, and rounding explains {ROUNDING.get(model.dtype, COARSE):g}. That is a fault of fedtune's or of "
+            "a library's: please report the base and the adapter's settings. The run itself is not concerned"
+        )
 
 
 def new_folder(out: str) -> Path:

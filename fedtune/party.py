@@ -25,12 +25,13 @@ from fedtune.installing import BATCH, BITS, STEPS
 from fedtune.keys import fold, permutation
 from fedtune.memory import Memory
 from fedtune.merging import installed_version
+from fedtune.model_checks import check_tokens, positions_of
 from fedtune.models import Base, pick_device
 from fedtune.owner import Owner, check_room
 from fedtune.population import server_peer
 from fedtune.probe import base_bytes, costs_of, weights_of
 from fedtune.protocol import Client, Codec, Instruction, Layout, Strategy, Tensors, Update, grid, is_lossless
-from fedtune.schema import FULL, Experiment, ModelSpec
+from fedtune.schema import FULL, DataSpec, Experiment, ModelSpec
 from fedtune.sharing import base_for
 from fedtune.traits import check_codecs, check_traits, traits_of
 from fedtune.wire import (
@@ -135,11 +136,32 @@ class Party:
         return LocalModel(base, experiment.adapter, experiment.seed, experiment.model.merge == "requantize")
 
     @cached_property
+    def data_spec(self) -> DataSpec:
+        """The data's settings, with examples no longer than the model has positions for."""
+        spec, adapter = self.experiment.data, self.experiment.adapter
+        positions = positions_of(self.model.base)
+        if positions is None:
+            return spec
+        room = positions - (adapter.tokens if adapter.kind in ("prompt_tuning", "prefix_tuning") else 0)
+        if room < 2:
+            raise ModelError(f"adapter.tokens={adapter.tokens}: the model has positions for {positions} tokens in all")
+        return replace(spec, max_length=min(spec.max_length, room))
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of model and data when a run starts."""
+        asked, taken = self.experiment.data.max_length, self.data_spec.max_length
+        cut = f"data.max_length={asked} is more than the model has positions for: examples are cut to {taken} tokens"
+        return [*self.model.notes, *([cut] if taken < asked else [])]
+
+    @cached_property
     def data(self) -> FederatedData:
         experiment = self.experiment
         population = experiment.population
         clients = population.pooled or population.clients
-        data = load_data(experiment.data, clients, self.model.tokenizer, experiment.seed)
+        data = load_data(self.data_spec, clients, self.model.tokenizer, experiment.seed)
+        check_tokens(data.corpus, self.model.base)
+        data = replace(data, pad=self.model.pad)
         return data.pooled() if population.pooled else data
 
     @cached_property

@@ -27,6 +27,7 @@ ALLOCATOR = 1.3  # what an allocator and short-lived copies take, over what a st
 FIXED_BYTES = 110e6  # libraries' workspaces and what else a process has only once it trains; measured likewise
 LOGIT_BYTES = 14.0  # a logit in the model's 16 bits; in float32 its log-probability, and two gradients
 SLOWDOWN = {"4": 1.1, "8": 1.2, "16": 1.0, "32": 1.0}  # a step beside one in 16 bits; measured likewise
+QUANTIZED = ("Linear4bit", "Linear8bitLt")
 SAMPLED = 64  # batches whose padded length is averaged
 
 
@@ -39,7 +40,7 @@ def costs_of(model: LocalModel, data: FederatedData, batch_size: int, seed: int)
     rows = np.concatenate(data.train)
     lengths, learnt = np.diff(data.corpus.starts), _learnt(data)
     padded, answers = _typical(lengths, learnt, rows, batch_size, fold(seed, "costs"))
-    base = _base(model)
+    base = model.base
     blocks = blocks_of(base)
     with _bare(model):
         linear = _work(base, blocks, round(padded))
@@ -74,7 +75,7 @@ def costs_of(model: LocalModel, data: FederatedData, batch_size: int, seed: int)
 
 def weights_of(model: LocalModel) -> list[Weight]:
     """The layers that have a LoRA adapter, and where in the base they are."""
-    names = list(blocks_of(_base(model)))
+    names = list(blocks_of(model.base))
     return [
         Weight(module, _block(module, names), product.b.shape[0], product.a.shape[1])
         for module, product in pairs(model.layout.initial).items()
@@ -94,25 +95,28 @@ def blocks_of(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def base_bytes(model: LocalModel) -> dict[str, float]:
-    """The frozen base in memory, by the bits that its matrices could be held in; the vocabulary's stay as they are."""
-    base = _base(model)
+    """The frozen base in memory, by the bits that its layers could be held in. The vocabulary's stay as they are, and
+    so does what is in no layer, as fused experts: where that is most of the model, fewer bits aren't offered."""
+    base = model.base
     layers = _linear(base).values()
+    if model.quantization != "none":  # some are left as they are
+        layers = [each for each in layers if type(each[0]).__name__ in QUANTIZED] or layers
     linear = sum(rows * columns for _, rows, columns in layers)
     known = {id(layer.weight) for layer, _, _ in layers} | {id(p) for own in _adapters(base) for p in own.parameters()}
-    rest = sum(p.numel() for p in base.parameters() if id(p) not in known)
+    rest = [p for p in base.parameters() if id(p) not in known]
+    beside = float(sum(p.numel() * p.element_size() for p in rest))
     wide = 4.0 if base.dtype == torch.float32 else 2.0
-    whole = {"32" if wide == 4 else "16": (linear + rest) * wide}
-    if model.origin.path is None:  # made in code: there is no file to read in other bits
-        return whole
-    held = {"4": linear * NF4_BYTES + rest * wide, "8": linear + rest * wide, **whole}
+    whole = {"32" if wide == 4 else "16": linear * wide + beside}
+    parts = (base.get_input_embeddings(), base.get_output_embeddings())
+    vocabulary = {id(part.weight) for part in parts if part is not None}
+    apart = sum(p.numel() for p in rest if id(p) not in vocabulary)
+    if model.origin.path is None or (model.quantization == "none" and linear < apart):
+        return whole  # made in code, there is no file to read in other bits
+    held = {"4": linear * NF4_BYTES + beside, "8": linear + beside, **whole}
     if getattr(getattr(base, "hf_quantizer", None), "pre_quantized", False):  # its file has no other bits
         bits = "4" if getattr(base, "is_loaded_in_4bit", False) else "8"
         return {bits: held[bits]}
     return held
-
-
-def _base(model: LocalModel) -> Any:
-    return model.module.get_base_model() if hasattr(model.module, "get_base_model") else model.module
 
 
 @contextmanager
@@ -129,7 +133,7 @@ def _bare(model: LocalModel) -> Iterator[None]:
             if hasattr(model.module, "disable_adapter"):
                 stack.enter_context(model.module.disable_adapter())
             stack.enter_context(seeded(0, model.device))
-            _base(model).train()
+            model.base.train()
             yield
     finally:
         for layer in off:
@@ -199,7 +203,7 @@ def _embedded(base: Any, length: int) -> Tensor:
     embeddings = base.get_input_embeddings()
     tokens = torch.zeros(1, length, dtype=torch.int64, device=embeddings.weight.device)
     embedded: Tensor = embeddings(tokens).detach().requires_grad_()
-    return embedded
+    return embedded.clone()  # some models add to it in place
 
 
 def _forward(base: Any, embedded: Tensor) -> None:

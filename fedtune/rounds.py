@@ -107,6 +107,8 @@ class Server(Talk):
         self.folder.write_config(replace(self.experiment, out=str(self.folder.path)))
         self._summarise()
         self.view.started(self.experiment, self.party, self.folder.path, self.done)
+        for note in self.party.notes:
+            self.view.note(note)
         self.tracking.begin(self.experiment, self.folder.path, self.folder.metrics(), self.done)
         try:
             if self.done < self.experiment.rounds:

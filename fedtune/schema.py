@@ -38,10 +38,14 @@ class ModelSpec:
     merge: str = option(
         "residual", "how a change of the base is held: residual (beside it, exact) or requantize (rounded into it)"
     )
+    min_quantized: float = option(
+        0.5, "int8, nf4: the share of the weights, the vocabulary's aside, that has to become so; 0 takes any"
+    )
     dtype: str = option("auto", "auto (bfloat16 where the hardware is fast at it), bfloat16 or float32")
 
     def __post_init__(self) -> None:
         one_of("model.quantization", self.quantization, ("none", "int8", "nf4"))
+        fraction("model.min_quantized", self.min_quantized)
         one_of("model.merge", self.merge, ("residual", "requantize"))
         one_of("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
 
@@ -50,6 +54,7 @@ class ModelSpec:
 SafeDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _LAYERED = ("rank", "dropout", "targets")
+ALL_LINEAR = "all-linear"  # among adapter.targets: every layer that is a matrix
 FULL = "none"  # the kind that is no adapter: the base's own weights are trained
 
 # The kinds of adapter, and which settings each has
@@ -75,8 +80,10 @@ class AdapterSpec:
     rank: int = option(8, "r: inner width of B A, and of VeRA's and Bone's matrices")
     alpha: float = option(16.0, "B A is multiplied by alpha / r; by alpha / sqrt(r) in rslora")
     dropout: float = option(0.0, "dropout on the adapter's input while training")
-    targets: list[str] | None = option(
-        None, "names of the layers to adapt; null lets PEFT choose by architecture, and is all of them to adapter=none"
+    targets: Any = option(
+        None,
+        "names of the layers to adapt, as q_proj or [q_proj,v_proj], or all-linear; null: PEFT's choice for the "
+        "architecture, all-linear where it has none, all weights for adapter=none",
     )
     tokens: int = option(10, "adaption_prompt, prompt_tuning, prefix_tuning: how many virtual tokens")
     layers: int | None = option(None, "adaption_prompt: how many of the topmost layers; null takes all")
@@ -84,6 +91,8 @@ class AdapterSpec:
 
     def __post_init__(self) -> None:
         one_of("adapter.kind", self.kind, tuple(ADAPTERS))
+        if self.targets is not None:
+            object.__setattr__(self, "targets", _names("adapter.targets", self.targets))
         for item in fields(self):
             value, takes = getattr(self, item.name), ADAPTERS[self.kind]
             if item.name not in ("kind", *takes) and value != item.default:
@@ -355,6 +364,21 @@ class Experiment:
     def text(self) -> str:
         """The whole experiment as YAML; `load` reads it back."""
         return yaml.dump(to_dict(self), Dumper=SafeDumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _names(key: str, value: Any) -> list[str]:
+    """One name or several as a list.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, str | Mapping) or not hasattr(names, "__iter__") or not all(isinstance(n, str) for n in names):
+        raise ConfigError(f"{key}={value}: expected a name, as q_proj, or several, as [q_proj,v_proj]")
+    names = list(names)
+    if ALL_LINEAR in names and len(names) > 1:
+        raise ConfigError(f"{key}={value}: {ALL_LINEAR} is all layers already: leave out the others")
+    return names
 
 
 def to_dict(value: Any) -> Any:

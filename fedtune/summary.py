@@ -56,7 +56,7 @@ def summarise(
         "base": {
             **to_dict(model.origin),
             "dtype": model.dtype,
-            "quantization": experiment.model.quantization,
+            "quantization": model.quantization,
         },
         "adapter": {
             "kind": experiment.adapter.kind,

@@ -91,11 +91,9 @@ def fit(
                 loss.backward()  # type: ignore[no-untyped-call]
                 if watch is not None:
                     watch()
-                if torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf) == 0:
-                    raise ClientError(
-                        f"no gradient reached the trainable tensors at step {step} of {steps}: this model's layers, as "
-                        "they are held here, can't be trained through. Try another model.quantization"
-                    )
+                # Where the loss is 0 to the last bit there is nothing left to learn
+                if torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf) == 0 and value != 0:
+                    raise _without_gradient(model, step, steps, value, lr)
                 update.step()
                 update.zero_grad()
         finally:
@@ -103,6 +101,20 @@ def fit(
             for parameter in parameters:
                 parameter.grad = None
     return total / steps
+
+
+def _without_gradient(model: LocalModel, step: int, steps: int, loss: float, lr: float) -> ClientError:
+    """The error of a step whose gradient is zero. From where all start that is the model's own; later it had one, and
+    steps that were too large have led to where all is saturated."""
+    if step == 1 and model.at_start():
+        return ClientError(
+            f"no gradient reached the trainable tensors at step {step} of {steps}: this model's layers, as "
+            "they are held here, can't be trained through. Try another model.quantization"
+        )
+    return ClientError(
+        f"training diverged: at step {step} of {steps} the loss is {loss:g} and its gradient zero. Lower train.lr (now "
+        f"{lr:g})"
+    )
 
 
 def make_optimizer(name: str, parameters: list[torch.nn.Parameter], lr: float, weight_decay: float) -> Any:

@@ -2,26 +2,35 @@
 
 import json
 import math
+import os
 import shutil
 import struct
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import make_dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import rows, setting, summary_of
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedtune.adapters import LocalModel
 from fedtune.checkpoint import load_checkpoint
 from fedtune.cli import main
 from fedtune.config import compose
 from fedtune.errors import ConfigError, ExportError
+from fedtune.export import adapter_files
 from fedtune.folder import PROMPTS, export
 from fedtune.model_file import KEY, LONGEST, dump, read
 from fedtune.models import load_base
 from fedtune.party import Party
-from fedtune.schema import ADAPTERS, FULL, ModelSpec
+from fedtune.peft_fields import FIELDS, OLDEST, readable
+from fedtune.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
 from fedtune.targets import check
 from fedtune.tiny import tiny_model, tiny_tokenizer
 
@@ -33,6 +42,7 @@ SEEDED = (
     "method.strategy.rules.local_steps=4",
     "method.strategy.rules.lr=1e-2",
 )
+PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 TOKENS = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -424,3 +434,56 @@ def test_help_says_how(capsys):
     with pytest.raises(SystemExit):
         main(["export", "--help"])
     assert "fedtune export model.fedtune tuned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind != FULL])
+def test_an_adapters_settings_are_those_that_the_oldest_supported_peft_knows(kind):
+    """A newer PEFT writes a dozen more, at their defaults, and an older one refuses unknown names."""
+    assert f'"peft>={OLDEST.removesuffix(".0")}"' in PYPROJECT.read_text()
+    written = config_of(kind)
+    config_class = make_dataclass("Config", [(name, Any, None) for name in FIELDS[written["peft_type"]]])
+    assert config_class(**written).peft_type == written["peft_type"]
+    assert kind in PROMPTS or written["target_modules"] or kind == "adaption_prompt"
+    # What is not at its default stays, whoever knows it: it is what the adapter computes
+    made = LoraConfig(r=4, use_rslora=True)
+    assert readable(made, {"r": 4, "use_rslora": True, "of_the_future": 1}) == {
+        "r": 4, "use_rslora": True, "of_the_future": 1
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_oldest_supported_peft_itself_reads_every_kind(tmp_path):
+    """Its config classes, of the real package in a folder of its own; skipped where no package index answers."""
+    old = tmp_path / "old"
+    words = ["pip", "install", "--quiet", "--no-deps", "--target", str(old), f"peft=={OLDEST}"]
+    if subprocess.run([sys.executable, "-m", *words], capture_output=True, check=False, timeout=120).returncode:
+        pytest.skip("no package index answers")
+    for kind in ADAPTERS:
+        if kind != FULL:
+            (tmp_path / kind).mkdir()
+            (tmp_path / kind / "adapter_config.json").write_text(json.dumps(config_of(kind)))
+    script = (
+        "import dataclasses, json, sys, warnings, peft\n"
+        "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as classes\n"
+        "warnings.simplefilter('error')\n"
+        "kinds = [peft.PeftConfig.from_pretrained(folder).peft_type for folder in sys.argv[1:]]\n"
+        "names = {kind: sorted(field.name for field in dataclasses.fields(classes[kind])) for kind in kinds}\n"
+        "print(json.dumps(names), peft.__version__)\n"
+    )
+    folders = [str(tmp_path / kind) for kind in ADAPTERS if kind != FULL]
+    environment = {**os.environ, "PYTHONPATH": str(old)}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *folders], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    fields, _, version = done.stdout.strip().rpartition(" ")
+    assert version == OLDEST
+    real = json.loads(fields)
+    assert all(set(real[kind]) == names for kind, names in FIELDS.items())
+
+
+def config_of(kind):
+    model = LocalModel(
+        load_base(ModelSpec(name="tiny", dtype="float32"), torch.device("cpu")), AdapterSpec(kind=kind), 0
+    )
+    return json.loads(adapter_files(model)["adapter_config.json"])
