@@ -54,4 +54,4 @@ class DeploymentError(FedtuneError):
 
 
 class Interrupted(FedtuneError):
-    """Somebody pressed Ctrl-C."""
+    """Somebody pressed Ctrl-C, or the process was told to end."""

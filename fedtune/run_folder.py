@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, replace
@@ -37,6 +38,7 @@ from fedtune.config import load
 from fedtune.errors import RunFolderError
 from fedtune.evaluate import Score
 from fedtune.ledger import Entry
+from fedtune.locks import LOCK
 from fedtune.schema import Experiment
 
 FAILURES = ("round", "peer", "error")
@@ -354,10 +356,17 @@ def lock(path: Path) -> Any:
     except ImportError:  # not on Windows
         return None
     flock: Callable[[int, int], None] = fcntl.flock
-    handle = (path / ".lock").open("a")
-    try:
-        flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        handle.close()
-        raise RunFolderError(f"{path} is being written by another fedtune: wait for it, or stop it first") from error
+    handle = (path / LOCK).open("a")
+    for left in reversed(range(5)):  # who only asks whether it is held has it for an instant
+        try:
+            flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if left:
+                time.sleep(0.02)
+                continue
+            handle.close()
+            raise RunFolderError(
+                f"{path} is being written by another fedtune: wait for it, or stop it first"
+            ) from error
     return handle

@@ -171,9 +171,9 @@ def made_of(group, **entries):
 
 def test_a_few_bytes_more_a_round_are_not_worse(out):
     """Both lose 1 a round; `more` sends 100.8 B in each instead of 100, its seeds -0.1, 0 and 0.1 apart. Within 1000 B
-    it is at round 1000 / 100.8 = 9.921, with a loss of 10 - 9.921 = 0.079: t = 0.0794 / (0.1 / sqrt(3)) = 1.375, and with
-    two degrees of freedom p = 1 - 1.375 / sqrt(2 + 1.375²) = 0.303. With its last whole round, the ninth, it would be
-    1.0 behind: t = 17.3, p = 0.003."""
+    it is at round 1000 / 100.8 = 9.921, with a loss of 10 - 9.921 = 0.079: t = 0.0794 / (0.1 / sqrt(3)) = 1.375, and
+    with two degrees of freedom p = 1 - 1.375 / sqrt(2 + 1.375²) = 0.303. With its last whole round, the ninth, it would
+    be 1.0 behind: t = 17.3, p = 0.003."""
     curve = 10 - np.arange(12.0)
     seeds = [-0.1, 0.0, 0.1]
     (group,) = load([out]).groups

@@ -49,9 +49,9 @@ def test_noise_with_seeds_missing_is_that_of_least_squares():
 
 def test_p_by_hand():
     """Seeds in rows: 0 1 3 / 0 2 3.5 / 0 0 4; means of entries 0, 1, 3.5. What is left over, in sixths: 1 1 -2 /
-    -2 4 -2 / 1 -5 4, squares 72 / 36 = 2, over 4 degrees of freedom 1/2. The third is 3.5 behind and out first, with a range of
-    3.5 sqrt(3) / sqrt(1/2) = 8.573 of three: p = 0.0082, doubled 0.016. (Of its own t, 12.1, p is 0.0067: six times
-    that, three pairs and two tests, is no less, and 0.016 not below it.) Then two are left: the second is 1, 2, 0
+    -2 4 -2 / 1 -5 4, squares 72 / 36 = 2, over 4 degrees of freedom 1/2. The third is 3.5 behind and out first, with a
+    range of 3.5 sqrt(3) / sqrt(1/2) = 8.573 of three: p = 0.0082, doubled 0.016. (Of its own t, 12.1, p is 0.0067: six
+    times that, three pairs and two tests, is no less, and 0.016 not below it.) Then two are left: the second is 1, 2, 0
     behind, t = sqrt(3), and its p that of the paired t, doubled."""
     found = step_down(np.array([[0, 1, 3], [0, 2, 3.5], [0, 0, 4.0]]), 0)
     assert math.isnan(found[0])

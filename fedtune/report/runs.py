@@ -14,6 +14,7 @@ from fedtune.columns import METRICS
 from fedtune.compare.state import RECORD, TRIALS, json_object
 from fedtune.config import load
 from fedtune.errors import ConfigError, FedtuneError, RunFolderError
+from fedtune.locks import is_held
 from fedtune.report.tables import number, read_columns, read_lines
 from fedtune.schema import Experiment, SafeDumper, SafeLoader
 
@@ -21,6 +22,7 @@ Floats = np.ndarray  # float64
 
 STATUSES = ("finished", "running", "interrupted", "failed")
 CUT_OFF = "cut off"
+UNTOLD = "its process ended without writing that down"
 MEASURING = "evaluate"  # the ledger's part for messages that only measure
 _OWN = {"seed": int, "out": str, "name": str, "overrides": list}  # settings that differ between runs of one kind
 
@@ -41,8 +43,9 @@ class Run:
 
     path: Path
     experiment: Experiment
-    status: str  # finished, running, interrupted, failed; "cut off" where summary.json is missing or unreadable
-    error: str | None  # of a failed run
+    status: str  # finished, running, interrupted, failed; "cut off" where summary.json is missing or unreadable. What
+    # says that it is running and is held by no process is interrupted
+    error: str | None  # why it failed or was interrupted, where that is known
     summary: Mapping[str, Any]  # empty if it can't be read
     metrics: Mapping[str, Floats]  # by column of metrics.csv: (R,); "round" ascends from 0
     wire: Mapping[tuple[str, str], Floats]  # by (direction, part) of ledger.csv: (R,) wire bytes in each round
@@ -89,6 +92,8 @@ def read(path: Path) -> Run:
     clients, about_clients = _clients(path / "clients.csv", metrics["round"])
     memory, about_memory = _memory(path / "clock.csv", metrics["round"], summary)
     status, error = summary.get("status"), summary.get("error")
+    if status == "running" and is_held(path) is False:
+        status, error = "interrupted", UNTOLD
     return Run(
         path=path,
         experiment=experiment,
