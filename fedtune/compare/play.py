@@ -24,7 +24,7 @@ from fedtune.compare.plan import Cell
 from fedtune.compare.state import now
 from fedtune.config import compose, differences, load
 from fedtune.endings import ENDINGS
-from fedtune.errors import FedtuneError, Interrupted, RunFolderError
+from fedtune.errors import ConfigError, FedtuneError, Interrupted, RunFolderError
 from fedtune.runtime.work import WATCH_SECONDS, is_alive
 from fedtune.schema import Experiment
 
@@ -54,7 +54,11 @@ def asked(cell: Cell) -> tuple[Experiment, Experiment | None]:
     stored = cell.folder / "config.yaml"
     if not stored.is_file():
         return experiment, None
-    before = load(stored.read_text(encoding="utf-8"), str(stored))
+    try:
+        before = load(stored.read_text(encoding="utf-8"), str(stored))
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it isn't UTF-8 text"
+        raise ConfigError(f"{stored} can't be read: {why}. Put it back, or take the folder away") from error
     if changed := differences(before.fixed(), experiment.fixed()):
         raise RunFolderError(
             f"{cell.folder} holds a run with other settings: {'; '.join(changed)}. Take another out=, or leave "
