@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedtune import __version__, cli_evaluate
+from fedtune.endings import as_ctrl_c
 from fedtune.errors import ConfigError, FedtuneError, Interrupted
 from fedtune.outlet import outlast_readers
 from fedtune.report.command import COMMANDS, add_parsers, handle
@@ -213,7 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "compare":
             from fedtune.compare.command import compare
 
-            return compare(options.words)
+            with as_ctrl_c():
+                return compare(options.words)
         elif options.command == "plan":
             from fedtune.plan_view import plan
 
@@ -233,7 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.help:
             print_run_help()
         else:
-            run(options.overrides)
+            with as_ctrl_c():
+                run(options.overrides)
     except FedtuneError as error:
         if os.environ.get("FEDTUNE_DEBUG"):
             raise

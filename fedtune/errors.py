@@ -54,7 +54,7 @@ class DeploymentError(FedtuneError):
 
 
 class Interrupted(FedtuneError):
-    """Somebody pressed Ctrl-C."""
+    """Somebody pressed Ctrl-C, or the process was told to end."""
 
 
 # What data of another form than expected makes Python and torch raise

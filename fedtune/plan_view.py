@@ -18,6 +18,7 @@ from fedtune.atomic import write_atomically
 from fedtune.clock import Clock, Turn
 from fedtune.config import compose
 from fedtune.errors import QuorumError
+from fedtune.formulas import guarded
 from fedtune.lowrank import pairs
 from fedtune.party import Party, home
 from fedtune.population import equip, profile_of
@@ -160,9 +161,9 @@ def table_of(party: Party, planned: Sequence[Planned]) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(COLUMNS)
     for one in planned:
-        head = [one.peer.index, one.peer.capability.device, one.peer.samples]
+        head = [one.peer.index, guarded(one.peer.capability.device), one.peer.samples]
         if (turn := one.turn) is None:
-            writer.writerow([*head, *[""] * (len(COLUMNS) - 4), one.reason])
+            writer.writerow([*head, *[""] * (len(COLUMNS) - 4), guarded(one.reason)])
             continue
         lowest = min((block_of[module] for module in one.ranks), default="")
         ranks = " ".join(f"{module.removeprefix('base_model.model.')}:{rank}" for module, rank in one.ranks.items())

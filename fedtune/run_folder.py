@@ -18,6 +18,7 @@ model.fedtune   all that makes the model of its base, where that is numbers alon
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, replace
@@ -35,6 +36,7 @@ from fedtune.config import load_file
 from fedtune.errors import RunFolderError
 from fedtune.evaluate import Score
 from fedtune.ledger import Entry
+from fedtune.locks import LOCK
 from fedtune.schema import Experiment
 from fedtune.tables import COLUMNS, Tables, csv_text, read_lines
 
@@ -305,10 +307,17 @@ def lock(path: Path) -> Any:
     except ImportError:  # not on Windows
         return None
     flock: Callable[[int, int], None] = fcntl.flock
-    handle = (path / ".lock").open("ab")
-    try:
-        flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        handle.close()
-        raise RunFolderError(f"{path} is being written by another fedtune: wait for it, or stop it first") from error
+    handle = (path / LOCK).open("ab")
+    for left in reversed(range(5)):  # who only asks whether it is held has it for an instant
+        try:
+            flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if left:
+                time.sleep(0.02)
+                continue
+            handle.close()
+            raise RunFolderError(
+                f"{path} is being written by another fedtune: wait for it, or stop it first"
+            ) from error
     return handle

@@ -23,6 +23,7 @@ from typing import Any
 from fedtune.compare.plan import Cell
 from fedtune.compare.state import now
 from fedtune.config import compose, differences, load_file
+from fedtune.endings import ENDINGS
 from fedtune.errors import FedtuneError, Interrupted, RunFolderError
 from fedtune.runtime.work import WATCH_SECONDS, is_alive
 from fedtune.schema import Experiment
@@ -79,7 +80,9 @@ def is_done(cell: Cell) -> bool:
 
 def play(cell: Cell) -> Outcome:
     """Run the cell, or go on with it, in this process. Whatever it says is in its log."""
-    signal.signal(signal.SIGINT, _interrupt_once)
+    caught = [number for number in ENDINGS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in (signal.SIGINT, *caught):
+        signal.signal(number, _interrupt_once)
     begun = time.monotonic()
     try:
         cell.folder.mkdir(parents=True, exist_ok=True)
@@ -100,6 +103,8 @@ def play(cell: Cell) -> Outcome:
         outcome = Outcome("failed", f"{cell.folder} can't be written: {error.strerror or error}")
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
     return replace(outcome, seconds=time.monotonic() - begun)
 
 
@@ -120,7 +125,8 @@ def _said(error: Exception) -> str:
 
 
 def _interrupt_once(*_: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what the first one ends is being written down
+    for number in (signal.SIGINT, *ENDINGS):
+        signal.signal(number, signal.SIG_IGN)  # what the first one ends is being written down
     raise KeyboardInterrupt
 
 

@@ -36,7 +36,7 @@ def now(folder: Path) -> Now | None:
             int(totals["up_wire_bytes"]),
             int(totals["down_wire_bytes"]),
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

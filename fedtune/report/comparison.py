@@ -5,6 +5,7 @@ task: the same base (by its hash), data, division, population and evaluation. Ot
 """
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,7 @@ def compare(
             }
             if note := _unlike_machines(entry):
                 said.append(note)
+            said += [_resumable(entry, run) for run in entry.runs if run.status == "interrupted"]
     return Comparison(tuple(groups), tuple(known.values()), tuple(dict.fromkeys(said)), command)
 
 
@@ -173,6 +175,12 @@ def _failed(run: Run) -> str | None:
     if run.status in ("interrupted", "cut off") and not np.isfinite(run.metrics["eval_loss"]).any():
         return run.error or f"{run.status} before anything was evaluated"
     return None
+
+
+def _resumable(entry: Entry, run: Run) -> str:
+    done = f"after round {run.rounds[-1]} of {run.experiment.rounds}" if len(run.rounds) else "before round 0 was done"
+    command = shlex.join(["fedtune", "run", f"resume={run.path}"])
+    return f"{entry.label} seed {run.experiment.seed} was interrupted {done}; go on with: {command}"
 
 
 def _unlike_machines(entry: Entry) -> str | None:

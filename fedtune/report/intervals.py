@@ -53,17 +53,6 @@ def paired_p(differences: Sequence[float] | np.ndarray) -> float:
     return float(2 * stdtr(len(given) - 1, -abs(mean) / deviation * math.sqrt(len(given))))
 
 
-def holm(values: Sequence[float]) -> list[float]:
-    """Holm's adjustment of several p: the smallest times how many there are, the next times one less, and so on, none
-    below the one before. NaN stays, and counts as no comparison."""
-    ranked = sorted((p, place) for place, p in enumerate(values) if not math.isnan(p))
-    adjusted, least = list(values), 0.0
-    for rank, (p, place) in enumerate(ranked):
-        least = max(least, min(1.0, p * (len(ranked) - rank)))
-        adjusted[place] = least
-    return adjusted
-
-
 @lru_cache(maxsize=1024)
 def _quantile(freedom: int) -> float:
     """Of Student's t, so that LEVEL lies between it and its negative. scipy.stats has it too, and takes four times as

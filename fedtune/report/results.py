@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pa_compute
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pa_parquet
 
 from fedtune.atomic import write_atomically
 from fedtune.columns import METRICS
+from fedtune.formulas import FORMULA, guarded
 from fedtune.report.labels import module
 from fedtune.report.runs import Run
 from fedtune.report.shapes import Comparison, Estimate, Group, Standing, Table
@@ -78,6 +80,8 @@ def _lines(group: Group, label: str, run: Run, folder: Path, columns: list[str],
         values = numbers[item.name]
         none = ~np.isfinite(values)
         if pa.types.is_integer(item.type):
+            none |= np.abs(values) >= 2**63
+        if pa.types.is_integer(item.type):
             values = np.where(none, 0, values).astype(np.int64)
         made.append(pa.array(values, item.type, mask=none))
     return pa.Table.from_arrays(made, schema=schema)
@@ -137,6 +141,14 @@ def _number(value: float) -> float | None:
 
 
 def _csv(of: pa.Table) -> bytes:
+    """For spreadsheets too: labels, folders and the names of strangers' columns are no formulas."""
+    for place, item in enumerate(of.schema):
+        if (
+            pa.types.is_string(item.type)
+            and pa_compute.any(pa_compute.match_substring_regex(of.column(place), FORMULA)).as_py()
+        ):
+            words = [None if word is None else guarded(word) for word in of.column(place).to_pylist()]
+            of = of.set_column(place, item, pa.array(words, item.type))
     stream = io.BytesIO()
-    pa_csv.write_csv(of, stream)
+    pa_csv.write_csv(of.rename_columns([guarded(name) for name in of.column_names]), stream)
     return stream.getvalue()

@@ -14,15 +14,19 @@ from fedtune.columns import METRICS
 from fedtune.compare.state import RECORD, TRIALS, json_object
 from fedtune.config import load
 from fedtune.errors import ConfigError, FedtuneError, RunFolderError
+from fedtune.locks import is_held
 from fedtune.plain_yaml import read_plain
-from fedtune.report.tables import number, read_columns, read_lines
+from fedtune.report.tables import MOST, is_none, number, read_columns, read_lines
 from fedtune.schema import Experiment, SafeDumper
 
 Floats = np.ndarray  # float64
 
 STATUSES = ("finished", "running", "interrupted", "failed")
 CUT_OFF = "cut off"
+UNTOLD = "its process ended without writing that down"
 MEASURING = "evaluate"  # the ledger's part for messages that only measure
+WAYS = ("up", "down")
+COUNTS = ("clients", "failed")  # columns of metrics.csv that can't be below 0, as those of bytes and seconds
 _OWN = {"seed": int, "out": str, "name": str, "overrides": list}  # settings that differ between runs of one kind
 
 
@@ -42,8 +46,9 @@ class Run:
 
     path: Path
     experiment: Experiment
-    status: str  # finished, running, interrupted, failed; "cut off" where summary.json is missing or unreadable
-    error: str | None  # of a failed run
+    status: str  # finished, running, interrupted, failed; "cut off" where summary.json is missing or unreadable. What
+    # says that it is running and is held by no process is interrupted
+    error: str | None  # why it failed or was interrupted, where that is known
     summary: Mapping[str, Any]  # empty if it can't be read
     metrics: Mapping[str, Floats]  # by column of metrics.csv: (R,); "round" ascends from 0
     wire: Mapping[tuple[str, str], Floats]  # by (direction, part) of ledger.csv: (R,) wire bytes in each round
@@ -90,6 +95,8 @@ def read(path: Path) -> Run:
     clients, about_clients = _clients(path / "clients.csv", metrics["round"])
     memory, about_memory = _memory(path / "clock.csv", metrics["round"], summary)
     status, error = summary.get("status"), summary.get("error")
+    if status == "running" and is_held(path) is False:
+        status, error = "interrupted", UNTOLD
     return Run(
         path=path,
         experiment=experiment,
@@ -147,6 +154,8 @@ def _experiment(folder: Path) -> Experiment:
     except FedtuneError as error:
         named = str(path) in str(error)
         raise RunFolderError(str(error) if named else f"{path} can't be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise RunFolderError(f"{path} can't be read: it isn't UTF-8 text. Put back what fedtune wrote") from error
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise RunFolderError(f"{path} can't be read: {type(error).__name__}: {error}"[:300]) from error
     return experiment
@@ -197,8 +206,17 @@ def _metrics(path: Path) -> tuple[dict[str, Floats], tuple[str, ...]]:
         header, rows, notes = [], [], (*notes, f"{path.name} has no column round")
     columns = {name: header.index(name) for name in dict.fromkeys([*METRICS, *header]) if name in header}
     table = {name: np.array([number(cells[place]) for cells in rows]) for name, place in columns.items()}
+    damaged = 0
+    for name in set(table).intersection(METRICS) - {"round"}:
+        damaged += sum(not is_none(rows[line][columns[name]]) for line in np.flatnonzero(np.isnan(table[name])))
+        if name in COUNTS or name.endswith(("_bytes", "seconds")):
+            wrong = (table[name] < 0) | (table[name] >= MOST)
+            damaged += int(wrong.sum())
+            table[name][wrong] = np.nan
+    if damaged:
+        notes = (*notes, f"{path.name}: {damaged} {'cell' if damaged == 1 else 'cells'} can't be read")
     rounds = table.get("round", np.empty(0))
-    good = (rounds >= 0) & (rounds < 2**53) & (rounds == np.floor(rounds))
+    good = (rounds >= 0) & (rounds < MOST) & (rounds == np.floor(rounds))
     if not good.all():
         notes = (*notes, f"{path.name}: {int((~good).sum())} lines name no round")
     last = {value: place for place, value in enumerate(rounds.tolist()) if good[place]}
@@ -223,6 +241,9 @@ def _traffic(
         at, known = _places(found.numbers["round"], rounds)
         if not known.all():
             notes = (*notes, f"{path.name}: {int((~known).sum())} lines are of rounds that didn't end")
+        if (odd := ~np.isin(ways, [place for place, name in enumerate(way_names) if name in WAYS])).any():
+            notes = (*notes, f"{path.name}: left out what goes neither up nor down, in {int(odd.sum())} of its lines")
+            known &= ~odd
         codes = (ways * len(part_names) + parts)[known]
         there = np.bincount(codes) > 0
         kinds, kind = np.flatnonzero(there), (np.cumsum(there) - 1)[codes]
@@ -231,7 +252,7 @@ def _traffic(
             total = np.bincount(place, found.numbers[name][known], len(kinds) * len(rounds))
             for code, sizes in zip(kinds.tolist(), total.reshape(len(kinds), len(rounds)), strict=True):
                 into[way_names[code // len(part_names)], part_names[code % len(part_names)]] = sizes
-    for way in ("up", "down"):
+    for way in WAYS:
         found_bytes = sum((sizes for (to, _), sizes in wire.items() if to == way), np.zeros(len(rounds)))
         # A resumed run shakes hands in a round that had ended, so more may be there than metrics.csv says
         lost = found_bytes < np.nan_to_num(metrics[f"{way}_wire_bytes"])

@@ -183,8 +183,10 @@ def _results(group: Group, table: Table) -> Results:
         cells += [Cell(size(standing.memory_bytes.mean), value=rounded(standing.memory_bytes.mean))] * sized
         rows.append(Line(number_of[standing.entry.label], standing.entry.label, tuple(cells)))
     legend = (
-        f"Mean and 95 % interval over seeds; differences are from {table.reference}, paired by seed, and p is Holm's "
-        "over the table."
+        f"Mean and 95 % interval over seeds; differences are from {table.reference}, paired by seed. p is adjusted for "
+        "all entries of the table and for a reference that may be the luckiest of them (Tukey's range, stepping down): "
+        "where all are equal and scatter alike, at most 5 % of tables call any worse. Between two evaluated rounds, "
+        "numbers are on the straight line."
     )
     return Results(table.protocol.kind, sentence(table.protocol.title), legend, tuple(head), tuple(rows), table.notes)
 
@@ -222,8 +224,9 @@ def _kind(standing: Standing) -> str:
     return standing.verdict if standing.verdict in {"better", "worse", "reference"} else "doubt"
 
 
-def _rounds(at: Sequence[int]) -> str:
-    return NOTHING if not at else str(at[0]) if min(at) == max(at) else f"{min(at)} to {max(at)}"
+def _rounds(at: Sequence[float]) -> str:
+    shown = [f"{number:.6g}" if number == round(number) else f"{number:.2f}" for number in sorted(at)]
+    return NOTHING if not at else shown[0] if shown[0] == shown[-1] else f"{shown[0]} to {shown[-1]}"
 
 
 def _runs(entry: Entry) -> list[tuple[str, ...]]:

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from fedtune.errors import DeploymentError, FedtuneError, RunFolderError
+from fedtune.locks import LOCK, is_held
 from fedtune.report.comparison import Comparison
 from fedtune.report.page import image, lay_out, render
 from fedtune.report.sections import Question
@@ -35,7 +36,7 @@ class Watch:
         self._made: tuple[str, bytes, Comparison] | None = None
 
     def state(self) -> str:
-        """A short hash of the sizes and times of the files that the page is made from."""
+        """A short hash of the sizes and times of the files that the page is made from, and of who is at work."""
         seen = hashlib.sha256()
         for parent, folders, names in os.walk(self._folder):
             folders[:] = sorted(name for name in folders if name not in ("checkpoint", "adapter", "start"))
@@ -46,6 +47,8 @@ class Watch:
                 except OSError:
                     continue
                 seen.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+            if LOCK in names:  # a process that was killed changes no file
+                seen.update(f"{parent}\0{is_held(Path(parent))}\n".encode())
         return seen.hexdigest()[:16]
 
     def page(self) -> bytes:

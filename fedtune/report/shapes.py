@@ -47,7 +47,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Protocol:
-    """At what point runs are compared. A run counts with its last evaluated round that is within the limit."""
+    """At what point runs are compared, between two evaluated rounds as a rule (fedtune/report/standings.py)."""
 
     kind: str  # "rounds", "bytes" (wire, both directions) or "seconds" (virtual where devices have limits)
     limit: float
@@ -69,15 +69,18 @@ class Standing:
     """One entry under a protocol; a mean over its seeds of each number at the round that counts."""
 
     entry: Entry  # with those of its runs alone that count here; its label is the whole entry's
-    at: tuple[int, ...]  # by seed: the round that counts
+    at: tuple[float, ...]  # by seed: the round that counts; 1.5 is half of the way from round 1 to round 2
+    used: float  # the share of the limit that is spent there, mean over seeds
     scores: dict[str, Estimate]  # by metrics column: eval_loss, eval_accuracy, and whichever others were measured
     up_bytes: Estimate
     down_bytes: Estimate
     seconds: Estimate
     memory_bytes: Estimate
     behind: Estimate | None  # eval_loss minus the reference's, paired by seed; None for the reference itself
-    p: float  # of that difference, paired t, Holm-adjusted over the table; NaN below two common seeds
-    verdict: str  # "reference", "worse", "better", "within noise", or "one seed" where nothing can be told apart
+    p: float  # of that difference, adjusted over the table (multiple_comparisons.py); NaN below two common seeds
+    # "reference", "worse", "better", "within noise", "unspent" (it would be worse, but had not spent what the others
+    # had), or "one seed" where nothing can be told apart
+    verdict: str
 
 
 @dataclass(frozen=True)

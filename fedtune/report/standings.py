@@ -1,28 +1,53 @@
-"""Tables and curves: where each entry stands after as many rounds, bytes or seconds as the others."""
+"""Tables and curves: where each entry stands after as many rounds, bytes or seconds as the others.
+
+Rounds are steps, and a limit falls between two of them: a run whose last round ends just beyond it would count with the
+round before, and look worse than one that is equal but for a few bytes. So a run counts with what lies on the straight
+line between the last evaluated round within the limit and the first beyond it; where none lies beyond, with its last
+one. Where such runs end just below the limit (another round was not in their budget), all are compared where the first
+of them ended. One that ended far below is shown as it is, and not called worse than who spent more.
+"""
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedtune.errors import ConfigError
-from fedtune.report.intervals import SIGNIFICANT, estimate, holm, means, paired_p
+from fedtune.report.intervals import SIGNIFICANT, estimate, means
+from fedtune.report.multiple_comparisons import step_down
 from fedtune.report.runs import Floats, Run
 from fedtune.report.shapes import Curve, Entry, Estimate, Group, Protocol, Reached, Standing, Table
 
 KINDS = ("rounds", "bytes", "seconds")
 # Columns of metrics.csv that are no scores
 _COUNTS = frozenset(("round", "seconds", "eval_seconds", "virtual_seconds", "clients", "failed"))
-SLACK = 1.01  # messages of two runs differ by a few bytes, and these should not decide which round counts
+SLACK = 1.01  # a limit lies a little above the total that it is made from, so that all seeds of that entry are within
 CLEARLY = 0.9  # of a limit; who ended with less didn't come near it
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Where a run counts: at an evaluated round, or on the way from there to the next evaluated one."""
+
+    run: Run
+    place: int  # of the round in the run's metrics
+    after: int  # of the next evaluated round; `place` where the run counts with that
+    way: float  # the share of the way to `after`, by what the limit is of
+    used: float  # the share of the limit that is spent here
+
+    def value(self, column: Floats) -> float:
+        """What a column (R,) has here; with only one of both rounds measured, what that one has."""
+        here, there = float(column[self.place]), float(column[self.after])
+        return here + self.way * (there - here) if self.way and math.isfinite(there) else here
 
 
 def table(group: Group, protocol: Protocol, reference: str | None = None) -> Table:
     """Where each entry stands.
 
-    A finished run counts with its last evaluated round within the limit. One that ended early (it failed, was stopped,
-    or is going on) counts if it got to the limit all the same. Others are left out, and the notes say so.
+    A finished run counts where it reached the limit, between two evaluated rounds as a rule, or with its last one. One
+    that ended early (it failed, was stopped, or is going on) counts if it got to the limit all the same. Others are
+    left out, and the notes say so.
 
     Args:
         reference: a label.
@@ -34,8 +59,12 @@ def table(group: Group, protocol: Protocol, reference: str | None = None) -> Tab
     if reference is not None and reference not in known:
         raise ConfigError(f"reference={reference} is none of the entries: expected one of {', '.join(known)}")
     notes: list[str] = []
-    counting = [_counting(entry, protocol, notes) for entry in group.entries]
-    found = [_standing(entry, places) for entry, places in counting if places]
+    counting = [(entry, _counting(entry, protocol, notes)) for entry in group.entries]
+    limit = _common_limit([run for _, runs in counting for run in runs], protocol)
+    if limit * SLACK**2 < protocol.limit:  # a limit that was made from a run's total is up to so much above it
+        shown = replace(protocol, limit=limit).title
+        notes.append(f"compared {shown}: there the first ended of those that came near the limit")
+    found = [_standing(entry, [_point(run, protocol, limit) for run in runs]) for entry, runs in counting if runs]
     found.sort(key=lambda standing: (standing.scores["eval_loss"].mean, standing.entry.label))
     if reference is not None and reference not in [standing.entry.label for standing in found]:
         notes.append(f"{reference} has no result here: the others are compared with the best one instead")
@@ -48,7 +77,7 @@ def table(group: Group, protocol: Protocol, reference: str | None = None) -> Tab
     first = next((standing for standing in found if standing.entry.label == reference), best)
     if (note := _unlike_tests(found)) is not None:
         notes.append(note)
-    notes += [note for standing in found if (note := _unspent(standing, protocol)) is not None]
+    notes += [note for standing in found for note in _rough(standing, protocol)]
     return Table(protocol, first.entry.label, tuple(_judged(found, first)), tuple(notes))
 
 
@@ -135,19 +164,19 @@ def _evaluated(run: Run) -> int:
     return int(run.rounds[places[-1]]) if len(places) else 0
 
 
-def _counting(entry: Entry, protocol: Protocol, notes: list[str]) -> tuple[Entry, list[int]]:
-    """The entry with the runs that count, and the place of the round that does in each."""
-    kept, places = [], []
+def _counting(entry: Entry, protocol: Protocol, notes: list[str]) -> list[Run]:
+    """The entry's runs that count."""
+    kept = []
     for run in entry.runs:
         over = _over(run, protocol.kind)
-        within = np.flatnonzero(np.isfinite(run.metrics["eval_loss"]) & (over <= protocol.limit))
+        within = np.isfinite(run.metrics["eval_loss"]) & (over <= protocol.limit)
         last = float(over[-1]) if len(over) else 0.0
         who = f"{entry.label} seed {run.experiment.seed}"
         if run.status != "finished" and not last >= protocol.limit:
             at = f"after round {run.rounds[-1]}" if len(run.rounds) else "before round 0 was done"
             why = f": {run.error}" if run.error else ""
             notes.append(f"{who} is left out: {run.status} {at}{why}")
-        elif not len(within):
+        elif not within.any():
             unknown = len(over) and not np.isfinite(over).any()
             notes.append(
                 f"{who} is left out: "
@@ -157,26 +186,54 @@ def _counting(entry: Entry, protocol: Protocol, notes: list[str]) -> tuple[Entry
             if protocol.kind == "rounds" and last < protocol.limit:
                 notes.append(f"{who} ended after {last:g} rounds")
             kept.append(run)
-            places.append(int(within[-1]))
-    return replace(entry, runs=tuple(kept)), places
+    return kept
 
 
-def _standing(entry: Entry, places: Sequence[int]) -> Standing:
-    at = list(zip(entry.runs, places, strict=True))
-    columns = dict.fromkeys(name for run in entry.runs for name in run.metrics if _is_score(name))
+def _common_limit(runs: Sequence[Run], protocol: Protocol) -> float:
+    """What all runs that came near the limit have spent; no less than where the last of them was first evaluated."""
+    ends = [_spent(run, protocol.kind, protocol.limit) for run in runs]
+    common = min([protocol.limit, *(end for end in ends if end >= CLEARLY * protocol.limit)])
+    first = [float(np.nanmin(_over(run, protocol.kind)[np.isfinite(run.metrics["eval_loss"])])) for run in runs]
+    return max([common, *first])
+
+
+def _spent(run: Run, kind: str, limit: float) -> float:
+    """Up to the limit, as far as the run was evaluated."""
+    over = _over(run, kind)[np.isfinite(run.metrics["eval_loss"])]
+    return min(limit, float(np.nanmax(over))) if np.isfinite(over).any() else math.nan
+
+
+def _point(run: Run, protocol: Protocol, limit: float) -> _Point:
+    """Where the run counts; it was evaluated within `limit`, which is the protocol's or a little below."""
+    over = _over(run, protocol.kind)
+    evaluated = np.isfinite(run.metrics["eval_loss"])
+    place = int(np.flatnonzero(evaluated & (over <= limit))[-1])
+    beyond = np.flatnonzero(evaluated & (over > limit))
+    used = min(limit, _spent(run, protocol.kind, limit)) / protocol.limit if protocol.limit else 1.0
+    if not len(beyond) or over[place] == limit:
+        return _Point(run, place, place, 0.0, used)
+    after = int(beyond[0])
+    return _Point(run, place, after, float((limit - over[place]) / (over[after] - over[place])), used)
+
+
+def _standing(entry: Entry, points: Sequence[_Point]) -> Standing:
+    columns = dict.fromkeys(name for point in points for name in point.run.metrics if _is_score(name))
     scores = {
-        name: estimate([float(run.metrics[name][place]) if name in run.metrics else math.nan for run, place in at])
+        name: estimate(
+            [point.value(point.run.metrics[name]) if name in point.run.metrics else math.nan for point in points]
+        )
         for name in columns
     }
-    up, down = (estimate([float(run.spent(way)[place]) for run, place in at]) for way in ("up", "down"))
+    up, down = (estimate([point.value(point.run.spent(way)) for point in points]) for way in ("up", "down"))
     return Standing(
-        entry=entry,
-        at=tuple(int(run.rounds[place]) for run, place in at),
+        entry=replace(entry, runs=tuple(point.run for point in points)),
+        at=tuple(point.value(point.run.metrics["round"]) for point in points),
+        used=float(np.mean([point.used for point in points])),
         scores={name: score for name, score in scores.items() if math.isfinite(score.mean)},
         up_bytes=up,
         down_bytes=down,
-        seconds=estimate([float(run.seconds()[place]) for run, place in at]),
-        memory_bytes=estimate([run.memory_bytes for run in entry.runs]),
+        seconds=estimate([point.value(point.run.seconds()) for point in points]),
+        memory_bytes=estimate([point.run.memory_bytes for point in points]),
         behind=None,
         p=math.nan,
         verdict="reference",
@@ -189,26 +246,31 @@ def _is_score(column: str) -> bool:
 
 def _judged(standings: Sequence[Standing], first: Standing) -> list[Standing]:
     """Each against the first, paired by seed."""
-    others = [standing for standing in standings if standing is not first]
-    behind = [_behind(standing, first) for standing in others]
-    adjusted = holm([paired_p(difference.values) for difference in behind])
-    judged = {
-        standing.entry.label: replace(standing, behind=difference, p=p, verdict=_verdict(difference, p))
-        for standing, difference, p in zip(others, behind, adjusted, strict=True)
-    }
-    return [judged.get(standing.entry.label, standing) for standing in standings]
+    seeds = sorted({seed for standing in standings for seed in standing.entry.seeds})
+    losses = np.full((len(seeds), len(standings)), np.nan)
+    for column, standing in enumerate(standings):
+        rows = [seeds.index(seed) for seed in standing.entry.seeds]
+        losses[rows, column] = standing.scores["eval_loss"].values
+    place = [standing is first for standing in standings].index(True)
+    judged = []
+    for standing, own, p in zip(standings, losses.T, step_down(losses, place).tolist(), strict=True):
+        if standing is first:
+            judged.append(standing)
+            continue
+        apart = own - losses[:, place]
+        behind = estimate(apart[np.isfinite(apart)])
+        judged.append(replace(standing, behind=behind, p=p, verdict=_verdict(standing, first, behind, p)))
+    return judged
 
 
-def _behind(standing: Standing, first: Standing) -> Estimate:
-    losses = [dict(zip(one.entry.seeds, one.scores["eval_loss"].values, strict=True)) for one in (standing, first)]
-    return estimate([losses[0][seed] - losses[1][seed] for seed in sorted(losses[0].keys() & losses[1].keys())])
-
-
-def _verdict(behind: Estimate, p: float) -> str:
+def _verdict(standing: Standing, first: Standing, behind: Estimate, p: float) -> str:
     if math.isnan(p):
         return "one seed"
     if p > SIGNIFICANT:
         return "within noise"
+    more, less = (standing, first) if behind.mean > 0 else (first, standing)  # by loss
+    if more.used < CLEARLY and more.used * SLACK < less.used:
+        return "unspent"
     return "worse" if behind.mean > 0 else "better"
 
 
@@ -228,14 +290,16 @@ def _unlike_tests(standings: Sequence[Standing]) -> str | None:
     return f"{', '.join(own)}: scored on each client's own held-out data, the others on the server's"
 
 
-def _unspent(standing: Standing, protocol: Protocol) -> str | None:
-    if protocol.kind == "rounds":
-        return None
-    used = [float(_over(run, protocol.kind)[-1]) for run in standing.entry.runs]
-    share = float(np.mean(used)) / protocol.limit
-    if not share < CLEARLY:
-        return None
-    return f"{standing.entry.label} used {100 * share:.2g} % of the {protocol.kind}: rounds ended it"
+def _rough(standing: Standing, protocol: Protocol) -> list[str]:
+    """Why an entry's numbers aren't quite what the limit says."""
+    label, runs, notes = standing.entry.label, standing.entry.runs, []
+    if not standing.used >= CLEARLY:
+        ended = all(run.rounds[-1] >= run.experiment.rounds for run in runs)
+        why = "rounds ended it" if ended else "it was not evaluated later"
+        notes.append(f"{label} used {100 * standing.used:.2g} % of the {protocol.kind}: {why}")
+    if protocol.kind != "rounds" and any(0 < at < 1 for at in standing.at):
+        notes.append(f"{label}: its first round doesn't fit; what is shown lies on the line to what that came to")
+    return notes
 
 
 def _budget(group: Group, kind: str) -> float | None:

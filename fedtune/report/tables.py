@@ -14,6 +14,8 @@ import pyarrow.csv as pa_csv
 
 BLOCK = 1 << 26  # bytes that pyarrow takes at once
 SMALL = 1 << 14  # bytes of a file that csv reads sooner than pyarrow begins
+# No count, size or time is as large, nor any score; what is, is damage, and would drown all it is added to
+MOST, LARGEST = 2.0**53, 1e100
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ def read_columns(
     """Read some columns of a table; None where there is no such file.
 
     Args:
-        needed: columns of numbers; a line that lacks one, or has none above or at 0, is left out.
+        needed: columns of numbers; a line that lacks one, or has none from 0 to MOST, is left out.
         others: columns of numbers that may be empty, or absent.
         words: columns of words.
     """
@@ -50,9 +52,9 @@ def read_columns(
     table, texts = read
     good = np.ones(len(table[needed[0]]), bool)
     for name in numbers:
-        table[name][~np.isfinite(table[name])] = np.nan
+        table[name][~(np.abs(table[name]) <= LARGEST)] = np.nan
     for name in needed:
-        good &= table[name] >= 0
+        good &= (table[name] >= 0) & (table[name] < MOST)
     bad += int((~good).sum())
     if bad:
         notes = (*notes, f"{path.name}: {_lines(bad)} can't be read")
@@ -81,7 +83,12 @@ def number(cell: str) -> float:
         value = float(cell)
     except ValueError:
         return np.nan
-    return value if np.isfinite(value) else np.nan
+    return value if abs(value) <= LARGEST else np.nan
+
+
+def is_none(cell: str) -> bool:
+    """Whether a cell of which no number comes is so on purpose."""
+    return not cell or cell.strip().lower().lstrip("+-") in ("", "nan", "inf")
 
 
 def _lines(count: int) -> str:

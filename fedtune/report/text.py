@@ -131,6 +131,8 @@ def _of_table(table: Table) -> str:
         said += " Every other is worse by more than the noise between seeds."
     if against != "it" and (better := by_verdict.get("better", [])):
         said += f" Better than {against} by more than noise: {listed(better)}."
+    if unspent := by_verdict.get("unspent", []):
+        said += f" As unlike amounts were spent, nothing can be said of {listed(unspent)}."
     if by_verdict.get("one seed"):
         alone = by_verdict["one seed"]
         if seeds < 2 or len(alone) == rest:

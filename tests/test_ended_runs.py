@@ -1,0 +1,147 @@
+"""Runs whose process ended: told to, or without a word. What is said of them is that they stopped, and how to go on."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import SMALL
+
+from fedtune.endings import ENDINGS, as_ctrl_c
+from fedtune.errors import RunFolderError
+from fedtune.locks import LOCK, is_held
+from fedtune.report.comparison import load
+from fedtune.report.page import render
+from fedtune.report.runs import read
+from fedtune.report.serve import Watch
+from fedtune.run_folder import RunFolder, lock
+
+
+@pytest.fixture
+def handlers():
+    numbers = (signal.SIGINT, *ENDINGS)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", ENDINGS)
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
+def test_what_ends_a_process_does_what_ctrl_c_does_and_once(number, ctrl_c, handlers):
+    """Also where a shell lets Ctrl-C be ignored. The second of them doesn't disturb what the first has begun."""
+    signal.signal(signal.SIGINT, ctrl_c)
+    signal.signal(number, signal.SIG_DFL)
+    with as_ctrl_c():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+        for again in ENDINGS:
+            signal.raise_signal(again)
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_what_nohup_lets_be_ignored_stays_so(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with as_ctrl_c():
+        signal.raise_signal(signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_the_handler_of_a_runtime_is_the_one_that_is_called(handlers):
+    """Ray's sets an event, as the run goes on in another thread."""
+    called = []
+    with as_ctrl_c():
+        signal.signal(signal.SIGINT, lambda *_: called.append("stop"))
+        signal.raise_signal(signal.SIGTERM)
+    assert called == ["stop"]
+
+
+def test_a_lock_says_who_is_at_work(tmp_path):
+    assert is_held(tmp_path) is False
+    folder = RunFolder(tmp_path)
+    assert is_held(tmp_path) is True
+    with pytest.raises(RunFolderError, match="is being written by another fedtune"):
+        RunFolder(tmp_path)
+    folder.close()
+    assert is_held(tmp_path) is False
+    (tmp_path / LOCK).unlink()
+    (tmp_path / LOCK).mkdir()
+    assert is_held(tmp_path) is None
+
+
+def test_who_only_asks_keeps_nobody_from_the_lock(tmp_path):
+    """Whoever asks has it for an instant, together with others who ask."""
+    asking = (tmp_path / LOCK).open("a")
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    assert is_held(tmp_path) is False
+    timer = threading.Timer(0.03, asking.close)
+    timer.start()
+    lock(tmp_path).close()
+    timer.join()
+
+
+# One process imports everything once, and its children are the runs: `fedtune run` each, as the command line starts it
+RUNS = """
+import os, sys
+import fedtune.runtime.local
+from fedtune.cli import main
+count, words = int(sys.argv[1]), sys.argv[2:]
+runs = []
+for out in words[:count]:
+    if not (run := os.fork()):
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open(f"{out}.txt", "w", buffering=1)
+        os._exit(main(["run", *words[count:], f"out={out}"]))
+    runs.append(run)
+print(*runs, flush=True)
+print(*(os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]) for run in runs))
+"""
+
+
+def test_a_run_that_was_told_to_end_and_one_that_was_killed(tmp_path):
+    """Both stop in the middle of 9000 rounds. TERM is written down as Ctrl-C is; of kill -9 the lock tells, and a page
+    that is watched changes though no file does."""
+    told, killed = tmp_path / "told", tmp_path / "killed"
+    command = [sys.executable, "-c", RUNS, "2", str(told), str(killed), *SMALL, "rounds=9000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            runs = [int(word) for word in process.stdout.readline().split()]
+            _wait_until(lambda: all((folder / "metrics.csv").exists() for folder in (told, killed)), process)
+            assert [read(folder).status for folder in (told, killed)] == ["running", "running"]
+            assert not any("resume=" in note for note in load([tmp_path]).notes)
+            for run, number in zip(runs, (signal.SIGTERM, signal.SIGKILL), strict=True):
+                os.kill(run, number)
+            assert process.stdout.readline().split() == ["130", str(-signal.SIGKILL)]
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert f"go on with: fedtune run resume={told}" in (tmp_path / "told.txt").read_text()
+    assert json.loads((told / "summary.json").read_text())["status"] == "interrupted"
+    assert json.loads((killed / "summary.json").read_text())["status"] == "running", "nobody was there to write it"
+    for folder in (told, killed):
+        run = read(folder)
+        assert run.status == "interrupted"
+        note = f"interrupted after round {run.rounds[-1]} of 9000; go on with: fedtune run resume={folder}"
+        found = load([folder])
+        assert any(note in line for line in found.notes)
+        assert note in render(found)
+    assert "its process ended without writing that down" in read(killed).error
+    watch = Watch(tmp_path, lambda path: load([path]))
+    stopped = watch.state()
+    held = lock(killed)
+    assert watch.state() != stopped
+    assert read(killed).status == "running", "somebody goes on with it"
+    held.close()
+    assert watch.state() == stopped
+
+
+def _wait_until(true, process):
+    deadline = time.monotonic() + 240
+    while not true():
+        assert process.poll() is None, "it ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
