@@ -10,7 +10,7 @@ from flwr.app import Message, MessageType, RecordDict
 from fedtune import wire
 from fedtune.broadcast import Sent
 from fedtune.clock import Clock, Timed
-from fedtune.errors import CapacityError, ClientError, FedtuneError, WireError
+from fedtune.errors import CapacityError, ClientError, FedtuneError
 from fedtune.exchange import Arrival, Exchange
 from fedtune.flower import content_bytes
 from fedtune.installing import SCALING, check_scaling
@@ -18,6 +18,7 @@ from fedtune.keys import fold
 from fedtune.ledger import Entry, Ledger
 from fedtune.merging import VERSION
 from fedtune.party import Party
+from fedtune.plausibility import check_examples, norm_of_change
 from fedtune.progress import View
 from fedtune.protocol import Instruction, Tensors, Update, is_lossless, same_instruction, same_tensors
 from fedtune.roster import Roster
@@ -42,7 +43,10 @@ class Talk:
         self.view = view
         self.clock = Clock(party)
         self.ledger = Ledger()
-        self.roster = Roster(exchange, self.experiment, party.model.layout, self._book, view.note)
+        # In a simulation the server divided the data itself; a device may have its own
+        self.knows_samples = self.experiment.runtime.name != "flower"
+        known = party.samples if self.knows_samples else None
+        self.roster = Roster(exchange, self.experiment, party.model.layout, self._book, view.note, known)
         self.state: Any = None
         self.sent = Sent()
         self._asked: dict[int, Asked] = {}  # the clients whose answers are awaited
@@ -121,18 +125,17 @@ class Talk:
             told = asked.heard
             known = self.party.known(told)
             update = wire.unpack_update(content, blob, self.party.codec_up, known)
-            if update.examples > peer.samples:
-                raise WireError(f"it claims {update.examples} examples; at the handshake it had {peer.samples}")
+            check_examples(update, peer, self.knows_samples)
             check_scaling(update, float(told.settings.get(SCALING, self.party.model.layout.scaling)))
             self.strategy.validate(self.state, played.number, peer, update)
             size = wire.update_bytes(blob, update)
             self._check_time(index, asked, size, played)
         except FedtuneError as error:
             self._fail(index, played, str(error))
-            # Nobody knows what it kept of this turn: next time it is sent everything
-            self.roster.peers[index] = replace(peer, installed_version=0, heard=0)
-            self._trust(index, False)
+            self._doubt(index)
         else:
+            played.told[index] = (told.tensors or asked.meant.tensors) if traits_of(self.strategy).lossy_up else {}
+            played.norms[index] = norm_of_change(update.tensors, played.told[index])
             if (version := int(told.settings.get(VERSION, 0))) != peer.installed_version:
                 self.roster.peers[index] = replace(peer, installed_version=version)
             self._trust(index, True)
@@ -163,6 +166,22 @@ class Talk:
             start = told if traits_of(self.strategy).lossy_up else None
             known = self.party.known(Instruction(told))
             played.signs[index] = signs_of(update.tensors, blob, self.party.codec_up, start, known)
+
+    def _leave_out(self, index: int, played: Round, reason: str) -> None:
+        """Take back an update that was counted and can't be believed: the round goes on as if it had been refused."""
+        played.forget(index, reason)
+        self._refuse(index, played, reason)
+
+    def _refuse(self, index: int, played: Round, reason: str) -> None:
+        """Book an update that came, and was booked so, as failed after all."""
+        self._fail(index, played, reason)
+        self.ledger.fail(played.number, index)
+        self._doubt(index)
+
+    def _doubt(self, index: int) -> None:
+        """Nobody knows what a client kept of a turn that failed: next time it is sent everything."""
+        self.roster.peers[index] = replace(self.roster.peers[index], installed_version=0, heard=0)
+        self._trust(index, False)
 
     def _trust(self, index: int, sure: bool) -> None:
         """Whether it is known what a client keeps. It is asked after a resume too, and says what it keeps, but not of
