@@ -175,14 +175,14 @@ def effective_examples(examples: Sequence[int], weights: str, most: float) -> li
     total = sum(examples)
     if most >= 1 or not examples or max(examples) <= most * total:
         return list(examples)
-    if most * len(examples) <= 1:
+    if most * len(examples) <= 1 + 1e-9:
         return [1] * len(examples)
     # The largest m are cut to c, so that c = most (m c + the rest's sum)
-    ordered, rest = sorted(examples, reverse=True), total
-    for cut in range(1, len(ordered) + 1):
+    ordered, rest, limit = sorted(examples, reverse=True), total, 0.0
+    for cut in range(1, len(ordered)):
         rest -= ordered[cut - 1]
-        limit = most * rest / (1 - cut * most) if cut * most < 1 else math.inf
-        if cut == len(ordered) or ordered[cut] <= limit:
+        limit = most * rest / (1 - cut * most)
+        if ordered[cut] <= limit * (1 + 1e-9):
             break
     return [min(n * FINE, max(1, math.floor(limit * FINE))) for n in examples]
 
