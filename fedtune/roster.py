@@ -140,7 +140,6 @@ class Roster:
         for arrival in self._exchange.send(messages, self._seconds):
             try:
                 peer = wire.unpack_greeting(arrival.content(), self._wanted, self._layout.sha256)
-                self._check_samples(peer)
                 self._admit(peer, arrival.node, present)
             except FedtuneError as error:
                 wrong = _needs_a_person(arrival, error)
@@ -170,6 +169,7 @@ class Roster:
         holder = self.nodes.get(peer.index, node)
         if holder != node and holder in present:
             raise WireError(f"two nodes say they are client {peer.index}: give each its own partition-id")
+        self._check_samples(peer)
         if holder != node:
             self._say(f"client {peer.index} is back, on another node")
         self._forget(node)

@@ -285,7 +285,4 @@ def test_a_lie_about_losses_is_not_in_every_cohort(tmp_path, lie):
     asked = {int(row["round"]) for row in rows(tmp_path / "run", "ledger.csv")
              if (row["peer"], row["direction"], row["part"]) == ("1", "down", "train")}  # fmt: skip
     assert len(asked) < rounds - 1
-    if lie == 5.9:
-        assert len(asked) > rounds / 2
-    else:
-        assert len(asked) < rounds / 2
+    assert (len(asked) > 0.75 * rounds) == (lie == 5.9)
