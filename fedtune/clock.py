@@ -32,7 +32,7 @@ from fedtune.party import Party
 from fedtune.population import server_peer
 from fedtune.protocol import Capability, Instruction, Peer
 from fedtune.replies import size_of
-from fedtune.selection import select
+from fedtune.selection import PATIENCE, believed, select
 from fedtune.traits import tells_its_work, traits_of
 
 BESIDE_BYTES = 500  # of a message that holds no tensor, about
@@ -292,8 +292,9 @@ class Clock:
         self, number: int, able: Sequence[int], count: int, peers: Mapping[int, Peer], expected: Mapping[int, Turn]
     ) -> list[int]:
         """Who of those that are able takes part in round `number`, by population.selection."""
-        population = self._population
-        return select(
+        population, progress = self._population, self.progress
+        reported = {int(index): loss for index, loss in progress.losses.items()}
+        chosen = select(
             population.selection,
             seed=self._party.experiment.seed,
             round=number,
@@ -301,11 +302,17 @@ class Clock:
             cohort=count,
             clients=population.clients,
             samples={index: peers[index].samples if index in peers else 0 for index in able},
-            losses={int(index): loss for index, loss in self.progress.losses.items()},
+            losses=believed(reported, progress.unsure),
+            waiting={int(index) for index, rounds in progress.in_a_row.items() if rounds >= PATIENCE},
             candidates=max(population.drawn, count),
             seconds={index: turn.seconds for index, turn in expected.items()},
             tiers=population.tiers,
         )
+        if population.selection == "power_of_choice":
+            stayed = {str(index): progress.in_a_row.get(str(index), 0) + 1 for index in chosen}
+            kept = {index: rounds for index, rounds in progress.in_a_row.items() if int(index) not in able}
+            self.progress = replace(progress, in_a_row=kept | stayed)
+        return chosen
 
     def shortened(self, peer: Peer, told: Instruction) -> Instruction:
         """The instruction with as many steps as fit before the deadline, where fewer do than were meant."""

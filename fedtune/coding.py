@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedtune.codecs.packed import Packed, Reader, varint
 from fedtune.config import build
-from fedtune.errors import ConfigError, WireError
+from fedtune.errors import ConfigError, WireError, short
 from fedtune.protocol import Codec, Tensors, describe, is_lossless
 
 MAGIC = b"fd"
@@ -84,7 +84,7 @@ def decode(codec: Codec, blob: bytes, known: Tensors) -> Tensors:
     others = reader.take(reader.varint("the length of the other tensors"), "the other tensors")
     tensors = WHOLE.decode(others) if others else {}
     if both := tensors.keys() & shapes.keys():
-        raise WireError(f"tensor '{min(both)}' comes twice")
+        raise WireError(f"tensor '{short(min(both))}' comes twice")
     for name, moved in codec.decode(blob[reader.place :], shapes).items():
         part = _part(known[name], shapes[name])
         assert part is not None

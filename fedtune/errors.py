@@ -2,7 +2,30 @@
 
 A message names the thing, says what was expected and what came, and shows the way out. The command line prints the
 message alone; a library user catches `FedtuneError` or one of its kinds.
+
+What a peer says of itself, or names, ends up in errors, and those in tables, terminals and pages. So the two kinds that
+quote peers hold nothing but a line of printable characters, however they are raised.
 """
+
+MAX_TEXT = 500  # characters of an error that quotes a peer
+MAX_NAME = 80  # characters of what it quotes, where its own words come after
+
+
+def of_peer(text: str, most: int = MAX_TEXT) -> str:
+    """A stranger's text as one line of at most `most` printable characters.
+
+    What isn't printable (escape sequences, line ends, characters that turn the direction of writing) is a space where
+    it is one, and else spelt out, as \\x1b.
+    """
+    looked = text[: 8 * most]  # at no more of what may be megabytes
+    words = " ".join(looked.split())[: most + 1]
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    return line if len(line) <= most and looked == text else f"{line[: most - 4]} ..."
+
+
+def short(name: object) -> str:
+    """What a stranger calls something, cut to be quoted in an error."""
+    return of_peer(str(name), MAX_NAME)
 
 
 class FedtuneError(Exception):
@@ -21,12 +44,23 @@ class ModelError(FedtuneError):
     """A base model can't be loaded, or the adapter doesn't fit it."""
 
 
-class WireError(FedtuneError):
+class PeerError(FedtuneError):
+    """An error that may quote a peer, whose words are cut and made printable (`of_peer`)."""
+
+    def __init__(self, text: object = ""):
+        super().__init__(of_peer(str(text)))
+
+
+class WireError(PeerError):
     """A message or blob isn't what was agreed on. Input from a peer is hostile until checked."""
 
 
-class ClientError(FedtuneError):
+class ClientError(PeerError):
     """A client could not do its part of a round."""
+
+
+class ClientTimeout(ClientError):
+    """A client was too slow, which is no fault of how it is set up."""
 
 
 class QuorumError(FedtuneError):

@@ -27,6 +27,7 @@ from fedtune.clock import Timed, Turn
 from fedtune.coding import decode, with_feedback
 from fedtune.errors import ConfigError, QuorumError
 from fedtune.protocol import Instruction, Peer, Update
+from fedtune.replies import Buffered
 from fedtune.round import Asked, Round
 from fedtune.rounds import Server
 
@@ -61,16 +62,19 @@ class AsynchronousServer(Server):
         played = Round(number)
         self.view.round_begins(number, self.buffer)
         asked: set[int] = set()  # for the state that the server holds
-        replies: list[tuple[Peer, Update]] = []
+        replies = Buffered()
         while len(replies) < self.buffer:
             self._fill(played, asked)
             if not self._pending:
                 self._check_buffer(played, len(replies))
                 break
-            replies.append(self._next(played))
+            if (reply := self._next(played)) is not None:
+                replies.append(reply)
             self.view.reply(played.mean("train_loss"), len(played.failures), self.ledger.totals)
         replies.sort(key=lambda reply: reply[0].index)
-        self.state = self.strategy.aggregate(self.state, number, replies)
+        self.state, _ = self.aggregator.aggregate(
+            self.state, played, replies, lambda got: self._check_buffer(played, got)
+        )
         self.clock.hear(played.reported("train_loss"))
         played.virtual_seconds = self.clock.settle(self.clock.progress.seconds)
         played.seconds = time.monotonic() - begun
@@ -102,6 +106,7 @@ class AsynchronousServer(Server):
     def _set_to_work(self, played: Round, chosen: Sequence[int]) -> None:
         def take(peer: Peer, update: Update, blob: bytes, asked: Asked) -> None:
             timed = played.turns.pop()
+            played.told.pop(peer.index)
             waiting = {
                 "version": played.number - 1,
                 "begun": timed.begun,
@@ -110,6 +115,7 @@ class AsynchronousServer(Server):
                 "peer": {"samples": peer.samples, "rank": peer.rank, "scaling": peer.scaling},
                 "examples": update.examples,
                 "metrics": dict(update.metrics),
+                "norm": played.norms.pop(peer.index),
                 "blob": torch.frombuffer(bytearray(blob), dtype=torch.uint8),
                 "told": asked.heard.tensors,
                 "lost": asked.lost,
@@ -119,8 +125,10 @@ class AsynchronousServer(Server):
         for index, arrival in self._ask(played.number, chosen):
             self._receive(index, arrival, played, take)
 
-    def _next(self, played: Round) -> tuple[Peer, Update]:
-        """The answer that is there first, of equal ones the lowest index's; the clock goes on to then."""
+    def _next(self, played: Round) -> tuple[Peer, Update] | None:
+        """The answer that is there first, of equal ones the lowest index's; the clock goes on to then. None if it is
+        out of all proportion to those that are at work or counted."""
+        norms = {int(index): waiting["norm"] for index, waiting in self._pending.items()}
         index = min(map(int, self._pending), key=lambda index: (self._pending[str(index)]["end"], index))
         pending = dict(self._pending)
         ended = pending.pop(str(index))
@@ -130,13 +138,18 @@ class AsynchronousServer(Server):
         known = self.party.known(Instruction(told))
         tensors = decode(self.party.codec_up, blob, known)
         update = Update(tensors, ended["examples"], ended["metrics"])
+        staleness = played.number - 1 - ended["version"]
+        out = self.aggregator.implausible(played.norms | norms, {index: told}).get(index, "")
+        played.turns.append(Timed(index, Turn(**ended["turn"]), ended["begun"], staleness, out))
+        if out:
+            self._refuse(index, played, out)
+            return None
         self._count(index, update, blob, told, played)
+        played.norms[index] = ended["norm"]
         # As of a client that heard all that was meant (`Replies.add`)
         start = {name: known[name] for name in tensors if name in known}
         moved, start = (with_feedback(held, ended["lost"]) for held in (tensors, start))
         update = replace(update, tensors=moved, start=start)
-        staleness = played.number - 1 - ended["version"]
-        played.turns.append(Timed(index, Turn(**ended["turn"]), ended["begun"], staleness))
         return Peer(index, **ended["peer"], staleness=staleness), update
 
     def _check_buffer(self, played: Round, got: int) -> None:

@@ -26,7 +26,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.errors import ConfigError, FedtuneError, RunFolderError, WireError
+from fedtune.errors import ClientTimeout, ConfigError, FedtuneError, RunFolderError, WireError, of_peer
 
 __all__ = [
     "SERVER_NODE",
@@ -64,7 +64,8 @@ _EXPLAINED = {
 }
 
 PAUSES = (0.5, 1, 2, 4, 8)  # seconds between the times a SuperLink with an error of its own is asked again
-MAX_REASON = 500  # characters of a client's complaint that are kept
+MAX_KIND = 64  # characters of a message's type, whose length is remembered
+MAX_REASON = 440  # characters of a client's complaint that are kept, so that what happened to it has room too
 
 # The forms in which Flower passes on what a client raised, in a deployment and from Ray
 _RAISED = re.compile(r"^<class '(?:[\w.]+\.)?((?!ClientAppException)\w+)'>:<'(.*)'>$", re.DOTALL)
@@ -77,14 +78,15 @@ def explain_error(error: Error) -> str:
     if (found := _RAISED.search(said)) or (found := _RAISED_ON_RAY.search(said)):
         said = ": ".join(text.strip() for text in found.groups())
         said = re.sub(r"^ClientError: (?=\w+: )", "", said)  # a device's worker has named the kind already
-    said = said if len(said) <= MAX_REASON else f"{said[:MAX_REASON]} ..."
+    said = of_peer(said, MAX_REASON)
     happened = _EXPLAINED.get(error.code)
     return f"{happened} ({said})" if happened else said
 
 
 def raised_by_client(error: Error) -> bool:
-    """Whether the client's own code is at fault, rather than its machine or the way to it."""
-    return error.code in (ErrorCode.LOAD_CLIENT_APP_EXCEPTION, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
+    """Whether the client's own code is at fault, rather than its machine, its speed or the way to it."""
+    at_fault = (ErrorCode.LOAD_CLIENT_APP_EXCEPTION, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
+    return error.code in at_fault and not explain_error(error).startswith(f"{ClientTimeout.__name__}: ")
 
 
 def outlast(ask: Callable[[], Answer], pauses: Iterable[float] = PAUSES) -> Answer:
@@ -217,9 +219,9 @@ def content_bytes(content: RecordDict) -> int:
 def envelope_bytes(message: Message) -> int:
     """Length of the rest: addresses, and the error if there is one. The message's own id is left out, as Flower leaves
     it out when it sends."""
-    if message.has_error():
-        return _measure_envelope(message.metadata, message.error)
     at = message.metadata
+    if message.has_error() or len(at.message_type) > MAX_KIND:  # which is a stranger's word, and not kept
+        return _measure_envelope(at, message.error if message.has_error() else None)
     return _envelope_bytes(
         at.run_id,
         at.src_node_id,

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-from typing import Protocol
+from typing import Any, Protocol
 
 from flwr.app import Message, RecordDict
 from flwr.app.message import make_message
@@ -84,6 +84,7 @@ SESSION = "0" * 36  # a UUID
 POLL_SECONDS = 3.05  # 3 s of sleep and a call
 HEARTBEAT_SECONDS = 20.0  # 17.5 to 22.5, drawn anew each time
 KEEP_ALIVE_SECONDS = 5.0  # both ends drop an idle connection after this
+KEY_BYTES = 2048  # of what is remembered of one message
 PARALLEL = 2  # calls at once for a message's objects, hence connections
 
 
@@ -156,7 +157,7 @@ class Link:
         Args:
             connections: how many TCP connections are opened for it.
         """
-        moved = _pulled(self, _envelope(message), objects) + self.handshake * connections
+        moved = _remembered(_pulled, self, _envelope(message), objects) + self.handshake * connections
         return Crossing(moved.down - wire_bytes, moved.up)
 
     def up(self, reply: Message, objects: Objects, wire_bytes: int, connections: int = 0) -> Crossing:
@@ -164,7 +165,7 @@ class Link:
         SuperLink wrote it itself, for a node that is gone."""
         if reply.metadata.src_node_id == SERVER_NODE:
             return Crossing()
-        moved = _pushed(self, _envelope(reply), objects) + self.handshake * connections
+        moved = _remembered(_pushed, self, _envelope(reply), objects) + self.handshake * connections
         return Crossing(moved.down, moved.up - wire_bytes)
 
     def poll(self, node: int) -> Crossing:
@@ -335,7 +336,14 @@ def _envelope(message: Message) -> bytes:
     return bytes(proto.SerializeToString(deterministic=True))
 
 
-@lru_cache(maxsize=1 << 16)
+def _remembered(measure: Any, link: Link, envelope: bytes, objects: Objects) -> Crossing:
+    """What `measure` finds; it remembers only what is as small as ours is, as a peer's may be anything."""
+    small = len(envelope) + len(objects.tree) + 8 * len(objects.lengths) <= KEY_BYTES
+    found: Crossing = (measure if small else measure.__wrapped__)(link, envelope, objects)
+    return found
+
+
+@lru_cache(maxsize=1 << 14)
 def _pulled(link: Link, envelope: bytes, objects: Objects) -> Crossing:
     proto, head, tree = _opened(envelope, objects)
     node, run = Node(node_id=proto.metadata.dst_node_id), proto.metadata.run_id
@@ -352,7 +360,7 @@ def _pulled(link: Link, envelope: bytes, objects: Objects) -> Crossing:
     return moved + link.call("confirm-message-received", confirmed, ConfirmMessageReceivedResponse())
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 14)
 def _pushed(link: Link, envelope: bytes, objects: Objects) -> Crossing:
     proto, head, tree = _opened(envelope, objects)
     node, run = Node(node_id=proto.metadata.src_node_id), proto.metadata.run_id

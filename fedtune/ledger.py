@@ -50,6 +50,14 @@ class Ledger:
         self._add(entry)
         self.pending.append(entry)
 
+    def fail(self, round: int, peer: int) -> None:
+        """Book an update that came in this round as failed after all; one that is on disk stays as it was."""
+        for place, entry in enumerate(self.pending):
+            if (entry.round, entry.peer, entry.direction, entry.part) == (round, peer, "up", "train"):
+                self.pending[place] = entry._replace(part="failed")
+                self.totals["failed"] += 1
+                return
+
     def take_pending(self) -> list[Entry]:
         pending, self.pending = self.pending, []
         return pending

@@ -11,7 +11,7 @@ from fedtune import wire
 from fedtune.broadcast import Sent
 from fedtune.clock import Clock, Timed
 from fedtune.coding import left_out
-from fedtune.errors import CapacityError, ClientError, FedtuneError, WireError
+from fedtune.errors import CapacityError, ClientError, FedtuneError
 from fedtune.exchange import Arrival, Exchange
 from fedtune.flower import content_bytes
 from fedtune.installing import SCALING, check_scaling
@@ -19,6 +19,7 @@ from fedtune.keys import fold
 from fedtune.ledger import Entry, Ledger
 from fedtune.merging import VERSION
 from fedtune.party import Party
+from fedtune.plausibility import check_examples, norm_of_change
 from fedtune.progress import View
 from fedtune.protocol import Instruction, Tensors, Update, is_lossless, same_instruction, same_tensors
 from fedtune.roster import Roster
@@ -53,8 +54,11 @@ class Talk:
         self.view = view
         self.clock = Clock(party)
         self.ledger = Ledger()
+        # In a simulation the server divided the data itself; a device may have its own
+        self.knows_samples = self.experiment.runtime.name != "flower"
+        known = party.samples if self.knows_samples else None
         layout, data = party.model.layout, party.data.sha256
-        self.roster = Roster(exchange, self.experiment, layout, self._book, view.note, data)
+        self.roster = Roster(exchange, self.experiment, layout, self._book, view.note, data, known)
         self.state: Any = None
         self.sent = Sent()
         self._asked: dict[int, Asked] = {}  # the clients whose answers are awaited
@@ -123,7 +127,8 @@ class Talk:
             if known is None:
                 content, heard = self.party.tell(instruction, key, self.roster.run, last, since)
                 lost = {} if is_lossless(self.party.codec_down) else left_out(instruction.tensors, heard.tensors)
-                if is_lossless(self.party.codec_up) and not self.keeps_told:
+                exact = is_lossless(self.party.codec_up) and is_lossless(self.party.codec_down)
+                if exact and not self.keeps_told:
                     # Nothing of it is needed with the answer
                     heard = Instruction({}, heard.settings)
                 asked = Asked(instruction, heard, lost, content_bytes(content))
@@ -150,18 +155,17 @@ class Talk:
             told = asked.heard
             known = self.party.known(told)
             update = wire.unpack_update(content, blob, self.party.codec_up, known)
-            if update.examples > peer.samples:
-                raise WireError(f"it claims {update.examples} examples; at the handshake it had {peer.samples}")
+            check_examples(update, peer, self.knows_samples)
             check_scaling(update, float(told.settings.get(SCALING, self.party.model.layout.scaling)))
             self.strategy.validate(self.state, played.number, peer, update)
             size = wire.update_bytes(blob, update)
             self._check_time(index, asked, size, played)
         except FedtuneError as error:
             self._fail(index, played, str(error))
-            # Nobody knows what it kept of this turn: next time it is sent everything
-            self.roster.peers[index] = replace(peer, installed_version=0, heard=0)
-            self._trust(index, False)
+            self._doubt(index)
         else:
+            played.told[index] = (told.tensors or asked.meant.tensors) if traits_of(self.strategy).lossy_up else {}
+            played.norms[index] = norm_of_change(update.tensors, played.told[index])
             if (version := int(told.settings.get(VERSION, 0))) != peer.installed_version:
                 self.roster.peers[index] = replace(peer, installed_version=version)
             self._trust(index, True)
@@ -192,6 +196,22 @@ class Talk:
             start = told if traits_of(self.strategy).lossy_up else None
             known = self.party.known(Instruction(told))
             played.signs[index] = signs_of(update.tensors, blob, self.party.codec_up, start, known)
+
+    def _leave_out(self, index: int, played: Round, reason: str) -> None:
+        """Take back an update that was counted and can't be believed: the round goes on as if it had been refused."""
+        played.forget(index, reason)
+        self._refuse(index, played, reason)
+
+    def _refuse(self, index: int, played: Round, reason: str) -> None:
+        """Book an update that came, and was booked so, as failed after all."""
+        self._fail(index, played, reason)
+        self.ledger.fail(played.number, index)
+        self._doubt(index)
+
+    def _doubt(self, index: int) -> None:
+        """Nobody knows what a client kept of a turn that failed: next time it is sent everything."""
+        self.roster.peers[index] = replace(self.roster.peers[index], installed_version=0, heard=0)
+        self._trust(index, False)
 
     def _trust(self, index: int, sure: bool) -> None:
         """Whether it is known what a client keeps. It is asked after a resume too, and says what it keeps, but not of

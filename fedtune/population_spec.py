@@ -43,6 +43,14 @@ class PopulationSpec:
         "power_of_choice: how many are drawn, of which those with the highest loss take part; null: twice the cohort",
     )
     tiers: int = option(3, "speed_tier: into how many groups of like speed the clients are divided")
+    weights: str = option(
+        "samples", "what an update counts: samples (as many examples as its client has) or equal (all alike)"
+    )
+    max_weight: float = option(1.0, "largest share of a round's weight that one client may have; 1: no limit")
+    max_norm_ratio: float | None = option(
+        1000.0,
+        "an update whose norm is over so many times the round's median is left out; null: none is (docs/security.md)",
+    )
     pooled: int = option(0, "how many clients' data the only client holds, as method=centralized has it; 0: its own")
 
     def __post_init__(self) -> None:
@@ -79,6 +87,11 @@ class PopulationSpec:
         one_of("population.selection", self.selection, ("uniform", "power_of_choice", "speed_tier"))
         fraction("population.dropout", self.dropout)
         at_least("population.tiers", self.tiers, 1)
+        one_of("population.weights", self.weights, ("samples", "equal"))
+        if not 0 < self.max_weight <= 1:
+            raise ConfigError(f"population.max_weight={self.max_weight} must be above 0 and at most 1")
+        if self.max_norm_ratio is not None:
+            at_least("population.max_norm_ratio", self.max_norm_ratio, 10)
         if self.deadline is not None:
             above_zero("population.deadline", self.deadline)
         elif self.straggler != "wait":

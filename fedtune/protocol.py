@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeIs
 
-from fedtune.errors import WireError
+from fedtune.errors import WireError, short
 
 if TYPE_CHECKING:
     from fedtune.adapters import LocalModel
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Tensors = dict[str, Tensor]
 Setting = int | float | str | bool
 
-MAX_LABEL = 64  # characters of a device's name
+MAX_LABEL = 64  # characters of a device's name, and of a metric's
 SERVER = -1  # the index under which the server itself installs and evaluates what it broadcasts
 
 
@@ -313,7 +313,7 @@ def expect_like(tensors: Tensors, reference: Mapping[str, Tensor]) -> None:
     if missing := reference.keys() - tensors.keys():
         raise WireError(f"tensor '{min(missing)}' is missing ({len(missing)} of {len(reference)} are)")
     if extra := tensors.keys() - reference.keys():
-        raise WireError(f"tensor '{min(extra)}' was not asked for ({len(extra)} such)")
+        raise WireError(f"tensor '{short(min(extra))}' was not asked for ({len(extra)} such)")
     for name, expected in reference.items():
         got = tensors[name]
         if got.shape != expected.shape or got.dtype != expected.dtype:

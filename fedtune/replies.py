@@ -26,6 +26,14 @@ class _Stored:
     lost: Tensors  # and what was left out of that
 
 
+class Buffered(list[tuple[Peer, Update]]):
+    """The updates of a step of an asynchronous server."""
+
+    def drop(self, index: int) -> None:
+        """Forget what this client sent."""
+        self[:] = [reply for reply in self if reply[0].index != index]
+
+
 class Replies(Sequence[tuple[Peer, Update]]):
     """The valid updates of a round.
 
@@ -63,6 +71,10 @@ class Replies(Sequence[tuple[Peer, Update]]):
     def sort(self) -> None:
         """Put them in order of peer index: sums are then the same, whoever came first."""
         self._items.sort(key=lambda item: item[0].index)
+
+    def drop(self, index: int) -> None:
+        """Forget what this client sent."""
+        self._items = [item for item in self._items if item[0].index != index]
 
     def close(self) -> None:
         self._items.clear()
@@ -103,6 +115,9 @@ class Replies(Sequence[tuple[Peer, Update]]):
         self._file.seek(stored.start)
         tensors = decode(self._codec, self._file.read(stored.length), stored.known)
         return replace(stored.rest, tensors=with_feedback(tensors, stored.lost))
+
+
+Updates = Replies | Buffered  # of which some may turn out not to be believed
 
 
 def size_of(tensors: Tensors) -> int:

@@ -18,6 +18,8 @@ from fedtune.population import equip
 from fedtune.protocol import Layout, Peer
 from fedtune.schema import Experiment
 
+AGAIN_SECONDS = 5.0  # after which a node that didn't answer is asked again
+
 
 class Roster:
     """The clients that said who they are.
@@ -32,6 +34,7 @@ class Roster:
         book: takes the ledger's entry of each greeting.
         say: takes what a person should know.
         data_sha256: of the data that all divide alike; "" where clients may hold others.
+        samples: how many examples each client has, where the server knows that itself.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Roster:
         book: Callable[[Entry], None],
         say: Callable[[str], None],
         data_sha256: str = "",
+        samples: Callable[[int], int] | None = None,
     ):
         self.peers: dict[int, Peer] = {}
         self.nodes: dict[int, int] = {}
@@ -56,7 +60,10 @@ class Roster:
         self._book = book
         self._say = say
         self._data_sha256 = data_sha256
+        self._samples = samples
         self._asked: dict[int, str] = {}  # the nodes that said who they are, or could not: when they were started
+        self._wrong: dict[int, FedtuneError] = {}  # of these, the nodes that are set up wrongly
+        self._again: dict[int, float] = {}  # the nodes that didn't come to say it: when they are to be asked again
 
     def gather(self, done: int) -> None:
         """Wait until every client is there, or the time for that is up and a quorum is.
@@ -66,7 +73,8 @@ class Roster:
 
         Raises:
             QuorumError: if too few came.
-            FedtuneError: if one came that can't take part: a wrong index, other trainable tensors, other data.
+            FedtuneError: if so many can't take part (a wrong index, other trainable tensors, other data) that the
+                others are no quorum: it is no use to wait until somebody sets them up rightly.
         """
         deadline = time.monotonic() + self._seconds
         told = False
@@ -74,9 +82,12 @@ class Roster:
             late = time.monotonic() > deadline
             present = self._exchange.nodes()
             newcomers = self._strangers(present)
-            if newcomers and (late or len(self.peers) + len(newcomers) >= self._wanted):
+            if newcomers and (late or len(self.peers) + len(self._wrong) + len(newcomers) >= self._wanted):
                 self._greet(newcomers, present, done, done + 1)
-            elif not told:
+                self._check_wrong()
+            elif self._is_complete(present):
+                break
+            elif not told and not self._again:
                 self._say(f"waiting for {self._wanted} clients ({len(self.peers) + len(newcomers)} are there) ...")
                 told = True
             if late:
@@ -87,6 +98,8 @@ class Roster:
         missing = [index for index in range(self._wanted) if index not in self.peers]
         named = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
         came = f"{len(self.peers)} of {self._wanted} clients came within runtime.wait={self._seconds:g} s"
+        if self._wrong:
+            came += f", and {len(self._wrong)} that can't take part"
         if len(self.peers) < self._needed:
             raise QuorumError(f"{came}, population.quorum asks for {self._needed}; not there: {named}")
         self._say(f"{came}; going on without client {named}")
@@ -100,7 +113,26 @@ class Roster:
 
     def _strangers(self, present: Mapping[int, str]) -> list[int]:
         """Nodes that were not asked since they were started: a node may come back as somebody else."""
-        return [node for node, started in present.items() if self._asked.get(node) != started]
+        self._asked = {node: started for node, started in self._asked.items() if present.get(node) == started}
+        self._wrong = {node: error for node, error in self._wrong.items() if node in self._asked}
+        now = time.monotonic()
+        return [node for node in present if node not in self._asked and self._again.get(node, now) <= now]
+
+    def _is_complete(self, present: Mapping[int, str]) -> bool:
+        """Whether nobody else will come, as in a process that holds all clients: then there is nothing to wait for."""
+        return not self._exchange.lines.deployed and len(present) >= self._wanted and not present.keys() - self._asked
+
+    def _check_wrong(self) -> None:
+        """
+        Raises:
+            FedtuneError: that of the first node which is set up wrongly, if so many are that no quorum is left.
+        """
+        if self._wanted - len(self._wrong) < self._needed:
+            first = next(iter(self._wrong.values()))
+            raise type(first)(
+                f"{len(self._wrong)} of the {self._wanted} clients that are wanted can't take part, and "
+                f"population.quorum asks for {self._needed}: {first}"
+            )
 
     def _greet(self, nodes: list[int], present: Mapping[int, str], round: int, next_round: int) -> None:
         at_start = next_round > round
@@ -118,11 +150,13 @@ class Roster:
                 if wire.has_lost(content):
                     self._say(f"client {peer.index} can't read what it kept: it starts anew, and is told everything")
             except FedtuneError as error:
-                if at_start and _needs_a_person(arrival, error):
-                    raise
-                if not at_start:  # it had its chance
+                wrong = _needs_a_person(arrival, error)
+                if wrong or not at_start:  # it had its chance
                     self._asked[arrival.node] = present[arrival.node]
                     self._forget(arrival.node)
+                if wrong:
+                    self._wrong[arrival.node] = error
+                self._again[arrival.node] = time.monotonic() + AGAIN_SECONDS
                 self._say(f"a node that came can't take part: {error}")
                 continue
             assert arrival.message is not None
@@ -131,10 +165,19 @@ class Roster:
             self._book(Entry(round, peer.index, "down", "handshake", 0, sizes[arrival.node], around[arrival.node], 0.0))
             self._book(Entry(round, peer.index, "up", "handshake", 0, size, framing, arrival.seconds))
 
+    def _check_samples(self, peer: Peer) -> None:
+        """
+        Raises:
+            WireError: if a client says it has other data than the server, who divided them, knows.
+        """
+        if self._samples is not None and peer.samples != (known := self._samples(peer.index)):
+            raise WireError(f"client {peer.index} says it has {peer.samples} samples; the division gives it {known}")
+
     def _admit(self, peer: Peer, node: int, present: Mapping[int, str]) -> None:
         holder = self.nodes.get(peer.index, node)
         if holder != node and holder in present:
             raise WireError(f"two nodes say they are client {peer.index}: give each its own partition-id")
+        self._check_samples(peer)
         if holder != node:
             self._say(f"client {peer.index} is back, on another node")
         self._forget(node)

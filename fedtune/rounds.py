@@ -9,7 +9,7 @@ import gc
 import math
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from threading import Event
@@ -19,6 +19,7 @@ from flwr.app import MessageType
 from flwr.serverapp import Grid
 
 from fedtune import wire
+from fedtune.aggregation import Aggregator
 from fedtune.budget import Spent, ended_by
 from fedtune.checkpoint import Checkpoint, state_sha256
 from fedtune.clock import Turn
@@ -89,6 +90,7 @@ class Server(Talk):
         self.folder = folder
         self.tracking = tracking
         self.me = server_peer(self.experiment, party.model.layout)
+        self.aggregator = Aggregator(self.experiment, self.strategy, view.note, self._leave_out)
         self.adapter_config = b""  # as last written
         self.named: dict[int, str] = {}  # who was said to be left out, and why
         self.run_id = secrets.token_hex(8)  # a resumed run has the one it began with
@@ -197,9 +199,10 @@ class Server(Talk):
             for index, arrival in self._ask(number, asked):
                 self._receive(index, arrival, played, take)
                 self.view.reply(played.mean("train_loss"), len(played.failures), self.ledger.totals)
+            self.aggregator.sift(played, replies)
             self._check_quorum(played, len(replies), len(cohort))
             replies.sort()
-            self._aggregate(played, replies)
+            self._aggregate(played, replies, lambda got: self._check_quorum(played, got, len(cohort)))
         self.clock.hear(played.reported("train_loss"))
         if self.clock.timed:
             played.virtual_seconds = self.clock.advance(played.turns, played.clients < len(asked))
@@ -270,12 +273,12 @@ class Server(Talk):
                 f"population.quorum asks for {enough}{first}"
             )
 
-    def _aggregate(self, played: Round, replies: Sequence[tuple[Peer, Update]]) -> None:
-        number = played.number
-        before, self.state = self.state, self.strategy.aggregate(self.state, number, replies)
+    def _aggregate(self, played: Round, replies: Replies, check: Callable[[int], None]) -> None:
+        number, before = played.number, self.state
+        self.state, weighed = self.aggregator.aggregate(before, played, replies, check)
         if self.experiment.evaluate.exactness:
             layout = self.party.model.layout
-            played.error = aggregation_error(layout, self.strategy, number, before, self.state, replies, self.me)
+            played.error = aggregation_error(layout, self.strategy, number, before, self.state, weighed, self.me)
 
     def _finish_round(self, played: Round) -> None:
         """Evaluate, then write everything down: lines first and the checkpoint last, so that a round counts as done
@@ -295,10 +298,8 @@ class Server(Talk):
         if self._asks_peers(number) and not personal:
             self._examine(number, heard)
         if found is not None and not math.isfinite(found.loss):
-            raise DivergedError(
-                f"round {number}: the held-out loss became {found.loss}. Start a new run with a lower train.lr "
-                f"(now {self.experiment.train.lr:g})"
-            )
+            said = f"round {number}: the held-out loss became {found.loss}"
+            raise DivergedError(f"{said}. {self.aggregator.advice(played)}")
         index_of = {node: index for index, node in self.roster.nodes.items()}
         for node, moved in self.exchange.lines.take_idle(index_of).items():
             if moved and node in index_of:
@@ -383,7 +384,8 @@ class Server(Talk):
             self._book_arrival(number, index, part, arrival)
         self.party.install(heard, memory={})  # clients in this process had the model meanwhile
         self.folder.append_clients(number, scores)
-        return mean_score({index: self.roster.peers[index].samples for index in scores}, scores)
+        counted = self.aggregator.weights([self.roster.peers[index].samples for index in scores])
+        return mean_score(dict(zip(scores, counted, strict=True)), scores)
 
     def _summarise(self, error: BaseException | None = None) -> dict[str, Any]:
         scores = self.folder.scores()

@@ -4,7 +4,8 @@
     power_of_choice  Cho, Wang and Joshi 2020, "Client Selection in Federated Learning: Convergence Analysis and
                      Power-of-Choice Selection Strategies", arXiv:2010.01243: of d candidates, drawn by p_k = n_k /
                      sum(n), those with the highest loss. This is its rpow-d, which goes by the loss that a client
-                     reported last, and so costs no message.
+                     reported last, and so costs no message. A report is the client's word: one that is out of all
+                     proportion counts as the median one, and who took part PATIENCE times in a row lets another go.
     speed_tier       Chai et al. 2020, "TiFL: A Tier-based Federated Learning System", arXiv:2001.09249: clients of
                      about one speed, so that nobody waits for slow ones. A tier is drawn, clients within it, and
                      where it has too few, more from the tiers nearest to it, of two the faster first. Tiers are drawn
@@ -16,8 +17,9 @@ the same on every machine.
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
+from statistics import median_low
 
 import numpy as np
 
@@ -27,6 +29,8 @@ from fedtune.keys import bits, fold, permutation
 
 RULES = ("uniform", "power_of_choice", "speed_tier")
 NOTHING: Mapping[int, float] = {}
+BELIEVED = 10  # times the median: up to what a reported loss is believed
+PATIENCE = 5  # rounds in a row that a client takes part in because of its loss, where others could
 
 
 def select(
@@ -39,6 +43,7 @@ def select(
     clients: int,
     samples: Mapping[int, int] | None = None,
     losses: Mapping[int, float] = NOTHING,
+    waiting: Collection[int] = (),
     candidates: int | None = None,
     seconds: Mapping[int, float] = NOTHING,
     tiers: int = 5,
@@ -52,6 +57,7 @@ def select(
         samples: power_of_choice: training examples of each that is able. One without any is never drawn, so that the
             cohort can be smaller.
         losses: power_of_choice: what each reported last; who is missing, or reported no number, counts as the highest.
+        waiting: power_of_choice: who goes only if there is nobody else among those drawn.
         candidates: power_of_choice: d, how many are drawn before the losses decide; None takes twice the cohort.
         seconds: speed_tier: what each is expected to need for a round, able or not; who is missing counts as slowest.
         tiers: speed_tier: how many there are.
@@ -81,7 +87,10 @@ def select(
         drawn = _by_samples(there, samples, wanted, fold(seed, "candidates", round))
         if not drawn:
             raise QuorumError(f"round {round}: none of the {len(there)} clients that are able has a training example")
-        chosen = sorted(drawn, key=lambda index: -_known(losses.get(index)))[:cohort]  # stable: ties as drawn
+        ranked = sorted(
+            drawn, key=lambda index: (index in waiting, -_known(losses.get(index)))
+        )  # stable: ties as drawn
+        chosen = ranked[:cohort]
         return sorted(chosen)
     shuffled = permutation(fold(seed, "cohort", round), clients)  # of all, so that an absence moves nobody else
     order = [int(index) for index in shuffled[np.isin(shuffled, there)]]
@@ -91,6 +100,20 @@ def select(
         far = _distances(clients, seconds, tiers, _below(tiers, int(bits(fold(seed, "tier", round), 1)[0])))
         order.sort(key=far.__getitem__)  # stable: within a tier it stays at random
     return sorted(order[:cohort])
+
+
+def believed(losses: Mapping[int, float], failed: Collection[int] = ()) -> dict[int, float]:
+    """Reported losses as far as they are believed, by client.
+
+    One of more than `BELIEVED` times the median, and that of a client that failed and never reported one, count as the
+    median. So neither a lie nor an answer that is refused each time brings a client into every cohort.
+    """
+    finite = [loss for loss in losses.values() if math.isfinite(loss)]
+    if not finite:
+        return dict(losses)
+    usual = median_low(finite)
+    most = BELIEVED * abs(usual) if usual else math.inf
+    return {**dict.fromkeys(failed, usual), **{index: usual if loss > most else loss for index, loss in losses.items()}}
 
 
 def _by_samples(there: Sequence[int], samples: Mapping[int, int], count: int, key: int) -> list[int]:

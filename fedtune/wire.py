@@ -18,17 +18,20 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedtune.coding import decode, encode
-from fedtune.errors import ConfigError, WireError
+from fedtune.errors import ConfigError, WireError, short
 from fedtune.evaluate import Score
 from fedtune.flower import content_bytes, envelope_bytes
 from fedtune.limits import check_settings
-from fedtune.protocol import UNLIMITED, Capability, Codec, Instruction, Peer, Setting, Tensors, Update
+from fedtune.protocol import MAX_LABEL, UNLIMITED, Capability, Codec, Instruction, Peer, Setting, Tensors, Update
 
 PAYLOAD, BLOB, SETTINGS, METRICS, EXAMPLES, GREETING = "payload", "blob", "settings", "metrics", "examples", "greeting"
 ROUND = "round"
 LOST = "lost"
 RUN = "run"  # the setting under which an instruction carries the run's id; no strategy may use it
 MAX_METRICS = 64
+MAX_EXAMPLES = 10**9  # that a client may say it holds
+# What a metric may be, and a loss: sums over all clients and rounds stay numbers, and no honest one comes near
+MAX_METRIC, MAX_LOSS = 1e15, 1e6
 SCORED = ("loss", "accuracy", "tokens")  # what every score has
 COUNTED = {"answers": ("exact_match", "rouge_l"), "questions": ("choice_accuracy",)}  # what some have, of how many
 
@@ -69,11 +72,13 @@ def unpack_settings(content: RecordDict) -> tuple[dict[str, Setting], str]:
     settings: dict[str, Setting] = {}
     for name, value in _record(content, SETTINGS, ConfigRecord).items():
         if not isinstance(value, int | float | str | bool):
-            raise WireError(f"setting '{name}' should be a number, text or truth value, got {type(value).__name__}")
+            raise WireError(
+                f"setting '{short(name)}' should be a number, text or truth value, got {type(value).__name__}"
+            )
         settings[name] = value
     run = settings.pop(RUN, "")
     if not isinstance(run, str):
-        raise WireError(f"setting '{RUN}' should be the run's id, got {run!r}")
+        raise WireError(f"setting '{RUN}' should be the run's id, got {short(repr(run))}")
     check_settings(settings)
     return settings, run
 
@@ -98,11 +103,11 @@ def unpack_update(content: RecordDict, blob: bytes, codec: Codec, known: Tensors
         known: as for `pack_update`.
 
     Raises:
-        WireError: if the content has another form, a tensor or metric isn't finite, or the number of examples isn't a
-            positive integer.
+        WireError: if the content has another form, a tensor isn't finite, a metric has a name that is none or is out of
+            range, or the number of examples isn't a positive integer.
     """
     if extra := content.keys() - {PAYLOAD, METRICS}:
-        raise WireError(f"record '{min(extra)}' was not asked for")
+        raise WireError(f"record '{short(min(extra))}' was not asked for")
     examples, metrics = _metrics(_record(content, METRICS, MetricRecord))
     tensors = decode(codec, blob, known or {})
     check_finite(tensors)
@@ -128,8 +133,9 @@ def unpack_score(content: RecordDict) -> Score | None:
         return None
     loss, accuracy, tokens = (record.pop(name, None) for name in SCORED)
     right = isinstance(loss, float) and isinstance(accuracy, float) and isinstance(tokens, int)
-    if not right or not math.isfinite(loss) or not 0 <= accuracy <= 1 or tokens < 1:
-        raise WireError(f"expected loss, accuracy and tokens, got {loss!r}, {accuracy!r} and {tokens!r}")
+    if not right or not 0 <= loss <= MAX_LOSS or not 0 <= accuracy <= 1 or tokens < 1:
+        got = ", ".join(short(repr(value)) for value in (loss, accuracy, tokens))
+        raise WireError(f"expected loss (0 up to {MAX_LOSS:g}), accuracy and tokens, got {got}")
     more: dict[str, Any] = {}
     for counted, shares in COUNTED.items():
         if counted in record:
@@ -137,10 +143,10 @@ def unpack_score(content: RecordDict) -> Score | None:
             count, *values = figures.values()
             fair = all(isinstance(value, float) and 0 <= value <= 1 for value in values)
             if not isinstance(count, int) or count < 1 or not fair:
-                raise WireError(f"expected how many {counted} and what share of them, got {figures}"[:200])
+                raise WireError(f"expected how many {counted} and what share of them, got {short(figures)}")
             more |= figures
     if record:
-        raise WireError(f"figure {min(record)[:40]!r} of a score is not known, or lacks what it was counted over")
+        raise WireError(f"figure '{short(min(record))}' of a score is not known, or lacks what it was counted over")
     return Score(loss, accuracy, tokens, **more)
 
 
@@ -152,12 +158,11 @@ def blob_of(content: RecordDict) -> bytes:
     """
     record = _record(content, PAYLOAD, ArrayRecord)
     if list(record) != [BLOB]:
-        raise WireError(f"record '{PAYLOAD}' should hold one array '{BLOB}', got {sorted(record)[:5]}")
+        raise WireError(f"record '{PAYLOAD}' should hold one array '{BLOB}', got {short(sorted(record)[:5])}")
     array = record[BLOB]
     if array.dtype != "uint8" or tuple(array.shape) != (len(array.data),):
-        raise WireError(
-            f"array '{BLOB}' should be uint8 of shape ({len(array.data)},), got {array.dtype} {tuple(array.shape)}"
-        )
+        got = short(f"{short(array.dtype)} {tuple(array.shape[:9])}")
+        raise WireError(f"array '{BLOB}' should be uint8 of shape ({len(array.data)},), got {got}")
     return bytes(array.data)
 
 
@@ -167,7 +172,7 @@ def check_finite(tensors: Tensors) -> None:
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise WireError(f"tensor '{name}' has values that are not finite")
+            raise WireError(f"tensor '{short(name)}' has values that are not finite")
 
 
 def pack_arrays(tensors: Tensors) -> ArrayRecord:
@@ -206,7 +211,7 @@ def _tensor(name: str, array: Array) -> torch.Tensor:
             raise ValueError(f"{len(array.data)} bytes that are no {dtype} {shape}")
         return torch.from_numpy(array.numpy())
     except Exception as error:  # the header is a Python literal: a bad one raises whatever Python's parser does
-        raise WireError(f"array '{name}' ({array.dtype}) can't be read: {error}") from error
+        raise WireError(f"array '{short(name)}' ({short(array.dtype)}) can't be read: {error}") from error
 
 
 def payload_bytes(content: RecordDict) -> int:
@@ -217,15 +222,23 @@ def payload_bytes(content: RecordDict) -> int:
 def update_bytes(blob: bytes, update: Update) -> int:
     """Bytes of the content that carries `update`, as Flower serialises it.
 
-    They depend on nothing but the blob's length, the metrics' names and the number of examples, so each such shape is
-    serialised and measured once: copying a blob about to measure it takes longer than everything else here.
+    They depend on nothing but lengths, the blob's, the metrics' names' and that of the number of examples, so each such
+    shape is serialised and measured once: copying a blob about to measure it takes longer than everything else here.
+    What is remembered holds nothing of a client's own words.
     """
-    return _update_bytes(len(blob), update.examples, tuple(update.metrics))
+    names = tuple(sorted(len(name.encode()) for name in update.metrics))
+    return _update_bytes(len(blob), update.examples.bit_length(), names)
 
 
 @lru_cache(maxsize=1 << 16)
-def _update_bytes(blob: int, examples: int, metrics: tuple[str, ...]) -> int:
-    record = MetricRecord({EXAMPLES: examples, **dict.fromkeys(metrics, 0.0)})
+def _update_bytes(blob: int, examples: int, names: tuple[int, ...]) -> int:
+    """Args:
+    examples: bits of the number of examples.
+    names: the lengths of the metrics' names, in bytes.
+    """
+    # Any names of these lengths; a base of 64 tells MAX_METRICS of one letter apart
+    metrics = {f"{chr(48 + place):_>{length}}": 0.0 for place, length in enumerate(names)}
+    record = MetricRecord({EXAMPLES: 1 << (examples - 1), **metrics})
     return content_bytes(RecordDict({PAYLOAD: _payload(bytes(blob)), METRICS: record}))
 
 
@@ -250,7 +263,7 @@ def _payload(blob: bytes) -> ArrayRecord:
 def _record(content: RecordDict, name: str, kind: type) -> Any:
     record = content.get(name)
     if not isinstance(record, kind):
-        raise WireError(f"expected a record '{name}' ({kind.__name__}), got {sorted(content)[:5]}")
+        raise WireError(f"expected a record '{name}' ({kind.__name__}), got {short(sorted(content)[:5])}")
     return record
 
 
@@ -259,13 +272,17 @@ def _metrics(record: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
         raise WireError(f"{len(record)} metrics are too many: expected at most {MAX_METRICS}")
     examples = record.get(EXAMPLES)
     if not isinstance(examples, int) or examples < 1:
-        raise WireError(f"'{EXAMPLES}' should be a positive integer, got {examples!r}")
+        raise WireError(f"'{EXAMPLES}' should be a positive integer, got {short(repr(examples))}")
     metrics: dict[str, float] = {}
     for name, value in record.items():
         if name == EXAMPLES:
             continue
+        if not 0 < len(name) <= MAX_LABEL or not name.isprintable():
+            raise WireError(f"metric '{short(name)}' should have a name of 1 to {MAX_LABEL} printable characters")
         if not isinstance(value, float) or not math.isfinite(value):
-            raise WireError(f"metric '{name}' should be a finite float, got {value!r}")
+            raise WireError(f"metric '{name}' should be a finite float, got {short(repr(value))}")
+        if abs(value) > (most := MAX_LOSS if name.endswith("loss") else MAX_METRIC):
+            raise WireError(f"metric '{name}' should be at most {most:g} in magnitude, got {value:g}")
         metrics[name] = value
     return examples, metrics
 
@@ -282,7 +299,7 @@ def unpack_question(content: RecordDict) -> tuple[str, int]:
     record = _record(content, SETTINGS, ConfigRecord)
     run, round = record.get(RUN), record.get(ROUND)
     if not isinstance(run, str) or not isinstance(round, int):
-        raise WireError(f"expected a run's id and a round, got {run!r} and {round!r}")
+        raise WireError(f"expected a run's id and a round, got {short(repr(run))} and {short(repr(round))}")
     return run, round
 
 
@@ -321,9 +338,11 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str, data_
     held = {name: record.pop(name, 0) for name in ("version", "heard")}
     record.pop(LOST, None)
     if not isinstance(index, int) or not 0 <= index < clients:
-        raise WireError(f"client index should be 0 ... {clients - 1}, got {index!r}")
+        raise WireError(f"client index should be 0 ... {clients - 1}, got {short(repr(index))}")
     if not isinstance(samples, int) or samples < 0:
-        raise WireError(f"client {index} should have a number of samples from 0 up, got {samples!r}")
+        raise WireError(f"client {index} should have a number of samples from 0 up, got {short(repr(samples))}")
+    if samples > MAX_EXAMPLES:
+        raise WireError(f"client {index} says it has more than {MAX_EXAMPLES:,} samples, which nobody has")
     if layout != layout_sha256:
         raise WireError(
             f"client {index} has other trainable tensors than the server: it runs another model, adapter or version, "
@@ -336,7 +355,7 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str, data_
         )
     for name, number in held.items():
         if not isinstance(number, int) or number < 0:
-            raise WireError(f"client {index}: '{name}' should be a number from 0 up, got {number!r}")
+            raise WireError(f"client {index}: '{name}' should be a number from 0 up, got {short(repr(number))}")
     try:
         able = Capability(**record) if record else UNLIMITED
         return Peer(index, samples, able, installed_version=held["version"], heard=held["heard"])

@@ -1,5 +1,6 @@
 """The in-process Grid, and a round loop that waits no longer than it was told to."""
 
+import re
 import time
 from collections.abc import Iterable
 
@@ -9,7 +10,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.config import compose
-from fedtune.errors import ClientError, QuorumError, WireError
+from fedtune.errors import ClientError, ClientTimeout, QuorumError, WireError
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
 
@@ -127,7 +128,60 @@ def greeting_app(change):
         change(reply.content["greeting"])
         return reply
 
+    app.train()(inner)
     return app
+
+
+def changed_for(place, change):
+    """Has one client, of that place, greet otherwise."""
+    return greeting_app(lambda greeting: change(greeting) if greeting["index"] == place else None)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"index": 0}, "two nodes say they are client 0"),
+        ({"index": 7}, r"client index should be 0 \.\.\. 3, got 7"),
+        ({"samples": 0}, "client 3 should have at least one sample"),
+        ({"samples": 10**6}, "client 3 says it has 1000000 samples; the division gives it"),
+        ({"layout": "0" * 64}, "client 3 has other trainable tensors"),
+        ({"memory_bytes": "a\x1b[2J"}, "client 3 describes what it can do in a way that is not understood"),
+    ],
+    ids=[
+        "another's index",
+        "an index that isn't",
+        "no samples",
+        "all samples",
+        "another model",
+        "a limit that is none",
+    ],
+)
+def test_one_node_that_is_set_up_wrongly_is_left_out(tmp_path, capsys, change, said):
+    """At once, for in one process nobody else will come; and named, where the rest is no quorum."""
+    app = changed_for(3, lambda greeting: greeting.update(change))
+    run(LocalGrid, tmp_path / "run", app=app)
+    out = capsys.readouterr().out
+    assert re.search(f"a node that came can't take part: {said}", out)
+    assert "3 of 4 clients came" in out
+    assert "\x1b" not in out
+    assert summary_of(tmp_path / "run")["totals"]["failed"] == 1
+    with pytest.raises(WireError, match=f"1 of the 4 clients .* population.quorum asks for 4: {said}"):
+        run(LocalGrid, tmp_path / "all", "population.quorum=1", app=app)
+
+
+def test_a_node_that_is_too_slow_at_first_is_asked_again(tmp_path, capsys, monkeypatch):
+    """A device whose worker has to load the base first may take longer than it is given; that is no wrong setup."""
+    monkeypatch.setattr("fedtune.roster.AGAIN_SECONDS", 0.2)
+    tries = []
+
+    def change(greeting):
+        if greeting["index"] == 3 and len(tries) < 2:
+            tries.append(1)
+            raise ClientTimeout("the worker did not answer within 600 s; it was stopped")
+
+    run(LocalGrid, tmp_path / "run", "population.quorum=1", app=greeting_app(change))
+    assert capsys.readouterr().out.count("ClientTimeout: the worker did not answer within 600 s") == 2
+    assert summary_of(tmp_path / "run")["totals"]["failed"] == 0
 
 
 def test_two_nodes_with_one_index_are_refused(tmp_path):

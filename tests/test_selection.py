@@ -22,12 +22,16 @@ from collections import Counter
 from itertools import combinations
 
 import pytest
+from conftest import rows, run_on
+from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import ConfigError, QuorumError
 from fedtune.population import sample_cohort
-from fedtune.selection import RULES, select
+from fedtune.runtime.app import make_client_app
+from fedtune.runtime.local import LocalGrid
+from fedtune.selection import BELIEVED, PATIENCE, RULES, believed, select
 
 SECONDS = {0: 3.0, 1: 1.0, 2: 2.0, 3: 9.0, 4: 1.0, 5: math.inf, 6: 5.0}
 TIERS = ({1, 2, 4}, {0, 6}, {3, 5})
@@ -236,3 +240,49 @@ def test_what_cannot_be_is_refused_in_words(rule, changed, error, said):
     with pytest.raises(error) as caught:
         pick(rule, **{"able": [1], "cohort": 2, **changed})
     assert said in str(caught.value)
+
+
+def test_a_loss_is_believed_up_to_ten_times_the_median():
+    """Of 1, 2, 3 and 31 the lower median is 2, so that 20 is the most; who failed and said nothing counts as 2."""
+    assert BELIEVED == 10
+    assert believed({0: 1.0, 1: 2.0, 2: 3.0, 3: 31.0}, [3, 4]) == {0: 1.0, 1: 2.0, 2: 3.0, 3: 2.0, 4: 2.0}
+    assert believed({0: 1.0, 1: 2.0, 2: 3.0, 3: 20.0}) == {0: 1.0, 1: 2.0, 2: 3.0, 3: 20.0}
+    assert believed({0: -3.0, 1: -2.0, 2: -1.0, 3: 28.0}) == {0: -3.0, 1: -2.0, 2: -1.0, 3: -2.0}
+    assert believed({}, [1]) == {}
+    assert believed({0: 0.0, 1: 5.0}) == {0: 0.0, 1: 5.0}
+
+
+def test_who_waits_goes_only_where_others_are_too_few():
+    samples = dict.fromkeys(range(4), 1)
+    losses = {0: 9.0, 1: 3.0, 2: 2.0, 3: 1.0}
+    for number in range(5):
+        more = {"samples": samples, "losses": losses, "candidates": 4}
+        assert pick("power_of_choice", range(4), 2, number, waiting={0}, **more) == [1, 2]
+        assert pick("power_of_choice", range(4), 4, number, waiting={0}, **more) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("lie", [5.9, 1e5, None], ids=["likely", "beyond belief", "always refused"])
+def test_a_lie_about_losses_is_not_in_every_cohort(tmp_path, lie):
+    """With everybody a candidate, client 1 says each time that it does worst, or fails each time and so never says.
+    What is beyond belief brings it nothing. What could be true brings it PATIENCE cohorts in a row, then it waits."""
+    rounds = 2 * PATIENCE + 4
+    words = (
+        "population.selection=power_of_choice", "population.candidates=4", "population.cohort=2", f"rounds={rounds}",
+        "evaluate.every=0", "train.steps=1",
+    )  # fmt: skip
+
+    def answer(index, reply):
+        if index == 1:
+            if lie is None:
+                raise ConnectionError("the battery is flat")
+            reply.content["metrics"]["train_loss"] = lie
+        return reply
+
+    app, inner = ClientApp(), make_client_app()
+    app.query()(inner)
+    app.train()(lambda message, context: answer(context.node_config["partition-id"], inner(message, context)))
+    run_on(LocalGrid, app, tmp_path / "run", *words)
+    asked = {int(row["round"]) for row in rows(tmp_path / "run", "ledger.csv")
+             if (row["peer"], row["direction"], row["part"]) == ("1", "down", "train")}  # fmt: skip
+    assert len(asked) < rounds - 1
+    assert (len(asked) > 0.75 * rounds) == (lie == 5.9)

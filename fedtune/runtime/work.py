@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import NoReturn
 
+from flwr.app import MessageType
+
 from fedtune.flower import content_from_bytes, content_to_bytes
 from fedtune.runtime.worker import CODE, Place
 
@@ -62,7 +64,9 @@ def answer_one(connection: Connection) -> None:
         try:
             owner = device_owner()
             party = party_of(request["run_config"], owner)
-            limit = party.experiment.runtime.timeout
+            runtime = party.experiment.runtime
+            # Loading the base for the first time may take longer than a turn: it is waited for as clients are
+            limit = runtime.wait if request["kind"] == MessageType.QUERY else runtime.timeout
             connection.send_bytes(json.dumps({"limit": limit}).encode())
             done = take_turn(
                 request["kind"], request["round"], content, request["run_config"], request["node_config"], owner

@@ -32,13 +32,14 @@ from typing import Any, NoReturn
 from flwr.app import Context, Message, RecordDict
 
 import fedtune
-from fedtune.errors import ClientError
+from fedtune.errors import ClientError, ClientTimeout
 from fedtune.flower import content_from_bytes, content_to_bytes
 
 CODE = Path(fedtune.__file__).resolve().parent.parent  # a worker serves the app that it was started from
 START_SECONDS = 120.0  # for a worker to import torch, answer hello, and read its instructions
 IDLE_SECONDS = 3600.0
-LOG_TAIL = 2000  # characters of the worker's log that an error quotes
+LOG_TAIL = 2000  # characters of the worker's log that this node's log repeats
+LOG_END = 380  # and of these, those that cross the wire in an error
 
 logger = logging.getLogger("flwr")  # so that a SuperNode prints it with its own lines
 
@@ -69,8 +70,9 @@ def ask(message: Message, context: Context) -> RecordDict:
     A node whose owner wants no process to stay (`--node-config 'worker=false'`) does the work here.
 
     Raises:
-        ClientError: what the worker raised, or that it died twice or took too long, in words that say no more of this
-            device than the server has to know (fedtune/owner.py). The whole stands in the device's own log.
+        ClientError: what the worker raised, or that it died twice, in words that say no more of this device than the
+            server has to know (fedtune/owner.py). The whole stands in the device's own log.
+        ClientTimeout: if it took too long.
     """
     if _is_ray():  # a simulation, whose processes stay by themselves
         from fedtune.turns import take_turn
@@ -83,7 +85,8 @@ def ask(message: Message, context: Context) -> RecordDict:
         from fedtune.privacy import for_the_server
 
         said = str(error) if isinstance(error, ClientError) else f"{type(error).__name__}: {error}"
-        raise ClientError(for_the_server(said, str(context.run_config.get("config", "")))) from error
+        kind = ClientTimeout if isinstance(error, ClientTimeout) else ClientError
+        raise kind(for_the_server(said, str(context.run_config.get("config", "")))) from error
 
 
 def _ask(message: Message, context: Context) -> RecordDict:
@@ -122,7 +125,8 @@ def _ask_worker(place: Place, request: dict[str, Any], body: bytes) -> tuple[dic
             return worker.converse(request, body)
         except (EOFError, ConnectionError) as error:
             if attempt == "second":
-                raise ClientError(f"the worker died twice; the end of its log: {_tail(place.log)}") from error
+                logger.error("fedtune: the worker died twice; the end of its log: %s", _tail(place.log))
+                raise ClientError(f"the worker died twice; the end of its log: {_tail(place.log, LOG_END)}") from error
             logger.warning(
                 "fedtune: the worker died; starting it again, once. The end of its log: %s", _tail(place.log)
             )
@@ -172,7 +176,8 @@ class Worker:
         """Send a request and take its answer.
 
         Raises:
-            ClientError: what the client raised, or that it took longer than the experiment's `runtime.timeout`.
+            ClientError: what the client raised.
+            ClientTimeout: if it took longer than the experiment's `runtime.timeout`, or `runtime.wait` for a handshake.
         """
         self.connection.send_bytes(json.dumps(request).encode())
         self.connection.send_bytes(body)
@@ -188,7 +193,7 @@ class Worker:
             # It would still be at it when the next message comes
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
-            raise ClientError(f"the worker did not {what} within {seconds:g} s; it was stopped")
+            raise ClientTimeout(f"the worker did not {what} within {seconds:g} s; it was stopped")
         return dict(json.loads(self.connection.recv_bytes()))
 
 
@@ -251,17 +256,19 @@ def _start(place: Place, idle: float) -> Worker:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise ClientError(f"the worker can't start (exit {process.returncode}):\n{_tail(place.log)}")
+            logger.error("fedtune: the worker can't start: %s", _tail(place.log))
+            raise ClientError(f"the worker can't start (exit {process.returncode}): {_tail(place.log, LOG_END)}")
         if (worker := _connect(place)) is not None:
             return worker
         time.sleep(0.05)
     process.kill()
-    raise ClientError(f"the worker did not listen within {START_SECONDS:g} s:\n{_tail(place.log)}")
+    logger.error("fedtune: the worker did not listen: %s", _tail(place.log))
+    raise ClientTimeout(f"the worker did not listen within {START_SECONDS:g} s: {_tail(place.log, LOG_END)}")
 
 
-def _tail(log: Path) -> str:
+def _tail(log: Path, characters: int = LOG_TAIL) -> str:
     with suppress(OSError):
-        return log.read_text(errors="replace", encoding="utf-8")[-LOG_TAIL:].strip() or "(empty)"
+        return log.read_text(errors="replace", encoding="utf-8")[-characters:].strip() or "(empty)"
     return "(none)"
 
 
