@@ -220,8 +220,8 @@ def headline(experiment: Experiment, party: "Party", folder: Path) -> list[str]:
         f"base     {experiment.model.name} from {model.origin.source}, {held.removeprefix('torch.')} "
         f"on {model.device}, {model.trainable:,} trainable parameters",
         f"data     {experiment.data.name}, {len(data.corpus):,} examples, {experiment.data.partition} partition",
-        *data.describe(experiment.data),
         *describe(data.corpus.counts, experiment.data),
+        *data.describe(experiment.data),
         f"writing  {folder}",
     ]
 
