@@ -36,7 +36,7 @@ def distinct(same: np.ndarray, labels: Sequence[str]) -> np.ndarray:
         labels: of each row, by which it will be divided.
     """
     often = Counter(labels)
-    order = np.lexsort([np.arange(len(same)), np.array([often[label] for label in labels], dtype=np.int64)])
+    order = np.array(sorted(range(len(same)), key=lambda row: often[labels[row]]), dtype=np.int64)  # stable
     _, places = np.unique(same[order], return_index=True)
     found: np.ndarray = np.sort(order[places])
     return found

@@ -123,7 +123,9 @@ def misplayed(fleet, tmp_path_factory):
     folder, greeting, key, log = (place / name for name in ("run", "greeting", "key", "rogue.log"))
     setup = (*mischief.WORDS, "adapter.rank=24", "adapter.targets=[all-linear]", "rounds=4")
     party = Party(compose([*words(folder, 3, *setup)]))
-    greeting.write_bytes(content_to_bytes(pack_greeting(Peer(2, party.samples(2)), party.model.layout.sha256)))
+    greeting.write_bytes(
+        content_to_bytes(pack_greeting(Peer(2, party.samples(2)), party.model.layout.sha256, party.data.sha256))
+    )
     fleet.flwr("supernode", "register", str(make_node_key(key)), LINK)
     command = [sys.executable, str(HERE / "rogue.py"), fleet.superlink.address, fleet.authority, key, greeting]
     with log.open("w") as stream:
