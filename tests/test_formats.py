@@ -224,7 +224,7 @@ def turns(*pairs):
         ("a.jsonl", turns(("user", [{"type": "image_url"}])), "turn 1: a part of its content is of type image_url"),
         ("a.jsonl", turns(("user", [7])), "turn 1: a part of its content is of type int"),
         ("a.jsonl", '{"messages": [{"role": "assistant", "tool_calls": [{}]}]}', "tool_calls' has no function name"),
-        ("a.jsonl", '{"messages": [{"role": "assistant", "tool_calls": 7}]}', "'tool_calls' should be a list of objects"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "tool_calls": 7}]}', "'tool_calls' should be a list"),
         ("a.jsonl", '{"prompt": "a", "completion": "b", "tools": 7}', "'tools' should be a list, got int"),
         ("a.json", '{"prompt": ["a", "b"], "completion": ["c"]}', "unequal length: 'prompt' has 2, 'completion' has 1"),
         ("a.json", '{"test": [{"text": "a"}]}', "a.json has no split 'train': set data.split= to one of test"),
@@ -265,10 +265,11 @@ def test_a_path_is_a_word_or_a_list_of_words(path):
     assert compose(["model=tiny", "data.path=2024"]).data.path == "2024"
 
 
+TURN = ["role", "content", "from", "value", "text", "tool_calls", "function", "name"]
 NESTED = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just("\ud800"),
     lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "text", "tool_calls", "function", "name"]), inner, max_size=4),
+    | st.dictionaries(st.sampled_from(TURN), inner),
     max_leaves=10,
 )  # fmt: skip
 COLUMNS = ["messages", "conversations", "prompt", "completion", "question", "answer", "instruction", "input", "output"]
