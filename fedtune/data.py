@@ -70,7 +70,7 @@ def _source(given: str, spec: DataSpec) -> Iterator[Row]:
             yield from file_rows(file, str(file.relative_to(path)), spec.split)
     elif glob.has_magic(given):
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
-        files = [file for file in found if file.is_file() and ending(file)]
+        files = [file for file in found if file.is_file() and ending(file) and file.name not in SPARE]
         if not files:
             raise DataError(f"data.path={given} matches no file that ends in {KNOWN_ENDINGS}")
         for file in files:

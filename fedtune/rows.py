@@ -81,7 +81,9 @@ def reader(spec: DataSpec) -> Callable[[Row], Example]:
         rest = {name: value for name, value in given.items() if name not in used}
         if spec.partition_by in columns:  # a label may be null
             rest.setdefault(spec.partition_by, columns[spec.partition_by])
-        _check_characters(where, (text, turns, choices, tools))
+        said = "".join([text, *(turn["content"] for turn in turns), *choices])
+        if tools or not said.isascii() or any(len(turn) > 2 for turn in turns):  # else there is nothing to find
+            _check_characters(where, (text, turns, choices, tools))
         return Example(turns, text, rest, choices, right, tools, where)
 
     return read

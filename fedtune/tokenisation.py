@@ -33,7 +33,8 @@ def tokenise(examples: Sequence[Example], tokenizer: Any, spec: DataSpec) -> tup
     ]
     tokens, lengths = encoder.encode(begun)
     targets = np.repeat(np.asarray([learn for row in begun for _, learn in row], dtype=bool), lengths)
-    owners = np.repeat(np.repeat(np.arange(len(begun)), [len(row) for row in begun]), lengths)  # (total,): whose row
+    row_of_piece = np.repeat(np.arange(len(begun), dtype=np.int32), [len(row) for row in begun])
+    owners = np.repeat(row_of_piece, lengths)  # (total,): whose row a token is in
     sizes = np.bincount(owners, minlength=len(begun))
     place = np.arange(len(tokens)) - (np.cumsum(sizes) - sizes)[owners]  # within its row
     within = place < spec.max_length
