@@ -7,6 +7,7 @@ tests/test_worker.py::test_a_hostile_server_learns_nothing_from_a_worker_and_end
 
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fedtune.config import compose
 from fedtune.errors import ClientError, FedtuneError
 from fedtune.flower import assume_identity
 from fedtune.party import party_of
+from fedtune.privacy import for_the_server
 from fedtune.protocol import Instruction
 from fedtune.runtime.app import make_device_app
 
@@ -367,3 +369,20 @@ def test_an_owner_allows_classes_by_name(device, texts, monkeypatch):
     assert "say so to the process that refuses: FEDTUNE_TARGETS=mischief.Mischief" in said
     monkeypatch.setenv("FEDTUNE_TARGETS", "some.Other, mischief.Mischief")
     assert ask("query", RecordDict(), config)["greeting"]["index"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("/srv/data/x.jsonl line 3", "/srv/data/x.jsonl line 3"),  # the server's own word
+        ("/srv/other/x.jsonl line 3", ".../x.jsonl line 3"),
+        (f"{Path.home()}/my notes/a.txt", ".../my notes/a.txt"),
+        ('File "/usr/lib/x.py", line 3', 'File ".../x.py", line 3'),
+        ("~/.ssh/id_ed25519 isn't", ".../id_ed25519 isn't"),
+        ("https://example.org/a/b and a hub's owner/name", "https://example.org/a/b and a hub's owner/name"),
+        ("3/4 of a/b/c", "3/4 of a/b/c"),
+        ("x" * 100_000, "x" * 4000 + " ..."),
+    ],
+)
+def test_what_a_device_says_has_no_folders_of_its_own(text, told):
+    assert for_the_server(text, "data:\n  path: /srv/data/x.jsonl\n") == told

@@ -186,6 +186,28 @@ def test_a_config_that_is_cut_off_is_no_run_or_a_run(made, share):
         (made / "config.yaml").write_bytes(content)
 
 
+STRANGE = {
+    "asks by its name": (lambda text: text.replace("name: run", "name: ${oc.env:SECRET}"), "'name' has"),
+    "asks elsewhere": (
+        lambda text: text.replace("targets: null", "targets: ['${oc.env:SECRET}']"),
+        "'adapter.targets'",
+    ),
+    "a number of 5,000 digits": (lambda text: text.replace("seed: 0", f"seed: {'7' * 5000}"), "can't be read"),
+    "brackets that end the parser": (lambda text: "[" * 60_000, "deeper than 50 levels"),
+}
+
+
+@pytest.mark.parametrize(("change", "part"), STRANGE.values(), ids=STRANGE)
+def test_a_strangers_config_looks_nothing_up_and_ends_nothing(made, monkeypatch, change, part):
+    monkeypatch.setenv("SECRET", "hunter2")
+    text = (made / "config.yaml").read_text()
+    (made / "config.yaml").write_text(change(text))
+    with pytest.raises(RunFolderError) as caught:
+        read(made)
+    assert part in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
 def test_the_fast_way_and_the_careful_way_agree(made, monkeypatch):
     """A ledger of 20,000 lines takes the first, the same with one line of garbage the second."""
     entries = (made / "ledger.csv").read_text().splitlines()[1:]
