@@ -17,6 +17,7 @@ from fedtune.partition import divide
 from fedtune.protocol import Batch
 from fedtune.schema import DataSpec
 from fedtune.sharing import once
+from fedtune.token_cache import kept_or
 from fedtune.tokenisation import tokenise
 
 
@@ -83,7 +84,7 @@ def load_data(spec: DataSpec, clients: int, tokenizer: Any, seed: int) -> Federa
     same = ("partition", "partition_by", "alpha", "classes", "partition_options", "heldout", "client_heldout")
     source = tuple(str(value) for name, value in vars(spec).items() if name not in same)
     examples = once(("examples", source), lambda: load_examples(spec))
-    corpus, kept = once(("corpus", source, id(tokenizer)), lambda: tokenise(examples, tokenizer, spec))
+    corpus, kept = once(("corpus", source, id(tokenizer)), lambda: kept_or(tokenise, examples, tokenizer, spec))
     if len(corpus) < clients + 1:
         raise DataError(f"{len(corpus)} examples are too few for {clients} clients: use fewer clients or more data")
     order = permutation(fold(seed, "data"), len(corpus))
