@@ -83,7 +83,7 @@ def _code() -> bytes:
 def _read(path: Path) -> Tokenised:
     tensors, texts = unseal(path)
     kept = tensors.pop("kept").tolist()
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
     return Corpus(**arrays, **{name: json.loads(text) for name, text in texts.items()}), kept
 
 
