@@ -98,7 +98,7 @@ def state_sha256(state: Any) -> str:
     for path in sorted(tensors):
         tensor = tensors[path]
         digest.update(f"{path} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

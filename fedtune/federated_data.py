@@ -20,6 +20,7 @@ from fedtune.partition import divide
 from fedtune.protocol import Batch
 from fedtune.schema import DataSpec
 from fedtune.sharing import once
+from fedtune.token_cache import kept_or
 from fedtune.tokenisation import tokenise
 
 
@@ -194,7 +195,7 @@ def load_data(spec: DataSpec, clients: int, tokenizer: Any, seed: int) -> Federa
     others = (*division, "duplicates")
     source = tuple(str(value) for name, value in vars(spec).items() if name not in others)
     examples = once(("examples", source), lambda: load_examples(spec))
-    whole, kept = once(("corpus", source, id(tokenizer)), lambda: tokenise(examples, tokenizer, spec))
+    whole, kept = once(("corpus", source, id(tokenizer)), lambda: kept_or(tokenise, examples, tokenizer, spec))
     by = spec.partition_by
 
     def pick() -> tuple[Corpus, list[int]]:

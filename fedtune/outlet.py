@@ -10,7 +10,7 @@ from typing import Any, TextIO
 class _Outlet(io.FileIO):
     """A descriptor that takes everything, and drops it once it can't be passed on."""
 
-    def write(self, content: Any) -> int | None:
+    def write(self, content: Any, /) -> int:
         try:
             return super().write(content)
         except OSError:  # a closed pipe; a full disk, where output goes to a file

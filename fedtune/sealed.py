@@ -54,5 +54,5 @@ def _digest(tensors: Tensors, texts: Mapping[str, str]) -> str:
     form = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
     digest = hashlib.sha256(json.dumps([sorted(texts.items()), form]).encode())
     for name in names:
-        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
