@@ -135,7 +135,9 @@ def unpack_score(content: RecordDict) -> Score | None:
     right = isinstance(loss, float) and isinstance(accuracy, float) and isinstance(tokens, int)
     if not right or not 0 <= loss <= MAX_LOSS or not 0 <= accuracy <= 1 or tokens < 1:
         got = ", ".join(short(repr(value)) for value in (loss, accuracy, tokens))
-        raise WireError(f"expected loss (0 up to {MAX_LOSS:g}), accuracy and tokens, got {got}")
+        raise WireError(
+            f"expected loss, accuracy and tokens, within 0 ... {MAX_LOSS:g}, 0 ... 1 and from 1 up, got {got}"
+        )
     more: dict[str, Any] = {}
     for counted, shares in COUNTED.items():
         if counted in record:
