@@ -11,10 +11,11 @@ and an end's memory is bounded by what it holds itself, whatever a blob declares
 
 Error feedback (Seide et al., Interspeech 2014; Karimireddy et al. 2019, arXiv:1901.09847) adds what the last messages
 left out to what is sent next: sent_t = C(meant_t + e_t), e_{t+1} = meant_t + e_t - sent_t, so that the sum of what was
-sent follows the sum of what was meant.
+sent follows the sum of what was meant. It takes a codec that leaves out less than it is given (`contracts`).
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from fedtune.codecs.packed import Packed, Reader, varint
 from fedtune.config import build
 from fedtune.errors import ConfigError, WireError, short
-from fedtune.protocol import Codec, Tensors, describe, is_lossless
+from fedtune.protocol import Codec, Tensors, contracts, describe, is_lossless
 
 MAGIC = b"fd"
 VERSION = 1
@@ -31,24 +32,42 @@ WHOLE = Packed()
 
 
 def build_codec(
-    spec: Mapping[str, Any], where: str, allowed: Collection[str] | None = None
-) -> tuple[Codec, bool | None]:
+    spec: Mapping[str, Any], where: str, feedback: bool = False, allowed: Collection[str] | None = None
+) -> tuple[Codec, bool]:
     """The codec that a choice of conf/codec describes, and its `feedback`: whether what it leaves out is to be sent
-    later, which is for whoever keeps it to do; None if that is for the direction to say.
+    later, which is for whoever keeps it to do.
 
     Args:
+        feedback: where the choice leaves it to the direction (null).
         allowed: as for `build`.
 
     Raises:
-        ConfigError: as for `build`, and for feedback where nothing is left out.
+        ConfigError: as for `build`, and for feedback where nothing is left out, or what is left out could grow.
     """
     codec: Codec = build({name: value for name, value in spec.items() if name != "feedback"}, where, allowed)
-    feedback = spec.get("feedback", False)
-    if not (feedback is None or isinstance(feedback, bool)):
-        raise ConfigError(f"{where}.feedback={feedback}: expected true or false")
-    if feedback and is_lossless(codec):
+    asked = spec.get("feedback", False)
+    if not (asked is None or isinstance(asked, bool)):
+        raise ConfigError(f"{where}.feedback={asked}: expected true or false")
+    if asked and is_lossless(codec):
         raise ConfigError(f"{where}.feedback=true: this codec leaves nothing out")
-    return codec, feedback
+    if not (feedback if asked is None else asked):
+        return codec, False
+    return _for_feedback(codec, where), True
+
+
+def _for_feedback(codec: Codec, where: str) -> Codec:
+    """The codec in the form that error feedback needs, where it has another by itself."""
+    if is_dataclass(codec) and not isinstance(codec, type) and "feedback" in vars(codec):
+        try:
+            codec = replace(codec, feedback=True)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    if not contracts(codec):
+        raise ConfigError(
+            f"{where}.feedback=true: {type(codec).__name__} doesn't say that it leaves out less than it is given "
+            "(`contracts`), and what is left out could grow without end: set feedback=false, or take another codec"
+        )
+    return codec
 
 
 def encode(codec: Codec, tensors: Tensors, key: int, known: Tensors) -> bytes:

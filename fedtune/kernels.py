@@ -2,9 +2,10 @@
 
 All of it is tensor operations on 32 bits without branches, so that a compiler keeps it in vector registers; whatever it
 does, or doesn't, the bits are the same. Tensors come as rows of SPAN elements. With each row come its parameter's
-`key`, (rows, 2) int32, k0 and k1, and `word`, (rows, 1) int32, the number of its first word; the others are that plus
-`places`, 0 ... SPAN / 2 - 1, which is faster to load than to make. `even` and `odd` are (rows, SPAN / 2) int32: what
-belongs to the elements with an even and an odd place.
+`key`, (rows, 2) int32, k0 and k1, and `word`, (rows, 1) int32, STEP times the number of its first word; of the others
+it is that plus `places`, STEP times 0 ... SPAN / 2 - 1, all modulo 2^32: so that the hash's first multiplication is no
+work here, and to load them is faster than to make them. `even` and `odd` are (rows, SPAN / 2) int32: what belongs to
+the elements with an even and an odd place.
 
 Weights come two at a time, (rows, SPAN / 2): bfloat16 as int32 and float32 as int64, so that both elements are at
 hand where their word of the hash is. Other types come as they are, (rows, SPAN), and take longer.
@@ -15,6 +16,7 @@ from torch import Tensor
 
 SPAN = 1024  # elements a row
 HALF = SPAN // 2
+STEP = 0x9E3779B1  # what the words' numbers are multiplied by: 2^32 over the golden ratio, the odd number nearest
 _M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
 
 
@@ -52,12 +54,17 @@ def _shifted(x: Tensor, by: int) -> Tensor:
     return (x >> by) & ((1 << (32 - by)) - 1)
 
 
-def _numbers(kind: str, places: Tensor, key: Tensor, word: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole numbers that z is made of, for the even and the odd elements, int32."""
+def words(places: Tensor, key: Tensor, word: Tensor) -> Tensor:
+    """The words of the hash, (rows, SPAN / 2) int32."""
     x = (word + places) ^ key[:, :1]
     x = (x ^ _shifted(x, 16)) * _M1
     x = ((x ^ _shifted(x, 15)) + key[:, 1:]) * _M2
-    x = x ^ _shifted(x, 16)
+    return x ^ _shifted(x, 16)
+
+
+def _numbers(kind: str, places: Tensor, key: Tensor, word: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole numbers that z is made of, for the even and the odd elements, int32."""
+    x = words(places, key, word)
     if kind == "rademacher":
         return ((x << 16) >> 31) | 1, (x >> 31) | 1
     # The bits set in each half; here no shift brings in a sign that stays

@@ -35,7 +35,7 @@ from fedtune.schema import Experiment, RuntimeSpec
 from fedtune.wire import check_finite
 
 NAME = "model.fedtune"  # in a run folder
-FORMAT = 1
+FORMAT = 2  # 1 went along other directions (fedtune/noise.py)
 KEY = "fedtune"
 LONGEST = 100_000  # characters of a config; ours have about 2,000
 

@@ -4,12 +4,15 @@ A direction z has one value for every element of every parameter. Elements 2j an
 word j of a counter-based hash keyed by the seed and the parameter's name, and so depend on nothing else: not on the
 device, its generator, the number of threads, or how the work is cut up.
 
-    x = j ^ k0;  x = (x ^ x >> 16) * 0x7feb352d;  x = ((x ^ x >> 15) + k1) * 0x846ca68b;  x = x ^ x >> 16
+    x = (0x9e3779b1 j) ^ k0;  x = (x ^ x >> 16) * 0x7feb352d;  x = ((x ^ x >> 15) + k1) * 0x846ca68b;  x = x ^ x >> 16
 
 in 32 bits, (k0, k1) = mix(mix(seed) + hash(name)). The even element has the word's low half and the odd one its high,
 which halves the cost of what is otherwise bound by arithmetic. The mixing is that of `lowbias32`
 (https://nullprogram.com/blog/2018/07/31/) with half of the key put in between, as without it two seeds would give the
-same values in another order; mix is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+same values in another order; mix is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014). Words are counted
+in steps of 2^32 over the golden ratio, as there: counted by ones, words 96 or 1,568 apart had bits in common, since two
+multiplications don't mix numbers of which only the low bits differ (tests/test_randomness.py). This third one costs
+nothing, for what is multiplied is a table that is made once.
 
 Values are small whole numbers times 1 / SIGMA, of mean 0 and variance 1:
 
@@ -112,9 +115,9 @@ class Table:
 
     @cached_property
     def word(self) -> Tensor:
-        """The number of each row's first word, (rows, 1) int32."""
-        counted = [torch.arange(span.stop - span.start, dtype=torch.int32) for span in self.spans.values()]
-        return (torch.cat(counted) * HALF)[:, None].to(self.device) if counted else torch.zeros(0, 1)
+        """STEP times the number of each row's first word, (rows, 1) int32."""
+        counted = [torch.arange(span.stop - span.start) * HALF for span in self.spans.values()]
+        return _steps(torch.cat(counted))[:, None].to(self.device) if counted else torch.zeros(0, 1)
 
     @cached_property
     def owner(self) -> Tensor:
@@ -307,7 +310,12 @@ def _scalar(value: float) -> Tensor:
 
 @cache
 def _places(device: torch.device) -> Tensor:
-    return torch.arange(HALF, dtype=torch.int32, device=device)
+    return _steps(torch.arange(HALF)).to(device)
+
+
+def _steps(numbers: Tensor) -> Tensor:
+    """STEP times these whole numbers below 2^31, modulo 2^32, int32."""
+    return (numbers * kernels.STEP).to(torch.int32)
 
 
 @cache

@@ -69,10 +69,9 @@ class Party:
         self.strategy: Strategy[Any] = build(experiment.strategy, "method.strategy", allowed)
         self.client: Client = build(experiment.method.client, "method.client", allowed)
         check_traits(experiment, traits_of(self.strategy))
-        self.codec_up, feedback = build_codec(experiment.codec_up, "codec_up", allowed)
-        self.feedback = bool(feedback)
-        self.codec_down, feedback = build_codec(experiment.codec_down, "codec_down", allowed)
-        self.chained = feedback is None or feedback  # a broadcast is the difference from the one before
+        self.codec_up, self.feedback = build_codec(experiment.codec_up, "codec_up", feedback=False, allowed=allowed)
+        # Whether a broadcast is the difference from the one before
+        self.codec_down, self.chained = build_codec(experiment.codec_down, "codec_down", feedback=True, allowed=allowed)
         check_codecs(experiment, traits_of(self.strategy), self.codec_up, self.codec_down)
         # A device with fewer cores than the server is not made to run more threads than it has
         torch.set_num_threads(min(experiment.runtime.threads, os.cpu_count() or 1))

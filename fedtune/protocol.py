@@ -280,6 +280,12 @@ def grid(codec: Codec) -> Sequence[Codec]:
     return tried
 
 
+def contracts(codec: Codec) -> bool:
+    """Whether |x - decode(encode(x))|^2 <= (1 - delta) |x|^2, with a delta above 0 for every shape of x, in the mean
+    where it draws: as error feedback needs, or what was left out grows without end."""
+    return bool(getattr(codec, "contracts", False))
+
+
 def share(replies: Sequence[tuple[Peer, Update]]) -> list[float]:
     """The weight p_k = n_k / sum(n) of each reply, summing to one.
 

@@ -26,8 +26,8 @@ LOSSY = {
     "signsgd": 12,
     "topk codec.density=0.2": 5,
     "stc codec.density=0.2": 12,
-    "compeft codec.density=0.2 codec.alpha=2": 12,
-    "compeft codec.density=0.2 codec.alpha=2 codec.scale=per_tensor codec.coder=range": 10,
+    "compeft codec.density=0.2 codec_up.alpha=2": 12,
+    "compeft codec.density=0.2 codec_up.alpha=2 codec.scale=per_tensor codec.coder=range": 10,
 }
 
 
@@ -201,7 +201,10 @@ def test_of_several_alphas_each_client_takes_the_one_with_the_lowest_loss(small_
         (["method=fedex_lora", "codec=topk"], "codec_down=topk is lossy, and what method=fedex_lora sends down"),
         (["method=fedkseed", "codec_up=compeft"], "codec_up=compeft is lossy"),
         (["codec_down=packed", "codec_down.feedback=true"], "feedback"),
-        (["codec=compeft", "codec.alpha=[1,2]"], "codec_down: several values of a setting are for clients"),
+        (
+            ["codec=compeft", "codec.alpha=[1,2]", "codec_down.feedback=false"],
+            "codec_down: several values of a setting are for clients",
+        ),
         (["codec_up=compeft", "codec_up.alpha=[1,2]", "data.client_heldout=0"], "client_heldout=0 leaves them nothing"),
         (["codec_up=compeft", "codec_up.alpha=[]"], "expected a number above 0, or several"),
         (["codec_up=raw", "codec_up.feedback=true"], "feedback"),

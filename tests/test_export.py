@@ -304,7 +304,7 @@ def config(old, new):
 
 TARGET = "_target_: clients.zeroth_order.ZerothOrder"
 HOSTILE = {
-    "another format": (setting("format", value=2), "is of format 2; this fedtune reads 1"),
+    "another format": (setting("format", value=1), "is of format 1; this fedtune reads 2"),
     "a format that is text": (setting("format", value="1"), "with a 'format'"),
     "no object": (lambda about: "[]", "with a 'format'"),
     "no JSON": (lambda about: "{", "JSONDecodeError"),

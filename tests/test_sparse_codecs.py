@@ -53,6 +53,35 @@ def test_a_magnitude_for_each_tensor():
     )
 
 
+def test_without_an_alpha_what_is_sent_is_as_long_as_the_update_and_with_feedback_it_is_their_mean():
+    """Of 1, -5, 0 | 3, -3, 2 half are -5 | 3, -3: means 5 | 3, over both 11/3. The squares of all sum to 48, those of
+    the means to 25 + 9 + 9 = 43, of the mean over both to 121/3; so c is sqrt(48/43) | 12/11, and 12/11 11/3 is 4."""
+    tensors = {"b": torch.tensor([[3.0], [-3.0], [2.0]]), "a": torch.tensor([1.0, -5.0, 0.0])}
+    means = {"per_tensor": ([0, -5, 0], [3, -3, 0]), "global": ([0, -11 / 3, 0], [11 / 3, -11 / 3, 0])}
+    for scale, longer in (("per_tensor", math.sqrt(48 / 43)), ("global", 12 / 11)):
+        for feedback, times in ((True, 1), (False, longer)):
+            found = there_and_back(ComPEFT(density=0.5, scale=scale, feedback=feedback), tensors)
+            for name, mean in zip("ab", means[scale], strict=True):
+                assert found[name].flatten().tolist() == pytest.approx([times * value for value in mean])
+
+
+values = st.one_of(st.floats(-1e6, 1e6, width=32), st.sampled_from([0.0, 1.0, -1.0, 1e-3]))
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcd"), st.lists(values, min_size=1, max_size=70), min_size=1),
+    st.floats(0.02, 1),
+    st.sampled_from(["global", "per_tensor"]),
+)
+def test_whatever_is_sent_is_as_long_as_the_update(lists, density, scale):
+    """With one tensor's values all equal too, of which the standard deviation is 0, or only few of a tensor sent."""
+    tensors = {name: torch.tensor(listed) for name, listed in lists.items()}
+    found = there_and_back(ComPEFT(density=density, scale=scale), tensors)
+    was, sent = (math.hypot(*(x for tensor in some.values() for x in tensor.tolist())) for some in (tensors, found))
+    count = math.floor(density * sum(map(len, tensors.values())))
+    assert sent == pytest.approx(was if count else 0, rel=1e-6, abs=1e-44)
+
+
 def test_topk_and_stc_by_hand():
     tensors = {"w": torch.tensor([0.1, -4.0, 2.0, 0.0, -1.0])}
     assert there_and_back(TopK(density=0.4), tensors)["w"].tolist() == [0, -4, 2, 0, 0]

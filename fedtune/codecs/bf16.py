@@ -31,6 +31,7 @@ class Bf16:
     """Half of float32's bytes, and no draw."""
 
     lossless: ClassVar[bool] = False
+    contracts: ClassVar[bool] = True
 
     def encode(self, tensors: Tensors, key: int) -> bytes:
         """

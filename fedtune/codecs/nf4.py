@@ -59,6 +59,7 @@ class Nf4:
     """An eighth of float32's bytes and a scale for every block."""
 
     lossless: ClassVar[bool] = False
+    contracts: ClassVar[bool] = True
     block: int = 64
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ class SignSGD:
     """A 32nd of float32's bytes. Needs error feedback."""
 
     lossless: ClassVar[bool] = False
+    contracts: ClassVar[bool] = True
 
     def encode(self, tensors: Tensors, key: int) -> bytes:
         """

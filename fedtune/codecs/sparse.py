@@ -118,22 +118,30 @@ def _at_least(flat: Array, magnitude: int) -> Array:
 
 
 def deviation(values: Array) -> float:
-    """The standard deviation, in float64; 0 of no values.
-
-    As numpy's `std` but for the order of its sum, in blocks that stay in the cache. Every machine finds the same: each
-    difference and square is rounded once, numpy sums in an order that unlike that of a BLAS product doesn't depend on
-    the processor, and the blocks' sums are added exactly.
-    """
+    """The standard deviation, in float64; 0 of no values. As numpy's `std` but for the order of its sum."""
     if not len(values):
         return 0.0
-    mean = values.sum(dtype=np.float64) / len(values)
+    return math.sqrt(_squares(values, values.sum(dtype=np.float64) / len(values)) / len(values))
+
+
+def length(values: Array) -> float:
+    """The root of the sum of their squares, in float64."""
+    return math.sqrt(_squares(values, 0.0))
+
+
+def _squares(values: Array, mean: float) -> float:
+    """The sum of (value - mean)^2, in blocks that stay in the cache.
+
+    Every machine finds the same: each difference and square is rounded once, numpy sums in an order that unlike that of
+    a BLAS product doesn't depend on the processor, and the blocks' sums are added exactly.
+    """
     room = np.empty(min(BLOCK, len(values)))
     sums = []
     for start in range(0, len(values), BLOCK):
         block = values[start : start + BLOCK]
         squares = np.subtract(block, mean, out=room[: len(block)], dtype=np.float64)
         sums.append(np.square(squares, out=squares).sum())
-    return math.sqrt(math.fsum(sums) / len(values))
+    return math.fsum(sums)
 
 
 def ends_of(shapes: Shapes) -> Array:

@@ -24,6 +24,7 @@ class STC:
     """
 
     lossless: ClassVar[bool] = False
+    contracts: ClassVar[bool] = True
     density: float = 0.05
     coder: str = "golomb"
 

@@ -26,6 +26,7 @@ class TopK:
     """
 
     lossless: ClassVar[bool] = False
+    contracts: ClassVar[bool] = True
     density: float = 0.05
     values: str = "bfloat16"
     coder: str = "golomb"
