@@ -74,7 +74,7 @@ def plans(party: Party) -> tuple[list[Planned], QuorumError | None]:
     state = party.strategy.init(party.layout)
     peers = {}
     for index in range(experiment.population.clients):
-        peer = Peer(index, party.samples(index), profile_of(index, experiment, home))
+        peer = Peer(index, party.samples(index), profile_of(index, experiment, home()))
         peers[index] = equip(peer, experiment, layout)
     clock, trouble = Clock(party), None
     expected: dict[int, Turn] = {}

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -50,12 +50,12 @@ def server_peer(experiment: Experiment, layout: Layout) -> Peer:
     return Peer(SERVER, 1, rank=experiment.adapter.rank, scaling=layout.scaling)
 
 
-def profile_of(index: int, experiment: Experiment, home: Callable[[], Path] | None = None) -> Capability:
+def profile_of(index: int, experiment: Experiment, home: Path | None = None) -> Capability:
     """What client `index` can do, as population.devices has it: a function of the settings alone, wherever it is asked,
     but for files, which are read where it is asked.
 
     Args:
-        home: finds the device's own folder, with the `device.csv` that fedtune doctor wrote; only `measured` asks.
+        home: the device's own folder, with the `device.csv` that fedtune doctor wrote; only `measured` looks there.
 
     Raises:
         ConfigError: if a file of devices isn't there or is wrong.
@@ -65,7 +65,7 @@ def profile_of(index: int, experiment: Experiment, home: Callable[[], Path] | No
     if devices is None:
         return UNLIMITED
     if isinstance(devices, str):
-        rows = _rows(_own(home and home()) if devices == MEASURED else Path(devices).expanduser())
+        rows = _rows(_own(home) if devices == MEASURED else Path(devices).expanduser())
         return rows[index % len(rows)]
     if isinstance(devices, Mapping):
         name = _dealt(json.dumps(dict(devices), sort_keys=True), population.clients, experiment.seed)[index]

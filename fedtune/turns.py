@@ -11,6 +11,7 @@ from fedtune.errors import MALFORMED, ClientError, ConfigError, WireError
 from fedtune.owner import Owner
 from fedtune.party import Party, home, party_of
 from fedtune.population import profile_of
+from fedtune.population_spec import MEASURED
 from fedtune.protocol import UNLIMITED, Capability, Peer
 from fedtune.wire import pack_greeting, pack_score, unpack_question
 
@@ -53,7 +54,8 @@ def _answer(kind: str, round: str, content: RecordDict, party: Party, node_confi
     if kind == MessageType.QUERY:
         run, before = unpack_question(content)
         version, heard, lost = party.holds(run, index, before) if run else (0, 0, False)
-        capability = capability_of(node_config, profile_of(index, party.experiment, home))
+        own = home() if party.experiment.population.devices == MEASURED else None
+        capability = capability_of(node_config, profile_of(index, party.experiment, own))
         peer = Peer(index, party.samples(index), capability, installed_version=version, heard=heard)
         return pack_greeting(peer, party.model.layout.sha256, party.data.sha256, lost)
     if kind not in (MessageType.TRAIN, MessageType.EVALUATE):
