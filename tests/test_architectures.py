@@ -204,16 +204,25 @@ def test_an_adapted_head_that_shares_the_embeddings_weight_is_exported_apart_fro
     assert torch.equal(embeddings, Party(experiment).model.base.get_input_embeddings().weight)
 
 
-def test_a_folder_that_is_not_the_runs_model_is_not_left(shared_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        ("up_proj", "'model.layers.0.mlp.up_proj.weight' is not the base's"),
+        ("q_proj", "predictions are off the run's by"),
+    ],
+)
+def test_a_folder_that_is_not_the_runs_model_is_not_left(layer, said, shared_run, tmp_path, monkeypatch):
+    """One weight is written wrong: one that the run left alone, or one that it adapted."""
     run, write = shared_run("train.lr=0.05"), type(made("llama")).save_pretrained
 
     def wrong(model, folder):
         with torch.no_grad():
-            model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+            block = model.model.layers[0]
+            getattr(block.mlp if layer == "up_proj" else block.self_attn, layer).weight.mul_(1.1)
         write(model, folder)
 
     monkeypatch.setattr(type(made("llama")), "save_pretrained", wrong)
-    with pytest.raises(ExportError, match="predictions are off the run's by"):
+    with pytest.raises(ExportError, match=said):
         export(str(run), str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
