@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.checks import above_zero, fraction
+from fedtune.checks import above_zero, fraction, one_of
 from fedtune.errors import ConfigError
 from fedtune.protocol import Instruction, Layout, Peer, Strategy, Tensors, Traits, Update
 from fedtune.traits import traits_of
+
+FORMS = ("paper", "flower")  # of the optimizers that Flower has in another than the paper's
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class ServerOptimizer(ABC):
                 above_zero(f"{mine}'s {item.name}", getattr(self, item.name))
             elif item.name in ("momentum", "beta1", "beta2"):
                 fraction(f"{mine}'s {item.name}", getattr(self, item.name))
+            elif item.name == "form":
+                one_of(f"{mine}'s form", getattr(self, item.name), FORMS)
         if not traits_of(self.base).averages:
             raise ConfigError(
                 f"server_optimizer={mine} steps towards the average of the clients' adapters, and method={inner} "

@@ -11,6 +11,8 @@ p_k = n_k / sum(n) for FedIT's; the average is the business of the method inside
     x_t+1 = x_t + lr m_t / (sqrt(v_t) + tau)
 
 Without Adam's bias correction: the paper has none, so early steps are short.
+form="flower" is that of flwr.serverapp.strategy.FedYogi (Flower 1.41), for runs that are to be compared with it:
+v_-1 = 0; its own lr is 0.01 too.
 Down and up: what the method inside sends, nothing more. m and v stay at the server.
 Inexact by intent: the server goes elsewhere than to the mean of its clients, and aggregation_error says how far.
 Mixed ranks, and what lives on the client: as the method inside.
@@ -34,9 +36,10 @@ class FedYogi(ServerOptimizer):
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3  # in units of the adapter: what changes by much less counts little
+    form: str = "paper"  # or flower
 
     def start(self, zeros: Tensor) -> Tensors:
-        return {"m": zeros, "v": zeros + self.tau**2}
+        return {"m": zeros, "v": zeros + (self.tau**2 if self.form == "paper" else 0.0)}
 
     def step(self, delta: Tensor, moments: Tensors) -> tuple[Tensor, Tensors]:
         m = self.beta1 * moments["m"] + (1 - self.beta1) * delta

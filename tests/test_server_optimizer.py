@@ -30,10 +30,15 @@ FedAdagrad, lr 2, beta1 0, tau 3: v = v + delta^2, from 9
 """
 
 import dataclasses
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SMALL, summary_of
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import strategy as flwr_strategies
+from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,6 +104,62 @@ def test_three_rounds_by_hand(method, deltas, steps):
             assert torch.allclose(state.base.adapter[name], expected[name], rtol=0, atol=1e-12)
 
 
+def flowers(strategy, sent, replies, number):
+    """What Flower's own strategy makes of a round: arrays by name."""
+    grid = SimpleNamespace(get_node_ids=lambda: range(1, len(replies) + 1))
+    arrays = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in sent.items()})
+    questions = strategy.configure_train(number, arrays, ConfigRecord(), grid)
+    answers = []
+    for question, (_, update) in zip(questions, replies, strict=True):
+        mine = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in update.tensors.items()})
+        metrics = MetricRecord({"num-examples": update.examples})
+        answers.append(Message(RecordDict({"arrays": mine, "metrics": metrics}), reply_to=question))
+    found, _ = strategy.aggregate_train(number, answers)
+    return {name: torch.from_numpy(array.numpy()) for name, array in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("cls", "theirs", "rates"),
+    [
+        (FedAdam, flwr_strategies.FedAdam, {"lr": 0.1}),
+        (FedAdam, flwr_strategies.FedAdam, {"lr": 0.02, "beta1": 0.5, "beta2": 0.75, "tau": 0.1}),
+        (FedYogi, flwr_strategies.FedYogi, {}),
+        (FedYogi, flwr_strategies.FedYogi, {"lr": 0.1, "beta1": 0.5, "beta2": 0.75, "tau": 0.1}),
+        (FedAdagrad, flwr_strategies.FedAdagrad, {"lr": 0.1}),
+        (FedAdagrad, flwr_strategies.FedAdagrad, {"lr": 0.02, "tau": 0.1}),
+    ],
+)
+def test_flowers_form_is_flowers_own_over_several_rounds(cls, theirs, rates, monkeypatch):
+    """And with the rates alike the paper's is another: by up to lr a round, which is Adam's whole step."""
+    for name in ("_task_id", "_run_id", "_node_id"):  # without which Flower makes no message
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    named = {"lr": "eta", "beta1": "beta_1", "beta2": "beta_2", "tau": "tau"}
+    oracle = theirs(**{named[name]: value for name, value in rates.items()})
+    method, paper = cls(FedIT(), form="flower", **rates), cls(FedIT(), **rates)
+    draw = torch.Generator().manual_seed(0)
+    states, apart = (method.init(layout()), paper.init(layout())), 0.0
+    for number in range(1, 7):
+        moved = [
+            {name: torch.randn(t.shape, generator=draw).double() / 100 for name, t in layout().initial.items()}
+            for _ in range(3)
+        ]
+        after = []
+        for each, state in zip((method, paper), states, strict=True):
+            sent = each.configure(state, number, Peer(0, 1)).tensors
+            replies = [
+                reply(index, {name: sent[name] + step for name, step in moves.items()}, index + 1)
+                for index, moves in enumerate(moved)
+            ]
+            after.append(each.aggregate(state, number, replies))
+            if each is method:
+                expected = flowers(oracle, sent, replies, number)
+        states = tuple(after)
+        for name, tensor in expected.items():
+            assert torch.allclose(states[0].base.adapter[name], tensor, rtol=0, atol=1e-12)
+            apart = max(apart, float((states[1].base.adapter[name] - tensor).abs().max()))
+    assert apart > 1e-3
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=3, max_size=3),
@@ -125,7 +186,7 @@ def test_with_neither_momentum_nor_rate_a_run_is_the_methods_own_to_the_last_bit
     assert summary_of(stepped)["server_optimizer"] == "fedavgm"
 
 
-@pytest.mark.parametrize("cls", [FedAvgM, FedAdam, FedYogi, FedAdagrad])
+@pytest.mark.parametrize("cls", [FedAvgM, FedAdam, partial(FedAdam, form="flower"), FedYogi, FedAdagrad])
 def test_a_tensor_that_nobody_trained_stays_to_the_last_bit_and_keeps_its_momentum(cls):
     method = cls(FedIT())
     state = method.init(layout(torch.float32))
@@ -167,7 +228,7 @@ def test_the_order_of_clients_changes_nothing_but_rounding(cls):
     assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-12) for name in one)
 
 
-@pytest.mark.parametrize("cls", [FedAvgM, FedAdam, FedYogi, FedAdagrad])
+@pytest.mark.parametrize("cls", [FedAvgM, FedAdam, partial(FedAdam, form="flower"), FedYogi, FedAdagrad])
 def test_what_is_remembered_survives_a_checkpoint_and_is_float64(cls):
     method = cls(FedIT())
     begun = method.init(layout(torch.float32))
@@ -216,6 +277,7 @@ def test_the_rest_of_the_state_and_the_traits_are_those_of_the_method_inside():
         (["method=fedadam", "server_optimizer=fedyogi"], ["server_optimizer=fedyogi", "method=fedadam"]),
         (["server_optimizer=fedadam", "server_optimizer.tau=0"], ["fedadam's tau=0 must be above 0"]),
         (["server_optimizer=fedyogi", "server_optimizer.beta2=1"], ["fedyogi's beta2=1 must be a fraction"]),
+        (["method=fedyogi", "method.strategy.form=flwr"], ["fedyogi's form=flwr is not known: expected paper, flower"]),
         (["method=fedavgm", "method.strategy.lr=-1"], ["fedavgm's lr=-1 must be above 0"]),
     ],
 )
