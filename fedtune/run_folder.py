@@ -35,6 +35,7 @@ from fedtune.columns import MORE_SCORES, SIMILARITY
 from fedtune.config import load_file
 from fedtune.errors import RunFolderError
 from fedtune.evaluate import Score
+from fedtune.formulas import guarded
 from fedtune.ledger import Entry
 from fedtune.locks import LOCK
 from fedtune.schema import Experiment
@@ -292,7 +293,7 @@ def check_vacant(out: str) -> None:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return repr(value) if isinstance(value, float) else str(value)
+    return repr(value) if isinstance(value, float) else guarded(str(value))
 
 
 def lock(path: Path) -> Any:
