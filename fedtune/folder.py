@@ -80,15 +80,16 @@ def export(source: str, out: str, base: str | None = None) -> Exported:
     _check_weights(local)
     model, tokenizer, origin, device = local.module, local.tokenizer, local.origin, local.device
     expected = _predictions(model, device)
-    files, kept = adapter_files(local), {}
+    files = adapter_files(local)
+    kept: dict[str, str] = {}
     adapted = {slot.module.removeprefix("base_model.model.") for slot in local.layout.slots}
     del local, party
     if experiment.adapter.kind != FULL:
         del model  # this base has adapters in it. It goes before a fresh one is read
-        base = _base(found, experiment)
-        kept = {name: each for name, each in _hashes(base.model).items() if name.rpartition(".")[0] not in adapted}
-        model = _merged(base, files)
-        del base
+        fresh = _base(found, experiment)
+        kept = {name: each for name, each in _hashes(fresh.model).items() if name.rpartition(".")[0] not in adapted}
+        model = _merged(fresh, files)
+        del fresh
     with beside(target) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)

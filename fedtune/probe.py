@@ -98,7 +98,7 @@ def base_bytes(model: LocalModel) -> dict[str, float]:
     """The frozen base in memory, by the bits that its layers could be held in. The vocabulary's stay as they are, and
     so does what is in no layer, as fused experts: where that is most of the model, fewer bits aren't offered."""
     base = model.base
-    layers = _linear(base).values()
+    layers = list(_linear(base).values())
     if model.quantization != "none":  # some are left as they are
         layers = [each for each in layers if type(each[0]).__name__ in QUANTIZED] or layers
     linear = sum(rows * columns for _, rows, columns in layers)
