@@ -386,3 +386,17 @@ def test_json_of_examples_is_untouched():
     before = json.dumps(example.messages)
     read([example])
     assert json.dumps(example.messages) == before
+
+
+def test_a_tokenizer_that_puts_nothing_before_a_text_has_each_piece_as_it_stands():
+    """Byte-level tokenizers, SmolLM2's and the tiny one: prompt and answer tokenised by themselves, bit for bit."""
+    tokenizer = tiny_tokenizer()
+    examples = [asked(" 12\n\n", "\n\n34 "), asked("naïve ☃?", "  x"), asked("a", "b" * 99)]
+    corpus, kept = tokenise(examples, tokenizer, DataSpec(max_length=60))
+    for row, place in enumerate(kept):
+        question, answer = (turn["content"] for turn in examples[place].messages)
+        pieces = (f"<|user|>{question}<|end|><|assistant|>", f"{answer}<|end|>")
+        prompt, rest = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in pieces)
+        tokens, targets = corpus.span(row)
+        assert tokens.tolist() == [*prompt, *rest][:60]
+        assert targets.tolist() == [*[False] * len(prompt), *[True] * len(rest)][:60]
