@@ -16,8 +16,8 @@ from fedtune import bandwidth, doctor
 from fedtune.available import MemoryFound, memory_of
 from fedtune.devices import write_devices
 from fedtune.errors import ConfigError, ModelError
+from fedtune.memory import home
 from fedtune.models import pick_device, pick_dtype
-from fedtune.party import home
 from fedtune.protocol import Capability
 
 BUSY = 0.5  # load per core from which other programs get in the way of measuring

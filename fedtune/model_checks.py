@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedtune.corpus import Corpus
 from fedtune.errors import ModelError
+from fedtune.schema import AdapterSpec
 
 LENGTH = 12  # tokens of the text
 UNHEARD = 1e-6  # of the first half's influence on its own predictions: what rounding could make of nothing
@@ -169,6 +170,20 @@ def check_tokens(corpus: Corpus, model: Any) -> None:
                 "they don't belong together, or the model's embeddings have to be made larger "
                 "(resize_token_embeddings)"
             )
+
+
+def positions_for(model: Any, adapter: AdapterSpec) -> int | None:
+    """How many tokens an example can have beside the adapter's own; None where there is no such limit.
+
+    Raises:
+        ModelError: if the adapter leaves no room for any.
+    """
+    if (positions := positions_of(model)) is None:
+        return None
+    room = positions - (adapter.tokens if adapter.kind in ("prompt_tuning", "prefix_tuning") else 0)
+    if room < 2:
+        raise ModelError(f"adapter.tokens={adapter.tokens}: the model has positions for {positions} tokens in all")
+    return room
 
 
 def positions_of(model: Any) -> int | None:

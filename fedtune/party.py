@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from flwr.app import RecordDict
-from platformdirs import user_state_path
 
 from fedtune.adapters import LocalModel
 from fedtune.broadcast import Sent, hear, is_link
@@ -23,9 +22,9 @@ from fedtune.evaluate import Score, appraise, score
 from fedtune.federated_data import FederatedData, load_data
 from fedtune.installing import BATCH, BITS, STEPS
 from fedtune.keys import fold, permutation
-from fedtune.memory import Memory
+from fedtune.memory import Memory, home
 from fedtune.merging import installed_version
-from fedtune.model_checks import check_tokens, positions_of
+from fedtune.model_checks import check_tokens, positions_for
 from fedtune.models import Base, pick_device
 from fedtune.owner import Owner, check_room
 from fedtune.population import server_peer
@@ -61,8 +60,7 @@ class Party:
     def __init__(self, experiment: Experiment, owner: Owner | None = None):
         if owner is not None:
             owner.check(experiment)
-        self.experiment = experiment
-        self.owner = owner
+        self.experiment, self.owner = experiment, owner
         allowed = None if owner is None else owner.targets
         self.training_seconds = 0.0
         self._beside: dict[int, LocalModel] = {}  # by bits, beside `model`
@@ -137,14 +135,9 @@ class Party:
     @cached_property
     def data_spec(self) -> DataSpec:
         """The data's settings, with examples no longer than the model has positions for."""
-        spec, adapter = self.experiment.data, self.experiment.adapter
-        positions = positions_of(self.model.base)
-        if positions is None:
-            return spec
-        room = positions - (adapter.tokens if adapter.kind in ("prompt_tuning", "prefix_tuning") else 0)
-        if room < 2:
-            raise ModelError(f"adapter.tokens={adapter.tokens}: the model has positions for {positions} tokens in all")
-        return replace(spec, max_length=min(spec.max_length, room))
+        room = positions_for(self.model.base, self.experiment.adapter)
+        spec = self.experiment.data
+        return spec if room is None else replace(spec, max_length=min(spec.max_length, room))
 
     @property
     def notes(self) -> list[str]:
@@ -155,12 +148,11 @@ class Party:
 
     @cached_property
     def data(self) -> FederatedData:
-        experiment = self.experiment
-        population = experiment.population
+        population = self.experiment.population
         clients = population.pooled or population.clients
-        data = load_data(self.data_spec, clients, self.model.tokenizer, experiment.seed)
-        check_tokens(data.corpus, self.model.base)
-        data = replace(data, pad=self.model.pad)
+        loaded = load_data(self.data_spec, clients, self.model.tokenizer, self.experiment.seed)
+        check_tokens(loaded.corpus, self.model.base)
+        data = replace(loaded, pad=self.model.pad)
         return data.pooled() if population.pooled else data
 
     @cached_property
@@ -394,21 +386,8 @@ class Party:
         return score(model, self.data.corpus, rows, self.experiment.evaluate.batch_size, self.data.pad)
 
 
-def home() -> Path:
-    """Where a device keeps what lasts: $FEDTUNE_HOME, or beside what Flower keeps in $FLWR_HOME, or the user's own
-    place for such things."""
-    if named := os.environ.get("FEDTUNE_HOME"):
-        return Path(named).expanduser()
-    flower = os.environ.get("FLWR_HOME")
-    return Path(flower).expanduser() / "fedtune" if flower else user_state_path("fedtune")
-
-
 def party_of(run_config: Mapping[str, Any], owner: Owner | None = None) -> Party:
-    """The party of the run that this config describes; one a process, however many clients ask.
-
-    Args:
-        owner: as for `Party`.
-    """
+    """The party of the run that this config describes, on `owner`'s machine; one a process, however many ask."""
     text = run_config.get("config") or from_run_config(run_config).text()
     return _party(str(text), owner)
 

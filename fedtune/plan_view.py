@@ -20,7 +20,8 @@ from fedtune.config import compose
 from fedtune.errors import QuorumError
 from fedtune.formulas import guarded
 from fedtune.lowrank import pairs
-from fedtune.party import Party, home
+from fedtune.memory import home
+from fedtune.party import Party
 from fedtune.population import equip, profile_of
 from fedtune.progress import method_of, size
 from fedtune.protocol import Peer

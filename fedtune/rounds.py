@@ -253,11 +253,8 @@ class Server(Talk):
             why = [f"client {index} {reason}" for index, reason in out.items()][:1]
             why += [f"{len(self.idle)} have no rows"] if self.idle else []
             why += [f"{away} are away in this round, by their devices' availability"] if away else []
-            raise QuorumError(
-                f"round {number}: {len(able)} of {population.clients} clients can take part, population.quorum asks "
-                + "for "
-                + "; ".join([str(needed), *why])
-            )
+            able_of = f"round {number}: {len(able)} of {population.clients} clients can take part"
+            raise QuorumError(f"{able_of}, population.quorum asks for {'; '.join([str(needed), *why])}")
 
     def _check_quorum(self, played: Round, got: int, asked: int) -> None:
         """

@@ -8,8 +8,9 @@ from typing import Any
 from flwr.app import MessageType, RecordDict
 
 from fedtune.errors import MALFORMED, ClientError, ConfigError, WireError
+from fedtune.memory import home
 from fedtune.owner import Owner
-from fedtune.party import Party, home, party_of
+from fedtune.party import Party, party_of
 from fedtune.population import profile_of
 from fedtune.population_spec import MEASURED
 from fedtune.protocol import UNLIMITED, Capability, Peer
