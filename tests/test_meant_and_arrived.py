@@ -9,18 +9,30 @@ import moving
 import pytest
 import torch
 from conftest import SMALL, rows, small
+from hydra.utils import get_class
 from moving import move
+from omegaconf import OmegaConf
 
 from fedtune.checkpoint import load_checkpoint
-from fedtune.config import choices, compose
+from fedtune.config import CONF, choices, compose
 from fedtune.errors import ConfigError
 from fedtune.memory import Memory
 from fedtune.party import Party
+from fedtune.protocol import Traits
 from fedtune.runtime.local import run_local
-from fedtune.traits import traits_of
 
-TRAITS = {name: traits_of(Party(compose([*SMALL, f"method={name}"])).strategy) for name in choices("method")}
-TOLD_LOSSILY = sorted(name for name, traits in TRAITS.items() if traits.lossy_down and name != "local_only")
+
+def traits(spec):
+    """Of a method's strategy, or of the one inside a server optimizer, without what it takes to compose the method."""
+    declared = getattr(get_class(spec["_target_"]), "traits", Traits())
+    return declared if isinstance(declared, Traits) else traits(spec["base"])
+
+
+TOLD_LOSSILY = [
+    name
+    for name in choices("method")
+    if name != "local_only" and traits(OmegaConf.load(CONF / "method" / f"{name}.yaml").strategy).lossy_down
+]
 EVERYBODY = ("population.cohort=4", "evaluate.every=0", "evaluate.exactness=false")
 SPARSE = ("codec_down=topk", "codec_down.density=0.05")
 UNEQUAL = "".join(f"d{k},{1 + k}e9,inf,inf,inf,inf,true,1\n" for k in range(4))
