@@ -28,11 +28,12 @@ def traits(spec):
     return declared if isinstance(declared, Traits) else traits(spec["base"])
 
 
-TOLD_LOSSILY = [
-    name
-    for name in choices("method")
-    if name != "local_only" and traits(OmegaConf.load(CONF / "method" / f"{name}.yaml").strategy).lossy_down
-]
+def chosen(name):
+    found = OmegaConf.load(CONF / "method" / f"{name}.yaml")
+    return found.get("method", found).strategy
+
+
+TOLD_LOSSILY = [name for name in choices("method") if name != "local_only" and traits(chosen(name)).lossy_down]
 EVERYBODY = ("population.cohort=4", "evaluate.every=0", "evaluate.exactness=false")
 SPARSE = ("codec_down=topk", "codec_down.density=0.05")
 UNEQUAL = "".join(f"d{k},{1 + k}e9,inf,inf,inf,inf,true,1\n" for k in range(4))
