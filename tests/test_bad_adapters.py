@@ -4,28 +4,23 @@ import csv
 from pathlib import Path
 
 import pytest
-from conftest import run_on, summary_of
+from conftest import run_on, summary_of, traits_of_method
 from flwr.app import MetricRecord
 from flwr.clientapp import ClientApp
 
 from fedtune import wire
 from fedtune.cli import main
 from fedtune.codecs.raw import Raw
-from fedtune.config import build, choices, compose
+from fedtune.config import choices, compose
 from fedtune.errors import ConfigError, DataError
 from fedtune.party import Party
 from fedtune.protocol import Update
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
-from fedtune.traits import traits_of
 
 FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples
 NOWHERE = "model.path=/nowhere/at/all"  # loading it is another error
-MIXED = [
-    name
-    for name in choices("method")
-    if traits_of(build(compose([f"method={name}"]).method.strategy, name)).mixed_ranks
-]
+MIXED = [name for name in choices("method") if traits_of_method(name).mixed_ranks]
 
 
 @pytest.mark.parametrize("method", sorted(set(choices("method")) - set(MIXED)))

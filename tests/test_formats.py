@@ -39,8 +39,8 @@ def joined(delimiter):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
-        ("a.JSONL.GZ", gzip.compress(LINES.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
+        ("a.JSONL.GZ", gzip.compress(LINES.encode(), mtime=0)),
         ("a.csv.bz2", bz2.compress(joined(",").encode())),
         ("a.json.xz", lzma.compress(json.dumps(ROWS).encode())),
         ("a.ndjson", LINES),
@@ -230,7 +230,7 @@ def turns(*pairs):
         ("a.json", '{"test": [{"text": "a"}]}', "a.json has no split 'train': set data.split= to one of test"),
         ("a.json", '{"text": "a"}\n{"text": ', "a.json line 2 is not JSON"),
         ("a.jsonl.gz", b"no gzip", "is damaged, or not .gz"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:40], "is damaged, or not .gz"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:40], "is damaged, or not .gz"),
         ("a.jsonl.xz", lzma.compress(LINES.encode())[:60], "is damaged, or not .xz"),
         ("a.jsonl.bz2", b"BZh9nonsense", "a.jsonl.bz2"),
         ("a.parquet.gz", b"", "expected one of .jsonl, .ndjson"),

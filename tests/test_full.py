@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, rows, summary_of
+from conftest import SMALL, rows, strategy_of, summary_of, traits_of_method
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -22,14 +22,13 @@ from fedtune.runtime.local import run_local
 from fedtune.schema import FULL, AdapterSpec, ModelSpec
 from fedtune.tiny import tiny_model, tiny_tokenizer
 from fedtune.training import fit
-from fedtune.traits import traits_of
 from fedtune.wire import pack_greeting, unpack_greeting
 from strategies.fedit import FedIT
 
 CPU = torch.device("cpu")
 TINY = ModelSpec(name="tiny", dtype="float32")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-NEEDY = [name for name in choices("method") if traits_of(Party(compose([f"method={name}"])).strategy).needs_low_rank]
+NEEDY = [name for name in choices("method") if traits_of_method(name).needs_low_rank]
 LORA_OF_TINY = "868467fc612d67025af1e7acd977099d3a82487d05b1950d88c3efd441145e07"
 NONE = ("adapter=none", "model.dtype=float32", f"data.path={Path(__file__).with_name('pairs.jsonl')}")
 IA3_OF_TINY = "0a123481b62a2c1012fb18fa818bfc31ba54224441bf38e51dfb0976642832d8"
@@ -232,11 +231,7 @@ def test_fedit_averages_what_its_clients_trained(small_run, monkeypatch):
 
 
 # Seeded methods, which have rules, train the base as it is in test_contract.py; here they would take minutes
-FIRST_ORDER = [
-    name
-    for name in choices("method")
-    if name not in NEEDY and "rules" not in compose([f"method={name}"]).method.strategy
-]
+FIRST_ORDER = [name for name in choices("method") if name not in NEEDY and "rules" not in strategy_of(name)]
 
 
 @pytest.mark.parametrize("method", FIRST_ORDER)

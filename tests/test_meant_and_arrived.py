@@ -8,32 +8,17 @@ what the codec left out.
 import moving
 import pytest
 import torch
-from conftest import SMALL, rows, small
-from hydra.utils import get_class
+from conftest import SMALL, rows, small, traits_of_method
 from moving import move
-from omegaconf import OmegaConf
 
 from fedtune.checkpoint import load_checkpoint
-from fedtune.config import CONF, choices, compose
+from fedtune.config import choices, compose
 from fedtune.errors import ConfigError
 from fedtune.memory import Memory
 from fedtune.party import Party
-from fedtune.protocol import Traits
 from fedtune.runtime.local import run_local
 
-
-def traits(spec):
-    """Of a method's strategy, or of the one inside a server optimizer, without what it takes to compose the method."""
-    declared = getattr(get_class(spec["_target_"]), "traits", Traits())
-    return declared if isinstance(declared, Traits) else traits(spec["base"])
-
-
-def chosen(name):
-    found = OmegaConf.load(CONF / "method" / f"{name}.yaml")
-    return found.get("method", found).strategy
-
-
-TOLD_LOSSILY = [name for name in choices("method") if name != "local_only" and traits(chosen(name)).lossy_down]
+TOLD_LOSSILY = [name for name in choices("method") if name != "local_only" and traits_of_method(name).lossy_down]
 EVERYBODY = ("population.cohort=4", "evaluate.every=0", "evaluate.exactness=false")
 SPARSE = ("codec_down=topk", "codec_down.density=0.05")
 UNEQUAL = "".join(f"d{k},{1 + k}e9,inf,inf,inf,inf,true,1\n" for k in range(4))

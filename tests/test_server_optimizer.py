@@ -35,7 +35,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, summary_of
+from conftest import SMALL, summary_of, traits_of_method
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flwr_strategies
 from flwr.supercore.task_identity import TaskIdentity
@@ -48,7 +48,6 @@ from fedtune.errors import ConfigError
 from fedtune.party import Party
 from fedtune.protocol import Layout, Peer, Slot, Traits, Update
 from fedtune.runtime.local import run_local
-from fedtune.traits import traits_of
 from strategies.fedadagrad import FedAdagrad
 from strategies.fedadam import FedAdam
 from strategies.fedavgm import FedAvgM
@@ -74,7 +73,7 @@ def reply(index, tensors, examples=1):
 
 
 def averages():
-    return [m for m in choices("method") if traits_of(Party(compose(["model=tiny", f"method={m}"])).strategy).averages]
+    return [method for method in choices("method") if traits_of_method(method).averages]
 
 
 @pytest.mark.parametrize(
