@@ -50,7 +50,7 @@ def loaded(quantization):
 
 @cache
 def _loaded(quantization):
-    return load_base(ModelSpec(name="smollm2", path=SMOLLM2, quantization=quantization), CPU)
+    return load_base(ModelSpec(name="smollm2", path=SMOLLM2, quantization=quantization, dtype="bfloat16"), CPU)
 
 
 def batch():
