@@ -214,7 +214,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 def headline(experiment: Experiment, party: "Party", folder: Path) -> list[str]:
     """What is about to run, on what."""
     model, data = party.model, party.data
-    held = experiment.model.quantization if experiment.model.quantization != "none" else str(model.module.dtype)
+    held = model.quantization if model.quantization != "none" else str(model.module.dtype)
     return [
         f"{experiment.name}: {method_of(experiment)}, {clients_of(experiment)}, {experiment.rounds} rounds",
         f"base     {experiment.model.name} from {model.origin.source}, {held.removeprefix('torch.')} "
