@@ -369,7 +369,7 @@ def test_longer_examples_than_the_model_has_positions_for_are_cut_and_that_is_sa
 ):
     """64 positions, of which 20 go to virtual tokens."""
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": "a", "completion": "b" * 100 + str(i)}) + "\n" for i in range(12)))
+    rows.write_text("".join(json.dumps({"prompt": f"a{i}", "completion": "b" * 100}) + "\n" for i in range(12)))
     words = (
         f"model.path={bases(name)[0]}",
         f"data.path={rows}",

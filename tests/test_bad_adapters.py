@@ -105,7 +105,7 @@ def test_a_client_that_claims_no_samples_is_left_out(tmp_path):
 
 def test_no_samples_for_anybody_is_said_before_a_round(tmp_path):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    rows.write_text("".join(f'{{"prompt": "a{i}", "completion": "b"}}\n' for i in range(3)))
     with pytest.raises(DataError, match="3 examples are too few for 4 clients"):
         run_on(LocalGrid, make_client_app(), tmp_path / "run", f"data.path={rows}")
     assert not (tmp_path / "run").exists()

@@ -312,7 +312,7 @@ def test_tool_calls_are_the_templates_or_the_row_is_refused(tmp_path, content, a
     rows = [{"messages": turns, "tools": [{"type": "function", "function": {"name": "add"}}]}] * 4
     path = write(tmp_path / "a.jsonl", rows)
     tokenizer = with_template(TOOLS)
-    data = load_data(DataSpec(path=str(path)), 2, tokenizer, 0)
+    data = load_data(DataSpec(path=str(path), duplicates="keep"), 2, tokenizer, 0)
     tokens, targets = data.corpus.span(0)
     assert tokenizer.decode(tokens) == (
         '<add><|user|>1+?<|end|><|assistant|>add{"x": 1}<|end|><|tool|>2<|end|><|assistant|>two<|end|>'
@@ -346,7 +346,7 @@ def test_rows_that_are_left_out_are_counted_with_the_reason(tmp_path, capsys):
 
 
 def test_the_console_and_the_summary_say_so(tmp_path, run_on_rows):
-    rows = [*[{"prompt": "p", "completion": "c"}] * 8, {"prompt": "p" * 99, "completion": "c"}]
+    rows = [*({"prompt": f"p{i}", "completion": "c"} for i in range(8)), {"prompt": "p" * 99, "completion": "c"}]
     said, summary = run_on_rows(rows, "data.max_length=20")
     assert "left out 1 of 9 rows: 1 have nothing to learn within data.max_length=20 tokens (raise it)" in said
     assert summary["data"]["row_counts"] == {"read": 9, "too_long": 1}
