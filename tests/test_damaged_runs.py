@@ -103,7 +103,7 @@ def test_a_config_that_is_not_utf8_is_one_line(made, encode):
     assert any(said in note for note in found.notes)
     assert [entry.seeds for entry in found.groups[0].entries] == [(1,)]
     assert b"UTF-8 text" in Watch(made, lambda folder: load([folder])).page()
-    with pytest.raises(ConfigError, match="it isn't UTF-8 text"):
+    with pytest.raises(ConfigError, match="is no text in UTF-8"):
         is_done(Cell("fedit", path.parent, 0, ("model=tiny",)))
 
 
