@@ -71,7 +71,8 @@ def test_rows_by_user_keep_the_user_as_a_column(tmp_path):
     turns, columns = said(path)
     assert (turns[0], turns[4:7]) == (EXPECTED[0], EXPECTED[1:])
     assert [row["user"] for row in columns] == ["alice"] * 4 + ["bob"] * 6
-    spec = DataSpec(path=str(path), partition="natural", partition_by="user", heldout=0, client_heldout=0)
+    whole = {"duplicates": "keep", "heldout": 0, "client_heldout": 0}
+    spec = DataSpec(path=str(path), partition="natural", partition_by="user", **whole)
     assert [len(rows) for rows in load_data(spec, 2, TOKENIZER, 0).train] == [4, 6]
 
 
@@ -143,6 +144,7 @@ def test_a_partition_goes_by_labels_of_any_kind(tmp_path, labels, sizes):
         path=str(write(tmp_path / "a.jsonl", rows)),
         partition="natural",
         partition_by="label",
+        duplicates="keep",
         heldout=0,
         client_heldout=0,
     )

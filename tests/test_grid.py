@@ -142,7 +142,7 @@ def changed_for(place, change):
     [
         ({"index": 0}, "two nodes say they are client 0"),
         ({"index": 7}, r"client index should be 0 \.\.\. 3, got 7"),
-        ({"samples": 0}, "client 3 should have at least one sample"),
+        ({"samples": 0}, "client 3 says it has 0 samples; the division gives it"),
         ({"samples": 10**6}, "client 3 says it has 1000000 samples; the division gives it"),
         ({"layout": "0" * 64}, "client 3 has other trainable tensors"),
         ({"memory_bytes": "a\x1b[2J"}, "client 3 describes what it can do in a way that is not understood"),
