@@ -113,7 +113,7 @@ def _made(spec: Mapping[str, Any], what: str, strict: bool) -> Any:
         for name, value in given.items():
             if isinstance(value, Mapping) and TARGET in value:
                 given[name] = _made(value, f"{what}.{name}", strict)
-        _check_arguments(kind, given)
+        _check_arguments(kind, given, what)
         made = kind(**given)
     except FedtuneError:
         raise
@@ -135,9 +135,10 @@ def _found(target: str, strict: bool) -> Any:
     return found
 
 
-def _check_arguments(kind: Any, given: Mapping[str, Any]) -> None:
+def _check_arguments(kind: Any, given: Mapping[str, Any], what: str) -> None:
     """Raises:
-    ValueError: for an argument that a dataclass hasn't got, or that is of another type than it says.
+    ValueError: for an argument that a dataclass hasn't got.
+    ConfigError: by its key, for one that is of another type than the class says.
     """
     if not (isinstance(kind, type) and is_dataclass(kind)):
         return
@@ -150,7 +151,7 @@ def _check_arguments(kind: Any, given: Mapping[str, Any]) -> None:
         return
     for name, value in given.items():
         if not fits(value, hints.get(name, Any)):
-            raise ValueError(f"{name} should be {_words(hints[name])}, got {_cut(value)}")
+            raise ConfigError(f"{what}.{name} should be {_words(hints[name])}, got {_cut(value)}")
 
 
 def fits(value: Any, hint: Any) -> bool:
