@@ -292,11 +292,11 @@ class TestSmolLM2:
         model = LocalModel(base, AdapterSpec(), 0)
         words = base.tokenizer("The capital of France is Paris.", return_tensors="pt")["input_ids"]
         given = Batch(words, torch.ones_like(words, dtype=torch.bool))
-        settings = {"lr": 1e-2, "optimizer": "adamw", "weight_decay": 0.0, "max_grad_norm": 1.0, "key": 0}
+        settings = {"lr": 3e-3, "optimizer": "adamw", "weight_decay": 0.0, "max_grad_norm": 1.0, "key": 0}
         with torch.inference_mode():  # some layers change their form when they are first evaluated
             learnt_logits(model.module, given)
         first = fit(model, [given], steps=1, **settings)
-        fit(model, [given] * 3, steps=3, **settings)
+        fit(model, [given] * 6, steps=6, **settings)
         assert fit(model, [given], steps=1, **settings) < first - 0.5
 
     def test_a_gguf_file_of_ones_own_is_the_same_model(self):
