@@ -89,7 +89,8 @@ def test_a_comparison_that_a_page_prints_is_one(words):
 
 @pytest.mark.parametrize("words", of("fedtune", "plan"))
 def test_a_plan_that_a_page_prints_is_one(words):
-    compose(settings_of(words))
+    said = settings_of(words)
+    assert f"method={compose(said).method_name}" in said
 
 
 def test_the_comparison_of_the_results_page_is_one():
