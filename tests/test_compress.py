@@ -209,7 +209,7 @@ def test_the_file_by_hand(tmp_path):
         ("../model/tiny", [], "is not known"),
         ("compeft", ["codec.densty=0.1"], "unknown setting 'densty' in 'codec'.*did you mean density"),
         ("compeft", ["codec.density=2"], "codec.density=2: expected a share"),
-        ("compeft", ["codec.density=much"], "can't be made"),
+        ("compeft", ["codec.density=much"], "codec.density should be float, got .much."),
         ("compeft", ["codec.feedback=true"], "no later message"),
         ("compeft", ["codec._target_=os.system"], "'os.system' is not known"),
         ("compeft", ["codec.density"], "expected a setting"),
@@ -444,7 +444,7 @@ CODECS = {
     "secrets": ({"_target_": "fedtune.codecs.stc.STC", "coder": "${oc.env:HOME}"}, "has no setting 'coder'"),
     "what a terminal obeys": ({"_target_": "fedtune.codecs.stc.STC", "coder": "\x1b[2J"}, "has no setting 'coder'"),
     "a setting out of range": ({"_target_": "fedtune.codecs.stc.STC", "density": math.inf}, "density=inf"),
-    "a setting that is text": ({"_target_": "fedtune.codecs.stc.STC", "density": "1"}, "can't be made"),
+    "a setting that is text": ({"_target_": "fedtune.codecs.stc.STC", "density": "1"}, "should be float, got .1."),
 }
 
 
