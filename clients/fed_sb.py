@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 
 from clients.first_order import FirstOrder, proximal
 from fedtune.adapters import LocalModel
+from fedtune.core.protocol import Batches, Instruction, Tensors, Update
 from fedtune.frozen_basis import expanded, training_core
 from fedtune.installing import metrics_of
-from fedtune.protocol import Batches, Instruction, Tensors, Update
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fedtune.adapters import LocalModel
-from fedtune.costs import Work
+from fedtune.core.costs import Work
+from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
 from fedtune.installing import install, metrics_of
-from fedtune.protocol import Batches, Instruction, Setting, Tensors, Update
 from fedtune.training import fit
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from clients.first_order import FirstOrder
 from fedtune.adapters import LocalModel
 from fedtune.base_change import DENSE
+from fedtune.core.protocol import Batches, Instruction, Tensors, Update
 from fedtune.installing import RANK, SCALING
 from fedtune.lowrank import pairs
-from fedtune.protocol import Batches, Instruction, Tensors, Update
 
 
 @dataclass(frozen=True)

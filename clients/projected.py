@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from clients.first_order import FirstOrder, proximal
 from fedtune.adapters import LocalModel
 from fedtune.blocks import BUDGET, SLOPES, TURN, Projection, blocks_of, coordinates, records_of, seeds_of
+from fedtune.core.protocol import Batches, Instruction, Tensors, Update
 from fedtune.history import caught_up
 from fedtune.merging import VERSION
-from fedtune.protocol import Batches, Instruction, Tensors, Update
 from fedtune.zeroth import as_told
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fedtune.adapters import LocalModel
 from fedtune.control import CHANGE, CONTROL, own_control, settle, tag
-from fedtune.costs import Work
+from fedtune.core.costs import Work
+from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
 from fedtune.installing import install, metrics_of
-from fedtune.protocol import Batches, Instruction, Setting, Tensors, Update
 from fedtune.training import fit
 
 

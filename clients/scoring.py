@@ -22,10 +22,10 @@ from torch import Tensor
 
 from clients.first_order import FirstOrder, proximal
 from fedtune.adapters import LocalModel
-from fedtune.costs import Work
+from fedtune.core.costs import Work
+from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
 from fedtune.installing import SCORE, SCORE_BYTES, SCORES, install, metrics_of
 from fedtune.lowrank import pairs
-from fedtune.protocol import Batches, Instruction, Setting, Tensors, Update
 
 
 @dataclass(frozen=True)

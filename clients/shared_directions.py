@@ -9,10 +9,10 @@ import torch
 
 from clients.zeroth_order import ZerothOrder
 from fedtune.adapters import LocalModel
+from fedtune.core.protocol import Batches, Instruction, Tensors, Update
+from fedtune.core.seeds import bits, fold
 from fedtune.history import caught_up
-from fedtune.keys import bits, fold
 from fedtune.merging import VERSION
-from fedtune.protocol import Batches, Instruction, Tensors, Update
 from fedtune.zeroth import Rules, descend, rules_of
 
 

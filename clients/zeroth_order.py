@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fedtune.adapters import LocalModel
-from fedtune.costs import Work
-from fedtune.errors import ClientError, ConfigError
-from fedtune.keys import bits, fold
-from fedtune.protocol import Batches, Instruction, Setting, Tensors, Update, describe
+from fedtune.core.costs import Work
+from fedtune.core.errors import ClientError, ConfigError
+from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update, describe
+from fedtune.core.seeds import bits, fold
 from fedtune.seeded import pool
 from fedtune.zeroth import descend, rules_of
 

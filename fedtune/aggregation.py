@@ -7,7 +7,8 @@ believed, and this does it.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fedtune.errors import DivergedError
+from fedtune.core.errors import DivergedError
+from fedtune.core.protocol import Peer, Strategy, Tensors, Update
 from fedtune.plausibility import (
     Weighed,
     attempt,
@@ -17,7 +18,6 @@ from fedtune.plausibility import (
     out_of_proportion,
     outlier,
 )
-from fedtune.protocol import Peer, Strategy, Tensors, Update
 from fedtune.replies import Updates
 from fedtune.round import Round
 from fedtune.schema import Experiment

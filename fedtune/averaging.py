@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fedtune.protocol import Instruction, Peer, Setting, Tensors, Update, share
+from fedtune.core.protocol import Instruction, Peer, Setting, Tensors, Update, share
 
 Replies = Sequence[tuple[Peer, Update]]
 PORTION_BYTES = 1 << 30  # of updates that are held at a time

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fedtune.errors import ConfigError, DeploymentError, WireError
+from fedtune.core.errors import ConfigError, DeploymentError, WireError
 
 MAGIC = "fedtune-bandwidth 1"
 MAX_SECONDS = 30.0  # that a device may ask for

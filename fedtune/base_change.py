@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fedtune.core.protocol import Tensors
 from fedtune.merging import from_residual
-from fedtune.protocol import Tensors
 from fedtune.requantize import Rounded
 
 DENSE = ".delta"  # MODULE.delta (out, in) float32

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune.checks import at_least
-from fedtune.errors import ClientError, ConfigError, DivergedError, WireError
-from fedtune.keys import bits, fold
+from fedtune.core.checks import at_least
+from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
+from fedtune.core.protocol import Layout, Tensors, Update, describe
+from fedtune.core.seeds import bits, fold
 from fedtune.noise import project
-from fedtune.protocol import Layout, Tensors, Update, describe
 from fedtune.seeded import Names, Space
 from fedtune.zeroth import check_counts
 

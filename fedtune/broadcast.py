@@ -23,8 +23,8 @@ import torch
 
 from fedtune import coding
 from fedtune.codecs.packed import Packed, Reader, varint
-from fedtune.errors import ClientError, WireError
-from fedtune.protocol import Codec, Tensors, expect_like
+from fedtune.core.errors import ClientError, WireError
+from fedtune.core.protocol import Codec, Tensors, expect_like
 from fedtune.replies import size_of
 
 MAGIC = b"fl"

@@ -12,8 +12,8 @@ from datetime import date
 from functools import cached_property
 from typing import Any
 
+from fedtune.core.errors import DataError
 from fedtune.encoder import Encoder, Piece
-from fedtune.errors import DataError
 from fedtune.rows import Example, Message
 from fedtune.schema import DataSpec
 

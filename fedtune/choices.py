@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from fedtune.errors import DataError
+from fedtune.core.errors import DataError
 
 CHOICES = "choices"
 PROMPTS = ("question", "prompt")

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedtune import __version__, cli_evaluate
-from fedtune.endings import as_ctrl_c
-from fedtune.errors import ConfigError, FedtuneError, Interrupted
-from fedtune.outlet import outlast_readers
+from fedtune.core.broken_pipe import outlast_readers
+from fedtune.core.errors import ConfigError, FedtuneError, Interrupted
+from fedtune.core.signals import as_ctrl_c
 from fedtune.report.command import COMMANDS, add_parsers, handle
 
 SUMMARY = """\

@@ -3,7 +3,7 @@
     a client's turn = what it is sent / its download rate + its steps at its speed + what it answers / its upload rate
 
 Bytes are those of the real messages' content; the addresses around it are left out, whose length is that of ids which
-Flower draws anew in each run. Seconds of the steps come from the model of fedtune/costs.py and the device's profile
+Flower draws anew in each run. Seconds of the steps come from the model of fedtune/core/costs.py and the device's profile
 (population.devices, or what its owner declares). So nothing here depends on where a run is played, or how fast.
 
     straggler=wait      a round lasts as long as its slowest client
@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 
 from fedtune.checkpoint import Progress
-from fedtune.costs import Costs, Weight, Work
-from fedtune.errors import CapacityError, QuorumError
+from fedtune.core.costs import Costs, Weight, Work
+from fedtune.core.errors import CapacityError, QuorumError
+from fedtune.core.protocol import Capability, Instruction, Peer
+from fedtune.core.seeds import bits, fold
 from fedtune.installing import BATCH, BITS, RANK, STEPS, TRAIN
-from fedtune.keys import bits, fold
 from fedtune.lowrank import pairs
 from fedtune.party import Party
 from fedtune.population import server_peer
-from fedtune.protocol import Capability, Instruction, Peer
 from fedtune.replies import size_of
 from fedtune.selection import PATIENCE, believed, select
 from fedtune.traits import tells_its_work, traits_of

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fedtune.codecs.packed import Packed, Reader, varint
 from fedtune.config import build
-from fedtune.errors import ConfigError, WireError, short
-from fedtune.protocol import Codec, Tensors, contracts, describe, is_lossless
+from fedtune.core.errors import ConfigError, WireError, short
+from fedtune.core.protocol import Codec, Tensors, contracts, describe, is_lossless
 
 MAGIC = b"fd"
 VERSION = 1

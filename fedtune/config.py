@@ -22,8 +22,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedtune.checks import nearest
-from fedtune.errors import MALFORMED, ConfigError
+from fedtune.core.checks import nearest
+from fedtune.core.errors import MALFORMED, ConfigError
 from fedtune.plain_yaml import read_plain
 from fedtune.schema import Experiment
 from fedtune.targets import make

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fedtune.core.protocol import Instruction, Tensors
 from fedtune.merging import installed_version
-from fedtune.protocol import Instruction, Tensors
 
 CONTROL = "c/"  # c/NAME: the server's c on its way down, the client's c_i in its memory
 CHANGE = "dc/"  # dc/NAME: c_i+ - c_i on its way up, and in the memory until it is known to count

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from fedtune.protocol import Batch
+from fedtune.core.protocol import Batch
 
 Span = tuple[np.ndarray, np.ndarray]  # tokens (length,) int32, and which count: (length,) bool
 

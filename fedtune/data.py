@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from fedtune.errors import DataError
+from fedtune.core.errors import DataError
 from fedtune.formats import KNOWN_ENDINGS, SPARE, SPLITS, dataset_rows, ending, file_rows, is_saved, saved_rows
 from fedtune.rows import Example as Example
 from fedtune.rows import Message as Message

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from fedtune.checks import above_zero, at_least, fraction, one_of, option
-from fedtune.errors import ConfigError
+from fedtune.core.checks import above_zero, at_least, fraction, one_of, option
+from fedtune.core.errors import ConfigError
 
 
 @dataclass(frozen=True)

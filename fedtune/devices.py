@@ -16,12 +16,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.atomic import write_atomically
-from fedtune.checks import nearest
-from fedtune.errors import ConfigError
+from fedtune.core.atomic import write_atomically
+from fedtune.core.checks import nearest
+from fedtune.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedtune.protocol import Capability
+    from fedtune.core.protocol import Capability
 
 GIB = 2**30  # data sheets write GB and mean this, of memory
 
@@ -68,7 +68,7 @@ class Device:
         Args:
             efficiency: share of both peaks that training sustains, above 0 up to 1.
         """
-        from fedtune.protocol import Capability  # which imports torch
+        from fedtune.core.protocol import Capability  # which imports torch
 
         return Capability(
             device=self.name,
@@ -314,7 +314,7 @@ def _check_header(path: Path, header: list[str]) -> None:
 
 
 def _device(where: str, header: list[str], row: list[str]) -> "Capability":
-    from fedtune.protocol import Capability  # which imports torch
+    from fedtune.core.protocol import Capability  # which imports torch
 
     if len(row) != len(header):
         raise ConfigError(f"{where}: expected {len(header)} cells, as the header has, got {len(row)}")

@@ -14,11 +14,11 @@ from rich.markup import escape
 
 from fedtune import bandwidth, doctor
 from fedtune.available import MemoryFound, memory_of
+from fedtune.core.errors import ConfigError, ModelError
+from fedtune.core.protocol import Capability
 from fedtune.devices import write_devices
-from fedtune.errors import ConfigError, ModelError
 from fedtune.memory import home
 from fedtune.models import pick_device, pick_dtype
-from fedtune.protocol import Capability
 
 BUSY = 0.5  # load per core from which other programs get in the way of measuring
 MISSED = 0.4  # of a step's time: more than idle devices show

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedtune.errors import ModelError
+from fedtune.core.errors import ModelError
 from fedtune.models import quiet
 from fedtune.requantize import dequantized
 

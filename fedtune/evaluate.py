@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional
 
 from fedtune.adapters import LocalModel
+from fedtune.core.seeds import permutation
 from fedtune.corpus import Corpus, Span, padded
 from fedtune.generation import answerable, answers, exact, rouge_l
-from fedtune.keys import permutation
 from fedtune.schema import EvaluateSpec
 from fedtune.training import learnt_logits
 

@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedtune.base_change import DENSE
+from fedtune.core.protocol import Layout, Peer, Setting, Strategy, Tensors, Update, share
 from fedtune.frozen_basis import expanded
 from fedtune.installing import SCALING
 from fedtune.lowrank import LowRank, Sum, name_of, norm_of, pairs
 from fedtune.merging import from_residual, update_residual
-from fedtune.protocol import Layout, Peer, Setting, Strategy, Tensors, Update, share
 from fedtune.traits import traits_of
 
 

@@ -10,7 +10,7 @@ from threading import Event, Thread
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedtune.errors import ClientError, WireError
+from fedtune.core.errors import ClientError, WireError
 from fedtune.flower import SERVER_NODE, activations, explain_error, pull_one, push
 from fedtune.framing import Lines
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.core.errors import DataError
+from fedtune.core.protocol import Batch
+from fedtune.core.seeds import fold, permutation
 from fedtune.corpus import Corpus
 from fedtune.data import load_examples
 from fedtune.duplicates import distinct, groups, hold_out, repeated, texts
-from fedtune.errors import DataError
-from fedtune.keys import fold, permutation
 from fedtune.partition import divide
-from fedtune.protocol import Batch
 from fedtune.schema import DataSpec
 from fedtune.sharing import once
 from fedtune.token_cache import kept_or

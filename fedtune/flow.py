@@ -25,8 +25,8 @@ import torch
 
 from fedtune.clock import Timed, Turn
 from fedtune.coding import decode, with_feedback
-from fedtune.errors import ConfigError, QuorumError
-from fedtune.protocol import Instruction, Peer, Update
+from fedtune.core.errors import ConfigError, QuorumError
+from fedtune.core.protocol import Instruction, Peer, Update
 from fedtune.replies import Buffered
 from fedtune.round import Asked, Round
 from fedtune.rounds import Server

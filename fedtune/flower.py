@@ -26,7 +26,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.errors import ClientTimeout, ConfigError, FedtuneError, RunFolderError, WireError, of_peer
+from fedtune.core.errors import ClientTimeout, ConfigError, FedtuneError, RunFolderError, WireError, of_peer
 
 __all__ = [
     "SERVER_NODE",

@@ -37,10 +37,8 @@ from flwr.serverapp import strategy as flower
 
 from fedtune import wire
 from fedtune.checkpoint import state_sha256
-from fedtune.errors import ClientError, ConfigError, FedtuneError, QuorumError, WireError
-from fedtune.keys import fold
-from fedtune.population import sample_cohort
-from fedtune.protocol import (
+from fedtune.core.errors import ClientError, ConfigError, FedtuneError, QuorumError, WireError
+from fedtune.core.protocol import (
     SERVER,
     Instruction,
     Layout,
@@ -53,6 +51,8 @@ from fedtune.protocol import (
     is_lossless,
     same_instruction,
 )
+from fedtune.core.seeds import fold
+from fedtune.population import sample_cohort
 
 LOG = logging.getLogger("flwr.fedtune")  # its lines appear where Flower's own do
 POLL_SECONDS = 1.0  # between two looks for nodes

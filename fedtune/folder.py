@@ -23,9 +23,9 @@ from torch import Tensor
 from fedtune.adapters import LocalModel
 from fedtune.checkpoint import load_checkpoint
 from fedtune.config import load_file
-from fedtune.errors import ExportError, ModelError
+from fedtune.core.errors import ExportError, ModelError
+from fedtune.core.seeds import bits, fold
 from fedtune.export import adapter_files
-from fedtune.keys import bits, fold
 from fedtune.model_file import NAME, TunedModel, malformed, read
 from fedtune.models import Base, Origin, load_base, pick_device
 from fedtune.owner import user

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from fedtune.errors import DataError
+from fedtune.core.errors import DataError
 from fedtune.rows import Row
 
 COMPRESSED: dict[str, Callable[[Path], Any]] = {

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedtune.adapters import LocalModel
-from fedtune.keys import fold, uniform
+from fedtune.core.protocol import Layout, Setting, Tensors
+from fedtune.core.seeds import fold, uniform
 from fedtune.lowrank import name_of, pairs
-from fedtune.protocol import Layout, Setting, Tensors
 
 SEED = "basis_seed"  # the setting
 CORE = "lora_R"  # the role of R, as in `...q_proj.lora_R.weight`

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from fedtune.adapters import LocalModel
+from fedtune.core.protocol import Batch
 from fedtune.corpus import Corpus
-from fedtune.protocol import Batch
 from fedtune.training import learnt_logits
 
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from fedtune.adapters import LocalModel
-from fedtune.checks import nearest
-from fedtune.errors import ConfigError, DataError
+from fedtune.core.checks import nearest
+from fedtune.core.errors import ConfigError, DataError
 
 TESTED = "lm-eval==0.4.13"
 MOST_NAMES = 20  # that an error lists

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedtune.errors import ClientError
+from fedtune.core.errors import ClientError
+from fedtune.core.protocol import Instruction, Peer, Setting, Tensors
 from fedtune.merging import FROM, KEPT, VERSION, installed_version
-from fedtune.protocol import Instruction, Peer, Setting, Tensors
 
 
 def lacking(rows: Mapping[str, Tensor], peer: Peer, settings: Mapping[str, Setting]) -> Instruction:

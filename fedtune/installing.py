@@ -3,9 +3,9 @@
 from fedtune.adapters import LocalModel
 from fedtune.averaging import narrowed
 from fedtune.base_change import DENSE
-from fedtune.errors import ClientError, WireError
+from fedtune.core.errors import ClientError, WireError
+from fedtune.core.protocol import Instruction, Tensors, Update
 from fedtune.merging import update_residual
-from fedtune.protocol import Instruction, Tensors, Update
 
 # Settings; `scaling` is also a metric of every update of a LoRA adapter
 TRAIN, SCALING, RANK = "train", "scaling", "rank"

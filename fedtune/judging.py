@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtune.adapters import LocalModel
-from fedtune.atomic import write_atomically
+from fedtune.core.atomic import write_atomically
+from fedtune.core.errors import ConfigError, DataError, ExportError
 from fedtune.data import load_examples
-from fedtune.errors import ConfigError, DataError, ExportError
 from fedtune.evaluate import FIGURES, Score, mean_score
 from fedtune.federated_data import FederatedData
 from fedtune.folder import check_one_model, party_for, source_of, tuned

@@ -31,8 +31,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.costs import Weight
-from fedtune.errors import ConfigError
+from fedtune.core.costs import Weight
+from fedtune.core.errors import ConfigError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedtune.protocol import Tensors
+from fedtune.core.protocol import Tensors
 
 GROWTH = 1e4  # of rounding errors, up to which Q = A^T R^-1 is as good as Q itself
 FOLD = 512  # columns up to which a sum stays in factors even where the matrix itself would be smaller

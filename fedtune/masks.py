@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedtune.errors import WireError
-from fedtune.protocol import Tensors
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Tensors
 
 Bits = npt.NDArray[np.uint8]
 WORD = 64  # bits that are counted at once: masks are filled up with zeros to whole words

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from platformdirs import user_state_path
 
-from fedtune.atomic import write_atomically
-from fedtune.errors import ClientError, RunFolderError
-from fedtune.protocol import Tensors
-from fedtune.sealed import seal, unseal
+from fedtune.core.atomic import write_atomically
+from fedtune.core.errors import ClientError, RunFolderError
+from fedtune.core.protocol import Tensors
+from fedtune.core.sealed import seal, unseal
 
 VERSIONS = 2  # the round that the server may have to play again, and the one before it
 RUN = re.compile(r"[0-9a-f]{16}")

@@ -11,17 +11,17 @@ from fedtune import wire
 from fedtune.broadcast import Sent
 from fedtune.clock import Clock, Timed
 from fedtune.coding import left_out
-from fedtune.errors import CapacityError, ClientError, FedtuneError
+from fedtune.core.errors import CapacityError, ClientError, FedtuneError
+from fedtune.core.protocol import Instruction, Tensors, Update, is_lossless, same_instruction, same_tensors
+from fedtune.core.seeds import fold
 from fedtune.exchange import Arrival, Exchange
 from fedtune.flower import content_bytes
 from fedtune.installing import SCALING, check_scaling
-from fedtune.keys import fold
 from fedtune.ledger import Entry, Ledger
 from fedtune.merging import VERSION
 from fedtune.party import Party
 from fedtune.plausibility import check_examples, norm_of_change
 from fedtune.progress import View
-from fedtune.protocol import Instruction, Tensors, Update, is_lossless, same_instruction, same_tensors
 from fedtune.roster import Roster
 from fedtune.round import Asked, Round, Take
 from fedtune.similarity import signs_of

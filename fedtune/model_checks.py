@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedtune.core.errors import ModelError
 from fedtune.corpus import Corpus
-from fedtune.errors import ModelError
 from fedtune.schema import AdapterSpec
 
 LENGTH = 12  # tokens of the text

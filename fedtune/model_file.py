@@ -27,10 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedtune.config import load
-from fedtune.errors import MALFORMED, ClientError, ConfigError, DivergedError, ExportError, ModelError, WireError
+from fedtune.core.errors import MALFORMED, ClientError, ConfigError, DivergedError, ExportError, ModelError, WireError
+from fedtune.core.protocol import Instruction, Tensors
 from fedtune.models import Origin
 from fedtune.owner import check_targets, user
-from fedtune.protocol import Instruction, Tensors
 from fedtune.schema import Experiment, RuntimeSpec
 from fedtune.wire import check_finite
 

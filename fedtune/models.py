@@ -27,8 +27,8 @@ import platformdirs
 import torch
 from safetensors import SafetensorError
 
-from fedtune.errors import ModelError
-from fedtune.lean import import_bitsandbytes
+from fedtune.core.errors import ModelError
+from fedtune.core.lean_imports import import_bitsandbytes
 from fedtune.model_checks import check_config, check_quantization, check_share, check_tokenizer, examine, no_tokenizer
 from fedtune.schema import ModelSpec
 

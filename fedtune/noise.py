@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from fedtune import kernels
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.kernels import HALF, SPAN
 
 SIGMA = {"normal": 2.0, "rademacher": 1.0}  # the standard deviation of the whole numbers that z is made of

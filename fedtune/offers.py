@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.costs import Costs, Weight
+from fedtune.core.costs import Costs, Weight
+from fedtune.core.protocol import Capability
 from fedtune.knapsack import selections
 from fedtune.planner import Plan, Rules, plan
-from fedtune.protocol import Capability
 
 KEPT_OFFERS, KEPT_PLANS = 2, 4096
 

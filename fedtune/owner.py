@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import CapacityError, ConfigError
-from fedtune.limits import check_values
+from fedtune.core.errors import CapacityError, ConfigError
+from fedtune.core.limits import check_values
 from fedtune.schema import ADAPTERS, AdapterSpec, Experiment, flat, to_dict
 from fedtune.targets import check
 

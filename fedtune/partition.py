@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from fedtune import lean
-from fedtune.checks import one_of
-from fedtune.errors import ConfigError
-from fedtune.keys import fold
+from fedtune.core import lean_imports as lean
+from fedtune.core.checks import one_of
+from fedtune.core.errors import ConfigError
+from fedtune.core.seeds import fold
 from fedtune.schema import DataSpec
 
 LEAST = "min_partition_size"

@@ -16,12 +16,13 @@ from fedtune.adapters import LocalModel
 from fedtune.broadcast import Sent, hear, is_link
 from fedtune.coding import build_codec, decode, encode, left_out, with_feedback
 from fedtune.config import build, from_run_config
-from fedtune.costs import Costs, Weight
-from fedtune.errors import ClientError, DataError, ModelError
+from fedtune.core.costs import Costs, Weight
+from fedtune.core.errors import ClientError, DataError, ModelError
+from fedtune.core.protocol import Client, Codec, Instruction, Layout, Strategy, Tensors, Update, grid, is_lossless
+from fedtune.core.seeds import fold, permutation
 from fedtune.evaluate import Score, appraise, score
 from fedtune.federated_data import FederatedData, load_data
 from fedtune.installing import BATCH, BITS, STEPS
-from fedtune.keys import fold, permutation
 from fedtune.memory import Memory, home
 from fedtune.merging import installed_version
 from fedtune.model_checks import check_tokens, positions_for
@@ -29,7 +30,6 @@ from fedtune.models import Base, pick_device
 from fedtune.owner import Owner, check_room
 from fedtune.population import server_peer
 from fedtune.probe import base_bytes, costs_of, weights_of
-from fedtune.protocol import Client, Codec, Instruction, Layout, Strategy, Tensors, Update, grid, is_lossless
 from fedtune.schema import FULL, DataSpec, Experiment, ModelSpec
 from fedtune.sharing import base_for
 from fedtune.traits import check_codecs, check_traits, traits_of

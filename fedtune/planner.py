@@ -2,13 +2,13 @@
 
 FedPipe (Fang et al., 2024, arXiv 2404.06448) gives each edge server the adapters, batch size and bits that its memory
 and its share of a round's time allow. It is reconstructed here, since there is no code of the authors'. With ranks r_j
-of the adapted weights j, l the lowest block of them, and what fedtune/costs.py has measured:
+of the adapted weights j, l the lowest block of them, and what fedtune/core/costs.py has measured:
 
     P = sum r_j (rows_j + columns_j)                              trainable numbers
     T = sum (input_bytes columns_j + inner_bytes r_j)             bytes per token that LoRA keeps
     transfer = (wire_bytes + wire_bytes_per_number P) (1 / down_bytes_per_s + 1 / up_bytes_per_s)
 
-and memory and compute are those of fedtune/costs.py.
+and memory and compute are those of fedtune/core/costs.py.
 
 A plan is feasible if memory <= memory_bytes and compute + transfer <= deadline. Each device gets the feasible plan of
 the largest value (fedtune/knapsack.py); of those the largest b, then the largest q, then the least P. A smaller b is
@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.costs import Costs, Weight
-from fedtune.errors import ConfigError
+from fedtune.core.costs import Costs, Weight
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Capability
 from fedtune.knapsack import Floats, Ints, Run, Selections, expect_ranks
-from fedtune.protocol import Capability
 
 ROUNDING = 1e-9  # of the slopes along which ladders were built
 

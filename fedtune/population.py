@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import SERVER, UNLIMITED, Capability, Layout, Peer
+from fedtune.core.seeds import fold, permutation
 from fedtune.devices import CATALOGUE, apportion, read_devices
-from fedtune.errors import ConfigError
-from fedtune.keys import fold, permutation
 from fedtune.population_spec import MEASURED
-from fedtune.protocol import SERVER, UNLIMITED, Capability, Layout, Peer
 from fedtune.schema import Experiment
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedtune.checks import above_zero, at_least, fraction, nearest, one_of, option
+from fedtune.core.checks import above_zero, at_least, fraction, nearest, one_of, option
+from fedtune.core.errors import ConfigError
 from fedtune.devices import CATALOGUE
-from fedtune.errors import ConfigError
 
 MEASURED = "measured"  # the word for what each device says of itself
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fedtune.adapters import LocalModel
-from fedtune.costs import Costs, Weight
+from fedtune.core.costs import Costs, Weight
+from fedtune.core.seeds import fold, permutation
 from fedtune.federated_data import FederatedData
-from fedtune.keys import fold, permutation
 from fedtune.lowrank import pairs
 from fedtune.training import seeded
 

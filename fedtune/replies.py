@@ -9,8 +9,8 @@ from tempfile import TemporaryFile
 from typing import IO, overload
 
 from fedtune.coding import decode, with_feedback
-from fedtune.errors import RunFolderError
-from fedtune.protocol import Codec, Peer, Tensors, Update
+from fedtune.core.errors import RunFolderError
+from fedtune.core.protocol import Codec, Peer, Tensors, Update
 
 MEMORY_BYTES = 64 << 20  # updates beyond this wait in a temporary file, encoded
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from flwr.app import MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 
-from fedtune.errors import ConfigError, QuorumError
+from fedtune.core.errors import ConfigError, QuorumError
+from fedtune.core.protocol import Peer, Tensors, Update
 from fedtune.flower import as_message, quietly
-from fedtune.protocol import Peer, Tensors, Update
 from fedtune.wire import pack_arrays, unpack_arrays
 
 Replies = Sequence[tuple[Peer, Update]]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedtune.clock import Timed
-from fedtune.protocol import Instruction, Peer, Tensors, Update
+from fedtune.core.protocol import Instruction, Peer, Tensors, Update
 from fedtune.similarity import Signs
 
 

@@ -24,7 +24,8 @@ from fedtune.budget import Spent, ended_by
 from fedtune.checkpoint import Checkpoint, state_sha256
 from fedtune.clock import Turn
 from fedtune.config import differences
-from fedtune.errors import DivergedError, FedtuneError, Interrupted, QuorumError, RunFolderError
+from fedtune.core.errors import DivergedError, FedtuneError, Interrupted, QuorumError, RunFolderError
+from fedtune.core.protocol import Instruction, Peer, Update
 from fedtune.evaluate import Score, mean_score
 from fedtune.exactness import aggregation_error
 from fedtune.exchange import Exchange
@@ -35,7 +36,6 @@ from fedtune.model_file import TunedModel, dump
 from fedtune.party import Party
 from fedtune.population import server_peer
 from fedtune.progress import View, make_view
-from fedtune.protocol import Instruction, Peer, Update
 from fedtune.replies import Replies
 from fedtune.round import Asked, Round
 from fedtune.run_folder import RunFolder, check_vacant

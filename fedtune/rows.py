@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedtune.choices import CHOICES, is_question, prompt_of, read_choices
-from fedtune.errors import DataError
+from fedtune.core.errors import DataError
 from fedtune.schema import DataSpec
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}, and perhaps tool_calls and what belongs to them

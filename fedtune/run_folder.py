@@ -26,18 +26,18 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import model_file
-from fedtune.atomic import write_atomically
 from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.clock import Timed
 from fedtune.columns import CLOCK as CLOCK
 from fedtune.columns import METRICS as METRICS
 from fedtune.columns import MORE_SCORES, SIMILARITY
 from fedtune.config import load_file
-from fedtune.errors import RunFolderError
+from fedtune.core.atomic import write_atomically
+from fedtune.core.csv_cells import guarded
+from fedtune.core.errors import RunFolderError
+from fedtune.core.locks import LOCK
 from fedtune.evaluate import Score
-from fedtune.formulas import guarded
 from fedtune.ledger import Entry
-from fedtune.locks import LOCK
 from fedtune.schema import Experiment
 from fedtune.tables import COLUMNS, Tables, csv_text, read_lines
 

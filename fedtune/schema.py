@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from fedtune.checks import above_zero, at_least, fraction, one_of, option
+from fedtune.core.checks import above_zero, at_least, fraction, one_of, option
+from fedtune.core.errors import ConfigError
 from fedtune.data_spec import DataSpec as DataSpec
-from fedtune.errors import ConfigError
 from fedtune.population_spec import PopulationSpec
 
 

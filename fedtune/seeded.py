@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedtune.errors import ConfigError, DivergedError
-from fedtune.keys import bits, fold
+from fedtune.core.errors import ConfigError, DivergedError
+from fedtune.core.seeds import bits, fold
 from fedtune.noise import LARGEST, SIGMA, Table, accumulate_, check_kind, render_
 
 FINEST = 2.0**-16  # what a slope is rounded to at most, loss per unit of z, unless a method needs it otherwise

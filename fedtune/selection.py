@@ -23,9 +23,9 @@ from statistics import median_low
 
 import numpy as np
 
-from fedtune.checks import at_least, one_of
-from fedtune.errors import ConfigError, QuorumError
-from fedtune.keys import bits, fold, permutation
+from fedtune.core.checks import at_least, one_of
+from fedtune.core.errors import ConfigError, QuorumError
+from fedtune.core.seeds import bits, fold, permutation
 
 RULES = ("uniform", "power_of_choice", "speed_tier")
 NOTHING: Mapping[int, float] = {}

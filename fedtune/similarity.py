@@ -12,8 +12,8 @@ from itertools import combinations
 import torch
 
 from fedtune.coding import decode, starts_of, wide
+from fedtune.core.protocol import Codec, Tensors, is_lossless
 from fedtune.masks import Masks, cosine, masks_of
-from fedtune.protocol import Codec, Tensors, is_lossless
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import ledger
-from fedtune.atomic import sync_folder, write_atomically
 from fedtune.columns import CLIENTS, CLOCK, FAILURES, METRICS, SIMILARITY
-from fedtune.errors import RunFolderError
+from fedtune.core.atomic import sync_folder, write_atomically
+from fedtune.core.errors import RunFolderError
 from fedtune.ledger import Entry
 
 LEDGER = "ledger.csv"

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fedtune.errors import ModelError
+from fedtune.core.errors import ModelError
 from fedtune.schema import ALL_LINEAR, AdapterSpec
 
 ROUTERS = ("gate", "router", "shared_expert_gate")  # the last names of layers that choose among experts

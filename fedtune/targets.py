@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import ConfigError, FedtuneError
+from fedtune.core.errors import ConfigError, FedtuneError
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("strategies", "clients", "fedtune/codecs")

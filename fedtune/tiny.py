@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fedtune.keys import fold, uniform
+from fedtune.core.seeds import fold, uniform
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from fedtune.chat_template import Chat
+from fedtune.core.errors import DataError
 from fedtune.corpus import Corpus, Question
 from fedtune.encoder import Encoder, Given, Piece
-from fedtune.errors import DataError
 from fedtune.rows import Example
 from fedtune.schema import DataSpec
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedtune.adapters import LocalModel
-from fedtune.errors import ClientError, ConfigError
-from fedtune.protocol import Batch
+from fedtune.core.errors import ClientError, ConfigError
+from fedtune.core.protocol import Batch
 
 
 def learnt_logits(module: Any, batch: Batch) -> tuple[Tensor, Tensor]:

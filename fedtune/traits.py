@@ -3,8 +3,8 @@
 from dataclasses import fields
 from typing import Any
 
-from fedtune.errors import ConfigError
-from fedtune.protocol import Codec, Traits, grid, is_lossless
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Codec, Traits, grid, is_lossless
 from fedtune.schema import Experiment
 
 LOW_RANK = ("lora", "rslora", "pissa")  # adapters that are s B A and nothing else

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedtune.config import choices, compose
-from fedtune.errors import FedtuneError
+from fedtune.core.errors import FedtuneError
 from fedtune.runtime.local import run_local
 
 SMALL = (

@@ -27,9 +27,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.errors import WireError
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update
 from fedtune.history import lacking
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update
 from fedtune.zeroth import Rules, check_counts, check_length, told
 
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.averaging import average
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 from fedtune.frozen_basis import SEED, zero_core
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedtune.protocol import Tensors
+from fedtune.core.protocol import Tensors
 from fedtune.server_optimizer import ServerOptimizer
 
 

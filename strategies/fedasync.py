@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.averaging import average
-from fedtune.checks import at_least, one_of
-from fedtune.errors import ConfigError
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
+from fedtune.core.checks import at_least, one_of
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
 from strategies.fedit import State
 
 __all__ = ["FedAsync", "State"]

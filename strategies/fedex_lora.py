@@ -23,10 +23,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fedtune.averaging import average
-from fedtune.checks import at_least
+from fedtune.core.checks import at_least
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like, share
 from fedtune.lowrank import LowRank, pairs, stack
 from fedtune.merging import Merged
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like, share
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.checks import at_least
-from fedtune.errors import WireError
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, share
+from fedtune.core.checks import at_least
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, share
 from fedtune.zeroth import Rules, check_counts, check_length, told
 
 

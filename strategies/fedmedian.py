@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
 from fedtune.robust import State, median
 
 

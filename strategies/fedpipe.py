@@ -43,14 +43,10 @@ import numpy as np
 import torch
 
 from fedtune.averaging import parts
-from fedtune.checks import at_least
-from fedtune.costs import Costs, Weight
-from fedtune.errors import CapacityError, ConfigError, WireError
-from fedtune.installing import BATCH, BITS, SCORE, SCORE_BYTES, SCORES
-from fedtune.lowrank import LowRank, pairs, principal, stack, unpair, widened
-from fedtune.offers import Offer, offer
-from fedtune.planner import Plan, Rules
-from fedtune.protocol import (
+from fedtune.core.checks import at_least
+from fedtune.core.costs import Costs, Weight
+from fedtune.core.errors import CapacityError, ConfigError, WireError
+from fedtune.core.protocol import (
     SERVER,
     Capability,
     Instruction,
@@ -62,6 +58,10 @@ from fedtune.protocol import (
     expect_like,
     share,
 )
+from fedtune.installing import BATCH, BITS, SCORE, SCORE_BYTES, SCORES
+from fedtune.lowrank import LowRank, pairs, principal, stack, unpair, widened
+from fedtune.offers import Offer, offer
+from fedtune.planner import Plan, Rules
 from fedtune.stacking import each_layer
 
 LEAST = 1e-3  # of the mean score, that every layer counts

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.averaging import average
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 from fedtune.lowrank import factors
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 
 
 @dataclass(frozen=True)

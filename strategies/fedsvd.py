@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.averaging import average
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 from fedtune.installing import TRAIN
 from fedtune.lowrank import LowRank, factors, pairs, truncated, unpair, widened
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 
 
 @dataclass(frozen=True)

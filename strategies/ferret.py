@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from fedtune.blocks import BUDGET, FEWEST, SLOPES, Projection, blocks_of, check_answer, check_room
-from fedtune.checks import at_least, one_of
+from fedtune.core.checks import at_least, one_of
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update
 from fedtune.history import lacking
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update
 from fedtune.zeroth import told
 
 SHARE = {"unbiased": 1.0, "official": 1 / 3}  # of Delta, what is rebuilt in the mean

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.averaging import average, for_peer, narrowed
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 from fedtune.installing import TRAIN
 from fedtune.lowrank import factors
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fedtune.averaging import for_peer, narrowed
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 from fedtune.lowrank import LowRank, pairs, truncated, unpair, widened
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 from fedtune.stacking import each_layer, stacked
 
 

@@ -24,8 +24,8 @@ from typing import ClassVar
 
 import torch
 
-from fedtune.checks import at_least
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update
+from fedtune.core.checks import at_least
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update
 from fedtune.stacking import State, begin, check_factors, each_layer, instruct, stacked
 
 

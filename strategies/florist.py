@@ -24,10 +24,10 @@ from typing import ClassVar
 
 import torch
 
-from fedtune.checks import at_least
-from fedtune.errors import ConfigError
+from fedtune.core.checks import at_least
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update
 from fedtune.lowrank import LowRank, by_energy
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update
 from fedtune.stacking import State, begin, check_factors, each_layer, instruct, stacked
 
 

@@ -20,7 +20,7 @@ import torch
 
 from fedtune.averaging import average, own_width
 from fedtune.base_change import DENSE
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 from fedtune.stacking import fresh_layers
 
 

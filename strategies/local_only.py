@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.averaging import own_width
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.errors import QuorumError
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
+from fedtune.core.errors import QuorumError
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
 from fedtune.robust import State, check_count, krum, tolerated
 
 

@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from fedtune.averaging import average, carried, cast_like, for_peer, narrowed
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like, share
 from fedtune.lowrank import LowRank, name_of, pairs, stack, truncated, unpair
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like, share
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedtune.averaging import average, for_peer, narrowed
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 from fedtune.installing import TRAIN
 from fedtune.lowrank import factors
 from fedtune.merging import FROM, VERSION
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from fedtune.config import CONF, compose
-from fedtune.protocol import Traits
+from fedtune.core.protocol import Traits
 from fedtune.runtime.app import make_server_app
 from fedtune.runtime.local import LocalGrid, run_local, server_context
 from fedtune.schema import Experiment

@@ -10,8 +10,8 @@ import torch
 
 from clients.first_order import FirstOrder
 from fedtune.control import CHANGE, CONTROL
+from fedtune.core.protocol import Update
 from fedtune.installing import SCORE, SCORES
-from fedtune.protocol import Update
 
 WORDS = ("method.client._target_=moving.Moving",)
 

@@ -27,8 +27,8 @@ from flwr.supernode.fleet_http_connection import http_request_response
 
 from fedtune import wire
 from fedtune.codecs.raw import Raw
+from fedtune.core.protocol import Update
 from fedtune.flower import content_from_bytes
-from fedtune.protocol import Update
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, Gemma3Config, LlavaConfig, PreTra
 
 from fedtune.adapters import LocalModel
 from fedtune.config import compose
-from fedtune.errors import ClientError, ConfigError, ExportError, ModelError
+from fedtune.core.errors import ClientError, ConfigError, ExportError, ModelError
+from fedtune.core.protocol import Batch
 from fedtune.export import adapter_files
 from fedtune.folder import export
 from fedtune.lowrank import pairs
@@ -22,7 +23,6 @@ from fedtune.model_checks import positions_of
 from fedtune.models import load_base
 from fedtune.party import Party
 from fedtune.probe import base_bytes
-from fedtune.protocol import Batch
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.schema import AdapterSpec, ModelSpec

@@ -20,11 +20,11 @@ from layers import SCALING, dense, factors, layout, reply
 
 from fedtune.averaging import average, for_peer, narrowed
 from fedtune.config import compose
-from fedtune.errors import WireError
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Instruction, Peer, Update, same_instruction, share
 from fedtune.installing import install
 from fedtune.lowrank import pairs
 from fedtune.party import Party
-from fedtune.protocol import Instruction, Peer, Update, same_instruction, share
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 LIKE = {A: torch.zeros(2, 2), B: torch.zeros(3, 2)}

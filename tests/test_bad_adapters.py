@@ -12,9 +12,9 @@ from fedtune import wire
 from fedtune.cli import main
 from fedtune.codecs.raw import Raw
 from fedtune.config import choices, compose
-from fedtune.errors import ConfigError, DataError
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.protocol import Update
 from fedtune.party import Party
-from fedtune.protocol import Update
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
 

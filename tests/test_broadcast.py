@@ -19,10 +19,10 @@ from fedtune.codecs.packed import varint
 from fedtune.codecs.stc import STC
 from fedtune.codecs.topk import TopK
 from fedtune.config import compose
-from fedtune.errors import ClientError, WireError
+from fedtune.core.errors import ClientError, WireError
+from fedtune.core.protocol import Instruction
 from fedtune.memory import Memory
 from fedtune.party import Party
-from fedtune.protocol import Instruction
 from fedtune.runtime.local import run_local
 from strategies.fedit import FedIT
 

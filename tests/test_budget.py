@@ -8,7 +8,7 @@ import pytest
 
 from fedtune.budget import Spent, ended_by
 from fedtune.cli import main
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.schema import BudgetSpec
 
 RUN = (

@@ -10,12 +10,12 @@ import torch
 from conftest import SMALL, summary_of
 
 from fedtune.config import compose, from_run_config, load
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Peer
+from fedtune.core.seeds import fold
 from fedtune.federated_data import load_data
-from fedtune.keys import fold
 from fedtune.party import Party
 from fedtune.population_spec import PopulationSpec
-from fedtune.protocol import Peer
 from fedtune.runtime.local import run_local
 from fedtune.schema import Experiment, MethodSpec
 from fedtune.tiny import tiny_tokenizer

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from fedtune.config import compose
+from fedtune.core.errors import ConfigError, DataError
 from fedtune.data import Example
-from fedtune.errors import ConfigError, DataError
 from fedtune.federated_data import load_data
 from fedtune.progress import headline
 from fedtune.row_counts import describe

@@ -12,8 +12,8 @@ from fedtune.codecs.stc import STC
 from fedtune.codecs.topk import TopK
 from fedtune.coding import decode, encode, left_out, with_feedback
 from fedtune.config import compose
-from fedtune.errors import ConfigError, WireError
-from fedtune.protocol import Peer, Update
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import Peer, Update
 from fedtune.replies import Replies
 from fedtune.runtime.local import run_local
 

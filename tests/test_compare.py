@@ -15,7 +15,7 @@ import pytest
 from fedtune.cli import main
 from fedtune.compare.plan import Cell, plan, slug
 from fedtune.compare.play import Outcome, Processes, asked, is_done
-from fedtune.errors import ConfigError, RunFolderError
+from fedtune.core.errors import ConfigError, RunFolderError
 from fedtune.run_folder import lock
 
 SMALL = (

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import compose
-from fedtune.errors import ConfigError, RunFolderError
+from fedtune.core.errors import ConfigError, RunFolderError
 from fedtune.report.comparison import (
     Entry,
     Protocol,

@@ -16,7 +16,7 @@ from fedtune.cli import main
 from fedtune.codecs.packed import Packed
 from fedtune.codecs.raw import Raw
 from fedtune.compress import BEGIN, MAGIC, MAX_FILE, MAX_HEAD, MAX_VALUES, PACKED, WEIGHTS, compress, decompress, read
-from fedtune.errors import ConfigError, ExportError, FedtuneError
+from fedtune.core.errors import ConfigError, ExportError, FedtuneError
 from fedtune.tiny import tiny_model
 
 CONFIG = "adapter_config.json"

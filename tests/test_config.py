@@ -23,7 +23,7 @@ from fedtune.config import (
     from_run_config,
     load,
 )
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.schema import Experiment
 from fedtune.targets import table
 

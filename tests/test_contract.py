@@ -16,11 +16,11 @@ from fedtune import wire
 from fedtune.base_change import DENSE
 from fedtune.checkpoint import state_sha256
 from fedtune.config import choices
-from fedtune.errors import QuorumError
+from fedtune.core.errors import QuorumError
+from fedtune.core.protocol import SERVER, Peer, Update
 from fedtune.lowrank import pairs
 from fedtune.merging import from_residual
 from fedtune.party import Party
-from fedtune.protocol import SERVER, Peer, Update
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.traits import traits_of

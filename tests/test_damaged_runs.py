@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedtune.compare.plan import Cell
 from fedtune.compare.play import is_done
 from fedtune.compare.state import now
-from fedtune.errors import ConfigError, RunFolderError
+from fedtune.core.errors import ConfigError, RunFolderError
 from fedtune.report.comparison import load, write_results
 from fedtune.report.page import lay_out, render
 from fedtune.report.runs import read

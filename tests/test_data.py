@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import compose
+from fedtune.core.errors import ConfigError, DataError, FedtuneError
 from fedtune.data import load_examples
-from fedtune.errors import ConfigError, DataError, FedtuneError
 from fedtune.federated_data import load_data
 from fedtune.schema import DataSpec
 from fedtune.tiny import tiny_tokenizer

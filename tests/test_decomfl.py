@@ -15,11 +15,11 @@ from conftest import rows, summary_of
 
 from clients.shared_directions import seeds_of
 from fedtune.config import compose
-from fedtune.errors import ClientError, ConfigError, WireError
+from fedtune.core.errors import ClientError, ConfigError, WireError
+from fedtune.core.protocol import Instruction, Layout, Peer, Update
 from fedtune.merging import FROM, VERSION
 from fedtune.noise import values
 from fedtune.party import Party
-from fedtune.protocol import Instruction, Layout, Peer, Update
 from fedtune.zeroth import Rules
 from strategies.decomfl import DeComFL, State
 from strategies.mezo import MeZO

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from fedtune import turns, wire
 from fedtune.config import choices, compose, load
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import Capability, Peer
 from fedtune.devices import CATALOGUE, apportion, read_devices, table, write_devices
-from fedtune.errors import ConfigError, WireError
 from fedtune.population import profile_of
 from fedtune.population_spec import PopulationSpec
-from fedtune.protocol import Capability, Peer
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = "device,memory_bytes,flop_per_s,up_bytes_per_s,down_bytes_per_s"

@@ -17,7 +17,7 @@ from remembering import WORDS as REMEMBERING
 
 from fedtune.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from fedtune.config import load_file
-from fedtune.errors import ClientError, ConfigError, RunFolderError
+from fedtune.core.errors import ClientError, ConfigError, RunFolderError
 from fedtune.memory import Memory
 from fedtune.run_folder import RunFolder
 from fedtune.runtime.local import run_local

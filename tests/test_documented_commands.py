@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import PAIRS
 
-from fedtune.checks import nearest
 from fedtune.compare.plan import plan
 from fedtune.config import compose
+from fedtune.core.checks import nearest
 from fedtune.runtime.local import run_local
 from simulations import results
 from simulations.benchmarks import engine

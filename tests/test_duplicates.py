@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import CONF, compose
+from fedtune.core.errors import ConfigError, DataError, FedtuneError
 from fedtune.corpus import Corpus
 from fedtune.data import Example, load_examples
 from fedtune.duplicates import distinct, groups, hold_out, texts
-from fedtune.errors import ConfigError, DataError, FedtuneError
 from fedtune.federated_data import FederatedData, load_data
 from fedtune.judging import Request, evaluate
 from fedtune.party import Party

@@ -12,9 +12,9 @@ import time
 import pytest
 from conftest import SMALL
 
-from fedtune.endings import ENDINGS, as_ctrl_c
-from fedtune.errors import RunFolderError
-from fedtune.locks import LOCK, is_held
+from fedtune.core.errors import RunFolderError
+from fedtune.core.locks import LOCK, is_held
+from fedtune.core.signals import ENDINGS, as_ctrl_c
 from fedtune.report.comparison import load
 from fedtune.report.page import render
 from fedtune.report.runs import read

@@ -23,7 +23,7 @@ from fedtune.adapters import LocalModel
 from fedtune.checkpoint import load_checkpoint
 from fedtune.cli import main
 from fedtune.config import compose
-from fedtune.errors import ConfigError, ExportError
+from fedtune.core.errors import ConfigError, ExportError
 from fedtune.export import adapter_files
 from fedtune.folder import PROMPTS, export
 from fedtune.model_file import KEY, LONGEST, dump, read
@@ -336,7 +336,7 @@ HOSTILE = {
     "code behind our name": (config(TARGET, "_target_: fedtune.models.os.system"), "wants 'fedtune.models.os.system'"),
     "code deeper down": (config(TARGET, f"{TARGET}\n    x: [{{_target_: builtins.eval}}]"), "should be a plain value"),
     "a class that takes other words": (config(TARGET, "_target_: strategies.fedit.FedIT"), "can't be made"),
-    "a method that is no method": (config("clients.zeroth_order.ZerothOrder", "fedtune.protocol.Peer"), "Peer"),
+    "a method that is no method": (config("clients.zeroth_order.ZerothOrder", "fedtune.core.protocol.Peer"), "Peer"),
 }
 
 

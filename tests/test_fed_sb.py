@@ -16,13 +16,13 @@ from layers import SCALING, SHAPES, dense, distance, layout
 
 from fedtune.checkpoint import state_sha256
 from fedtune.config import compose
-from fedtune.errors import ConfigError, WireError
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import SERVER, Instruction, Layout, Peer, Update
+from fedtune.core.seeds import bits, fold
 from fedtune.frozen_basis import expanded, left_basis, training_core, zero_core
-from fedtune.keys import bits, fold
 from fedtune.lowrank import name_of, pairs
 from fedtune.models import load_base, pick_device
 from fedtune.party import Party
-from fedtune.protocol import SERVER, Instruction, Layout, Peer, Update
 from fedtune.training import loss_of
 from strategies.fed_sb import FedSB
 

@@ -17,10 +17,10 @@ from clients.zeroth_order import drawn
 from fedtune.checkpoint import load_checkpoint
 from fedtune.codecs.packed import Packed
 from fedtune.config import compose
-from fedtune.errors import ConfigError, DivergedError, WireError
+from fedtune.core.errors import ConfigError, DivergedError, WireError
+from fedtune.core.protocol import SERVER, Layout, Peer, Update
 from fedtune.noise import values
 from fedtune.party import Party
-from fedtune.protocol import SERVER, Layout, Peer, Update
 from fedtune.seeded import pool
 from fedtune.zeroth import Rules
 from strategies import fedkseed_pro

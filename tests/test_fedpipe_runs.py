@@ -11,12 +11,12 @@ from flwr.clientapp import ClientApp
 from fedtune import wire
 from fedtune.codecs.raw import Raw
 from fedtune.coding import decode, starts_of
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import SERVER, Capability, Instruction, Peer
 from fedtune.devices import read_devices, write_devices
-from fedtune.errors import ConfigError
 from fedtune.installing import SCORES
 from fedtune.lowrank import name_of, pairs
 from fedtune.party import Party
-from fedtune.protocol import SERVER, Capability, Instruction, Peer
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 

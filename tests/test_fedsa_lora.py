@@ -13,9 +13,9 @@ from layers import layout, reply
 
 from fedtune.checkpoint import state_sha256
 from fedtune.config import compose
-from fedtune.errors import WireError
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import SERVER, Peer
 from fedtune.party import Party
-from fedtune.protocol import SERVER, Peer
 from fedtune.runtime.local import run_local
 from strategies.fedsa_lora import FedSALoRA
 

@@ -35,11 +35,11 @@ from fedtune.blocks import (
 )
 from fedtune.checkpoint import state_sha256
 from fedtune.config import compose
-from fedtune.errors import ClientError, ConfigError, DivergedError, WireError
+from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
+from fedtune.core.protocol import SERVER, Layout, Peer, Slot, Update
 from fedtune.merging import FROM, VERSION, installed_version
 from fedtune.noise import KURTOSIS, values
 from fedtune.party import Party
-from fedtune.protocol import SERVER, Layout, Peer, Slot, Update
 from fedtune.runtime.local import run_local
 from fedtune.seeded import SeededWeights
 from strategies.ferret import SHARE, Ferret, State

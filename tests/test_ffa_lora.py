@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from layers import SCALING, dense, distance, ideal, layout, reply
 
 from fedtune.config import compose
-from fedtune.errors import WireError
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Instruction, Peer
 from fedtune.lowrank import pairs
 from fedtune.party import Party
-from fedtune.protocol import Instruction, Peer
 from strategies.ffa_lora import FFALoRA
 
 RUN = "0" * 16

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from layers import RANK, SCALING, dense, distance, factors, ideal, layout, reply
 
 from fedtune.config import compose
-from fedtune.errors import WireError
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Peer, Update
 from fedtune.lowrank import pairs
 from fedtune.party import Party
-from fedtune.protocol import Peer, Update
 from strategies.flexlora import FlexLoRA
 
 CLIENTS = st.lists(st.tuples(st.integers(1, RANK), st.sampled_from([0.5, 1.0, 3.0]), st.integers(1, 99)), min_size=1)

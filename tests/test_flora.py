@@ -17,11 +17,11 @@ from layers import SCALING, SHAPES, dense, distance, factors, ideal, layout, rep
 from clients.fresh import Fresh
 from fedtune.checkpoint import state_sha256
 from fedtune.config import compose
-from fedtune.errors import ConfigError, WireError
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import Layout, Peer, Slot, Update
 from fedtune.lowrank import pairs
 from fedtune.merging import from_residual
 from fedtune.party import Party
-from fedtune.protocol import Layout, Peer, Slot, Update
 from fedtune.stacking import State, stacked
 from strategies.flora import FLoRA
 from strategies.florist import FLoRIST

@@ -32,9 +32,9 @@ from test_clock import bytes_of, unit, without_real_seconds
 from test_contract import tampering_app
 
 from fedtune.checkpoint import load_checkpoint, state_sha256
-from fedtune.errors import ConfigError, QuorumError
+from fedtune.core.errors import ConfigError, QuorumError
+from fedtune.core.protocol import Peer
 from fedtune.party import Party
-from fedtune.protocol import Peer
 from fedtune.runtime.local import LocalGrid, run_local
 
 SLOWER = (1, 2.7, 4.2)

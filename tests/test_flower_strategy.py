@@ -27,11 +27,11 @@ from safetensors.torch import load_file
 from fedtune import wire
 from fedtune.codecs.raw import Raw
 from fedtune.config import compose
-from fedtune.errors import ConfigError, QuorumError, WireError
+from fedtune.core.errors import ConfigError, QuorumError, WireError
+from fedtune.core.protocol import Instruction, Layout, Slot, Update
+from fedtune.core.seeds import fold
 from fedtune.flower_strategy import as_flower_strategy
-from fedtune.keys import fold
 from fedtune.party import Party
-from fedtune.protocol import Instruction, Layout, Slot, Update
 from fedtune.runtime.local import LocalGrid, run_local, server_context
 from strategies.fedit import FedIT, State
 from strategies.krum import Krum

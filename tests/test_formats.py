@@ -12,8 +12,8 @@ from test_data import TOKENIZER, load, write
 
 from fedtune.config import compose
 from fedtune.config import load as load_config
+from fedtune.core.errors import ConfigError, DataError, FedtuneError
 from fedtune.data import describe_source, load_examples
-from fedtune.errors import ConfigError, DataError, FedtuneError
 from fedtune.federated_data import load_data
 from fedtune.schema import DataSpec
 

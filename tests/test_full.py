@@ -10,14 +10,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedtune.adapters import LocalModel
 from fedtune.config import choices, compose
-from fedtune.errors import ConfigError, ModelError, WireError
+from fedtune.core.errors import ConfigError, ModelError, WireError
+from fedtune.core.protocol import Batch, Layout, Peer, Slot, Update
+from fedtune.core.seeds import fold, uniform
 from fedtune.export import adapter_files
-from fedtune.keys import fold, uniform
 from fedtune.kinds import adaptable
 from fedtune.models import load_base
 from fedtune.party import Party
 from fedtune.progress import closing
-from fedtune.protocol import Batch, Layout, Peer, Slot, Update
 from fedtune.runtime.local import run_local
 from fedtune.schema import FULL, AdapterSpec, ModelSpec
 from fedtune.tiny import tiny_model, tiny_tokenizer

@@ -10,7 +10,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.config import compose
-from fedtune.errors import ClientError, ClientTimeout, QuorumError, WireError
+from fedtune.core.errors import ClientError, ClientTimeout, QuorumError, WireError
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
 

@@ -26,10 +26,10 @@ from layers import SCALING, dense, factors, layout, reply
 from clients.self_pruning import tail
 from fedtune.checkpoint import load_checkpoint
 from fedtune.config import compose
-from fedtune.errors import ConfigError, WireError
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import SERVER, Layout, Peer, Slot, Update
 from fedtune.lowrank import name_of, pairs
 from fedtune.party import Party
-from fedtune.protocol import SERVER, Layout, Peer, Slot, Update
 from fedtune.runtime.local import run_local
 from strategies.hetlora import HetLoRA, State, _weights, rank_of
 

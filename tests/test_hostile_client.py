@@ -15,10 +15,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from fedtune import wire
-from fedtune.errors import MAX_TEXT
+from fedtune.core.errors import MAX_TEXT
+from fedtune.core.protocol import Update
 from fedtune.party import Party
 from fedtune.plausibility import not_finite
-from fedtune.protocol import Update
 from fedtune.run_folder import RunFolder
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local

@@ -19,11 +19,11 @@ from fedtune import wire
 from fedtune.codecs.packed import Packed
 from fedtune.codecs.raw import Raw
 from fedtune.config import compose
-from fedtune.errors import ClientError, FedtuneError
+from fedtune.core.errors import ClientError, FedtuneError
+from fedtune.core.protocol import Instruction
 from fedtune.flower import assume_identity
 from fedtune.party import party_of
 from fedtune.privacy import for_the_server
-from fedtune.protocol import Instruction
 from fedtune.runtime.app import make_device_app
 
 SECRET = "hunter2-of-this-device"
@@ -120,7 +120,7 @@ CONFIGS = {
     "a shell": (client(_target_="os.system", command="touch owned"), "wants 'os.system' made"),
     "a shell behind our name": (client(_target_="fedtune.models.os.system", command="touch owned"), "made"),
     "a class of ours that makes folders": (client(_target_="fedtune.run_folder.RunFolder", path="x"), "made"),
-    "a function of ours": (client(_target_="fedtune.atomic.write_atomically", path="x", content="y"), "made"),
+    "a function of ours": (client(_target_="fedtune.core.atomic.write_atomically", path="x", content="y"), "made"),
     "a target that is a list": (client(_target_=["os.system"]), "made"),
     "no target": (client(lr=1.0), "wants None made"),
     "a client that is none": (client(_target_="strategies.fedit.FedIT"), "it has no 'receive'"),

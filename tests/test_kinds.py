@@ -15,11 +15,11 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, OPTConfig, O
 
 from fedtune.adapters import LocalModel
 from fedtune.config import choices, compose
-from fedtune.errors import ConfigError, ModelError
+from fedtune.core.errors import ConfigError, ModelError
+from fedtune.core.protocol import Batch, Peer, Traits, Update
+from fedtune.core.seeds import bits, fold, uniform
 from fedtune.export import adapter_files
-from fedtune.keys import bits, fold, uniform
 from fedtune.models import load_base
-from fedtune.protocol import Batch, Peer, Traits, Update
 from fedtune.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
 from fedtune.tiny import tiny_model, tiny_tokenizer
 from fedtune.training import fit, learnt_logits

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune import knapsack
-from fedtune.costs import Weight
-from fedtune.errors import ConfigError
+from fedtune.core.costs import Weight
+from fedtune.core.errors import ConfigError
 from fedtune.knapsack import _unbeaten, selections
 
 RANKS = [1, 2, 4, 8, 16]

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from fedtune.checkpoint import state_sha256
 from fedtune.config import compose
-from fedtune.errors import ConfigError, WireError
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import SERVER, Peer, Update
 from fedtune.lowrank import pairs
 from fedtune.party import Party
-from fedtune.protocol import SERVER, Peer, Update
 from fedtune.runtime.local import run_local
 from strategies.local_only import LocalOnly, State
 

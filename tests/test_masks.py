@@ -23,7 +23,7 @@ from fedtune.codecs.raw import Raw
 from fedtune.codecs.topk import TopK
 from fedtune.coding import decode, encode
 from fedtune.config import compose
-from fedtune.errors import WireError
+from fedtune.core.errors import WireError
 from fedtune.masks import cosine, dot, masks_of, similarity, weighted_sum
 from fedtune.party import Party
 from fedtune.runtime.app import make_client_app

@@ -13,7 +13,7 @@ from moving import move
 
 from fedtune.checkpoint import load_checkpoint
 from fedtune.config import choices, compose
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.memory import Memory
 from fedtune.party import Party
 from fedtune.runtime.local import run_local

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from remembering import WORDS
 
 from fedtune.config import compose
-from fedtune.errors import ClientError
+from fedtune.core.errors import ClientError
 from fedtune.memory import Memory
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local

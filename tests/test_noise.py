@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune import kernels, noise
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 
 KINDS = sorted(noise.SIGMA)
 each_kind = pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune import wire
 from fedtune.config import compose
-from fedtune.errors import ConfigError, WireError
+from fedtune.core.errors import ConfigError, WireError
 from fedtune.evaluate import Score, mean_score
 from fedtune.party import Party
 from fedtune.runtime.app import make_client_app

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from test_hostile_client import Told, extreme
 
 from fedtune import wire
-from fedtune.errors import MAX_TEXT, ClientError, DivergedError, WireError, of_peer, short
+from fedtune.core.errors import MAX_TEXT, ClientError, DivergedError, WireError, of_peer, short
+from fedtune.core.protocol import Peer, Update, share
 from fedtune.framing import KEY_BYTES, Link, Objects, _pushed, _remembered
 from fedtune.party import Party
 from fedtune.plausibility import (
@@ -32,7 +33,6 @@ from fedtune.plausibility import (
     out_of_proportion,
     outlier,
 )
-from fedtune.protocol import Peer, Update, share
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 

@@ -8,13 +8,13 @@ from test_probe import llama
 
 import fedtune.sharing
 from fedtune.checkpoint import state_sha256
+from fedtune.core.errors import ModelError
+from fedtune.core.protocol import SERVER, Capability, Instruction, Peer
 from fedtune.devices import write_devices
-from fedtune.errors import ModelError
 from fedtune.installing import BATCH, BITS, SCORES
 from fedtune.lowrank import pairs
 from fedtune.models import load_base
 from fedtune.party import Party
-from fedtune.protocol import SERVER, Capability, Instruction, Peer
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedtune.columns import METRICS
 from fedtune.config import load
-from fedtune.errors import RunFolderError
+from fedtune.core.errors import RunFolderError
 from fedtune.report import tables
 from fedtune.report.runs import find, read
 from fedtune.run_folder import CLOCK, RunFolder

@@ -33,8 +33,8 @@ from safetensors.torch import load_file
 from fedtune import wire
 from fedtune.codecs.raw import Raw
 from fedtune.config import build, compose
-from fedtune.errors import ConfigError, QuorumError
-from fedtune.protocol import Layout, Peer, Update
+from fedtune.core.errors import ConfigError, QuorumError
+from fedtune.core.protocol import Layout, Peer, Update
 from fedtune.robust import tolerated
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context

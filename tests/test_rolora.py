@@ -23,10 +23,10 @@ from layers import SCALING, dense, distance, ideal, layout, reply
 from fedtune.averaging import for_peer
 from fedtune.checkpoint import state_sha256
 from fedtune.config import compose
-from fedtune.errors import ClientError, WireError
+from fedtune.core.errors import ClientError, WireError
+from fedtune.core.protocol import SERVER, Peer
 from fedtune.merging import FROM, VERSION, installed_version
 from fedtune.party import Party
-from fedtune.protocol import SERVER, Peer
 from fedtune.runtime.local import run_local
 from strategies.rolora import RoLoRA, active
 

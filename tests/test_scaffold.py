@@ -23,11 +23,11 @@ from toy import SHAPES, A, B, Endless, Toy, drawn, quadratic
 from clients.scaffold import Scaffold as ScaffoldClient
 from fedtune.config import compose
 from fedtune.control import CHANGE, CONTROL, settle, tag
-from fedtune.errors import ConfigError, WireError
-from fedtune.keys import fold
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import Instruction, Layout, Peer, Slot, Update
+from fedtune.core.seeds import fold
 from fedtune.merging import VERSION
 from fedtune.party import Party
-from fedtune.protocol import Instruction, Layout, Peer, Slot, Update
 from fedtune.rounds import Server
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context

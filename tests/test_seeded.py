@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedtune.errors import ConfigError, DivergedError
+from fedtune.core.errors import ConfigError, DivergedError
 from fedtune.noise import SIGMA, coefficient, values
 from fedtune.seeded import SeededWeights, Space, pool, steps_record
 

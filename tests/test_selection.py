@@ -27,7 +27,7 @@ from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.errors import ConfigError, QuorumError
+from fedtune.core.errors import ConfigError, QuorumError
 from fedtune.population import sample_cohort
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid

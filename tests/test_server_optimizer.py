@@ -44,9 +44,9 @@ from hypothesis import strategies as st
 
 from fedtune.checkpoint import flatten, state_sha256, unflatten
 from fedtune.config import build, choices, compose
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Layout, Peer, Slot, Traits, Update
 from fedtune.party import Party
-from fedtune.protocol import Layout, Peer, Slot, Traits, Update
 from fedtune.runtime.local import run_local
 from strategies.fedadagrad import FedAdagrad
 from strategies.fedadam import FedAdam

@@ -18,10 +18,10 @@ from deployed import PATHS, failures, run
 from flwr.cli.build import build_fab_from_disk
 
 from fedtune.config import compose
+from fedtune.core.protocol import Peer
 from fedtune.flower import Run, content_to_bytes
 from fedtune.framing import Link
 from fedtune.party import Party
-from fedtune.protocol import Peer
 from fedtune.runtime.local import run_local
 from fedtune.wire import pack_greeting
 from simulations.fleet import Fleet, Site

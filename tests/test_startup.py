@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune import token_cache
+from fedtune.core.seeds import fold
 from fedtune.corpus import Corpus, Question
 from fedtune.data import Example, load_examples
-from fedtune.keys import fold
 from fedtune.partition import _partitioner, divide
 from fedtune.schema import DataSpec
 from fedtune.tiny import tiny_tokenizer

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fedtune.cli import main
 from fedtune.config import load
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.run_folder import METRICS
 from fedtune.runtime.local import run_local
 from fedtune.schema import TrackerSpec

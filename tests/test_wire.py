@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from fedtune import wire
 from fedtune.codecs.raw import Raw
-from fedtune.errors import WireError
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Capability, Instruction, Peer, Update
 from fedtune.flower import assume_identity, set_message_id
-from fedtune.protocol import Capability, Instruction, Peer, Update
 
 RUN = "0123456789abcdef"
 

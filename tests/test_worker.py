@@ -21,10 +21,10 @@ from flwr.app import Context, Message, RecordDict
 from fedtune import wire
 from fedtune.codecs.raw import Raw
 from fedtune.config import compose
-from fedtune.errors import ClientError
+from fedtune.core.errors import ClientError
+from fedtune.core.protocol import Instruction
 from fedtune.flower import assume_identity
 from fedtune.party import party_of
-from fedtune.protocol import Instruction
 from fedtune.runtime import worker
 from fedtune.runtime.worker import ask, place_of
 

@@ -8,7 +8,7 @@
 import numpy as np
 import torch
 
-from fedtune.protocol import Batch
+from fedtune.core.protocol import Batch
 
 # Non-square: in = 3, out = 2, r = 1
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from fedtune.atomic import write_atomically
 from fedtune.compare.plan import Cell, Entry, Plan, plan
 from fedtune.compare.play import Outcome, Processes, is_done
 from fedtune.compare.state import RECORD, json_object, now
 from fedtune.compare.view import CompareView
-from fedtune.errors import ConfigError, FedtuneError, Interrupted, RunFolderError
+from fedtune.core.atomic import write_atomically
+from fedtune.core.errors import ConfigError, FedtuneError, Interrupted, RunFolderError
 from fedtune.run_folder import lock
 
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import yaml
 
-from fedtune.checks import nearest
 from fedtune.compare.state import TRIALS
 from fedtune.config import choices, compose
-from fedtune.errors import ConfigError
+from fedtune.core.checks import nearest
+from fedtune.core.errors import ConfigError
 
 OWN = ("methods", "codecs", "seeds", "jobs", "out", "tune.seed", "tune.rounds")
 DEFAULT_OUT = "runs/compare"

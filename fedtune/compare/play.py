@@ -23,8 +23,8 @@ from typing import Any
 from fedtune.compare.plan import Cell
 from fedtune.compare.state import now
 from fedtune.config import compose, differences, load_file
-from fedtune.endings import ENDINGS
-from fedtune.errors import FedtuneError, Interrupted, RunFolderError
+from fedtune.core.errors import FedtuneError, Interrupted, RunFolderError
+from fedtune.core.signals import ENDINGS
 from fedtune.runtime.work import WATCH_SECONDS, is_alive
 from fedtune.schema import Experiment
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedtune.compare.state import RECORD
 from fedtune.config import differences
-from fedtune.errors import RunFolderError
+from fedtune.core.errors import RunFolderError
 from fedtune.report.intervals import estimate
 from fedtune.report.labels import alike, labels, told_apart, unique
 from fedtune.report.plan import read_plan

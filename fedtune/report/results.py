@@ -12,9 +12,9 @@ import pyarrow.compute as pa_compute
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pa_parquet
 
-from fedtune.atomic import write_atomically
 from fedtune.columns import METRICS
-from fedtune.formulas import FORMULA, guarded
+from fedtune.core.atomic import write_atomically
+from fedtune.core.csv_cells import FORMULA, guarded
 from fedtune.report.labels import module
 from fedtune.report.runs import Run
 from fedtune.report.shapes import Comparison, Estimate, Group, Standing, Table

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.report.intervals import SIGNIFICANT, estimate, means
 from fedtune.report.multiple_comparisons import step_down
 from fedtune.report.runs import Floats, Run

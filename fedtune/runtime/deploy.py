@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedtune.config import CONF
-from fedtune.errors import ConfigError, DeploymentError, Interrupted
+from fedtune.core.errors import ConfigError, DeploymentError, Interrupted
 from fedtune.schema import Experiment
 
 ROOT = CONF.parent

@@ -12,9 +12,9 @@ from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedtune.errors import RunFolderError
+from fedtune.core.errors import RunFolderError
+from fedtune.core.seeds import fold
 from fedtune.flower import SERVER_NODE, Error, ErrorCode, Run, assume_identity, set_message_id
-from fedtune.keys import fold
 from fedtune.run_folder import settled
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.schema import Experiment

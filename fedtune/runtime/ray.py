@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event, current_thread, main_thread
 from typing import Any
 
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.flower import simulate
 from fedtune.run_folder import settled
 from fedtune.runtime.app import make_client_app, make_server_app

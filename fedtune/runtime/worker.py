@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 from flwr.app import Context, Message, RecordDict
 
 import fedtune
-from fedtune.errors import ClientError, ClientTimeout
+from fedtune.core.errors import ClientError, ClientTimeout
 from fedtune.flower import content_from_bytes, content_to_bytes
 
 CODE = Path(fedtune.__file__).resolve().parent.parent  # a worker serves the app that it was started from

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtune.averaging import average
+from fedtune.core.protocol import Layout, Peer, Slot, Tensors, Update, share
 from fedtune.lowrank import name_of, truncated
-from fedtune.protocol import Layout, Peer, Slot, Tensors, Update, share
 from fedtune.stacking import stacked
 from strategies.fedex_lora import FedExLoRA
 from strategies.flexlora import FlexLoRA

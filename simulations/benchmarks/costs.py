@@ -1,4 +1,4 @@
-"""How true the model of memory and time is (fedtune/costs.py): predicted beside measured, on SmolLM2.
+"""How true the model of memory and time is (fedtune/core/costs.py): predicted beside measured, on SmolLM2.
 
     python -m simulations.benchmarks.costs                  a process for each setting; about 4 minutes
     python -m simulations.benchmarks.costs --threads 1
@@ -64,11 +64,11 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
     import transformers  # noqa: F401
 
     from fedtune.adapters import LocalModel
+    from fedtune.core.protocol import Batch
     from fedtune.corpus import Corpus
     from fedtune.federated_data import FederatedData
     from fedtune.models import load_base
     from fedtune.probe import costs_of, weights_of
-    from fedtune.protocol import Batch
     from fedtune.schema import AdapterSpec, ModelSpec
     from fedtune.training import loss_of, make_optimizer
 

@@ -23,9 +23,9 @@ from rich.table import Table as Printed
 from torch import Tensor
 
 from fedtune.adapters import LocalModel
+from fedtune.core.protocol import Batch
 from fedtune.models import load_base
 from fedtune.noise import Table, accumulate_, add_
-from fedtune.protocol import Batch
 from fedtune.schema import AdapterSpec, ModelSpec
 from fedtune.seeded import pool, steps_record
 from fedtune.zeroth import Rules, _loss, slopes_along

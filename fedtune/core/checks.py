@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import field
 from typing import Any
 
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 
 
 def option(default: Any, help: str) -> Any:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fedtune.errors import ConfigError, WireError
+from fedtune.core.errors import ConfigError, WireError
 
 LARGEST = 1 << 63  # what Flower's messages carry
 MAX_TEXT = 10_000  # characters of a value

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeIs
 
-from fedtune.errors import WireError, short
+from fedtune.core.errors import WireError, short
 
 if TYPE_CHECKING:
     from fedtune.adapters import LocalModel
-    from fedtune.costs import Costs, Weight
+    from fedtune.core.costs import Costs, Weight
 
 Tensors = dict[str, Tensor]
 Setting = int | float | str | bool
@@ -222,7 +222,7 @@ class Strategy(Protocol[State]):
 
 
 class Client(Protocol):
-    """The client's side of a method. A class may have `work(settings) -> fedtune.costs.Work`, what a turn takes;
+    """The client's side of a method. A class may have `work(settings) -> fedtune.core.costs.Work`, what a turn takes;
     without it there is no virtual clock.
 
     `memory` is what this client kept for itself at its last turn, empty at first. Whatever a client puts there stays on

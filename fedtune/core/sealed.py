@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from fedtune.protocol import Tensors
+from fedtune.core.protocol import Tensors
 
 SEAL = "sha256"  # in the header; no text of its own may have this name
 
