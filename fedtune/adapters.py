@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.base_change import BaseChange
+from fedtune.config.schema import FULL, AdapterSpec
 from fedtune.core.errors import ModelError
 from fedtune.core.protocol import Layout, Tensors, describe
 from fedtune.core.seeds import fold, uniform
 from fedtune.kinds import RESIZABLE, attach, constants, origin_shift, slot_of, starting_values, trainable
 from fedtune.lowrank import name_of, pairs
 from fedtune.models import Base
-from fedtune.schema import FULL, AdapterSpec
 from fedtune.seeded import SeededWeights
 
 

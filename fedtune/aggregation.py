@@ -7,6 +7,7 @@ believed, and this does it.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fedtune.config.schema import Experiment
 from fedtune.core.errors import DivergedError
 from fedtune.core.protocol import Peer, Strategy, Tensors, Update
 from fedtune.plausibility import (
@@ -20,7 +21,6 @@ from fedtune.plausibility import (
 )
 from fedtune.replies import Updates
 from fedtune.round import Round
-from fedtune.schema import Experiment
 
 
 class Aggregator:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedtune.schema import BudgetSpec
+from fedtune.config.schema import BudgetSpec
 
 
 @dataclass(frozen=True)

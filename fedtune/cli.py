@@ -255,7 +255,7 @@ def run(overrides: Sequence[str]) -> None:
     Raises:
         FedtuneError: if it can't be set up or can't go on.
     """
-    from fedtune.config import check_words, compose, differences, load_file
+    from fedtune.config.compose import check_words, compose, differences, load_file
     from fedtune.owner import check_targets, user
     from fedtune.runtime.start import start
 
@@ -292,9 +292,9 @@ def export(source: str, out: str, base: str | None) -> None:
     Raises:
         FedtuneError: if it can't be.
     """
+    from fedtune.config.schema import FULL
     from fedtune.folder import export
     from fedtune.progress import size
-    from fedtune.schema import FULL
 
     done = export(source, out, base)
     of = done.experiment
@@ -357,7 +357,7 @@ def print_methods() -> None:
     """What `method=` can be: the name, and what its file's docstring opens with."""
     import yaml
 
-    from fedtune.config import CONF, choices
+    from fedtune.config.compose import CONF, choices
 
     names = choices("method")
     width = max(map(len, names))
@@ -373,7 +373,7 @@ def print_methods() -> None:
 
 def print_run_help() -> None:
     """Usage, the groups with their choices, and every setting with its default."""
-    from fedtune.config import choices, describe_keys, groups
+    from fedtune.config.compose import choices, describe_keys, groups
 
     print(RUN)
     print("Groups: swap a whole section")

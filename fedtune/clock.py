@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.checkpoint import Progress
+from fedtune.config.compatibility import tells_its_work, traits_of
 from fedtune.core.costs import Costs, Weight, Work
 from fedtune.core.errors import CapacityError, QuorumError
 from fedtune.core.protocol import Capability, Instruction, Peer
@@ -33,7 +34,6 @@ from fedtune.party import Party
 from fedtune.population import server_peer
 from fedtune.replies import size_of
 from fedtune.selection import PATIENCE, believed, select
-from fedtune.traits import tells_its_work, traits_of
 
 BESIDE_BYTES = 500  # of a message that holds no tensor, about
 ANY_BATCH = 1 << 30  # samples of a client that never runs short of a batch

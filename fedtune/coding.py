@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedtune.codecs.packed import Packed, Reader, varint
-from fedtune.config import build
+from fedtune.config.compose import build
 from fedtune.core.errors import ConfigError, WireError, short
 from fedtune.core.protocol import Codec, Tensors, contracts, describe, is_lossless
 

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from fedtune.codecs.packed import DTYPES, MAX_DIMENSIONS, Packed, Reader, read_head
 from fedtune.coding import wide
-from fedtune.config import CONF, build, choices, compose
+from fedtune.config.compose import CONF, build, choices, compose
 from fedtune.core.checks import one_of
 from fedtune.core.errors import MALFORMED, ConfigError, ExportError, WireError
 from fedtune.core.protocol import Codec, Tensors, describe, is_lossless

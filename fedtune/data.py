@@ -9,12 +9,12 @@ from pathlib import Path
 
 import yaml
 
+from fedtune.config.schema import DataSpec, SafeLoader
 from fedtune.core.errors import DataError
 from fedtune.formats import KNOWN_ENDINGS, SPARE, SPLITS, dataset_rows, ending, file_rows, is_saved, saved_rows
 from fedtune.rows import Example as Example
 from fedtune.rows import Message as Message
 from fedtune.rows import Row, reader
-from fedtune.schema import DataSpec, SafeLoader
 
 _SPLIT = re.compile(rf"(?:^|[^a-z])({'|'.join(SPLITS)})(?=$|[^a-z])")
 _SAME = {"training": "train", "testing": "test", "valid": "validation", "val": "validation", "dev": "validation"}

@@ -14,9 +14,9 @@ from rich.markup import escape
 
 from fedtune import bandwidth, doctor
 from fedtune.available import MemoryFound, memory_of
+from fedtune.config.devices import write_devices
 from fedtune.core.errors import ConfigError, ModelError
 from fedtune.core.protocol import Capability
-from fedtune.devices import write_devices
 from fedtune.memory import home
 from fedtune.models import pick_device, pick_dtype
 

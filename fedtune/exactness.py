@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedtune.base_change import DENSE
+from fedtune.config.compatibility import traits_of
 from fedtune.core.protocol import Layout, Peer, Setting, Strategy, Tensors, Update, share
 from fedtune.frozen_basis import expanded
 from fedtune.installing import SCALING
 from fedtune.lowrank import LowRank, Sum, name_of, norm_of, pairs
 from fedtune.merging import from_residual, update_residual
-from fedtune.traits import traits_of
 
 
 def aggregation_error(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.config.schema import DataSpec
 from fedtune.core.errors import DataError
 from fedtune.core.protocol import Batch
 from fedtune.core.seeds import fold, permutation
@@ -18,7 +19,6 @@ from fedtune.corpus import Corpus
 from fedtune.data import load_examples
 from fedtune.duplicates import distinct, groups, hold_out, repeated, texts
 from fedtune.partition import divide
-from fedtune.schema import DataSpec
 from fedtune.sharing import once
 from fedtune.token_cache import kept_or
 from fedtune.tokenisation import tokenise

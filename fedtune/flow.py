@@ -40,7 +40,7 @@ class AsynchronousServer(Server):
     @property
     def buffer(self) -> int:
         """Updates that a step of the server takes."""
-        buffer: int = getattr(self.strategy, "buffer")  # noqa: B009 (fedtune/traits.py has looked)
+        buffer: int = getattr(self.strategy, "buffer")  # noqa: B009 (fedtune/config/compatibility.py has looked)
         return buffer
 
     def _play(self, number: int) -> Round:

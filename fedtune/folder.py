@@ -22,7 +22,9 @@ from torch import Tensor
 
 from fedtune.adapters import LocalModel
 from fedtune.checkpoint import load_checkpoint
-from fedtune.config import load_file
+from fedtune.config.compatibility import traits_of
+from fedtune.config.compose import load_file
+from fedtune.config.schema import FULL, Experiment
 from fedtune.core.errors import ExportError, ModelError
 from fedtune.core.seeds import bits, fold
 from fedtune.export import adapter_files
@@ -30,8 +32,6 @@ from fedtune.model_file import NAME, TunedModel, malformed, read
 from fedtune.models import Base, Origin, load_base, pick_device
 from fedtune.owner import user
 from fedtune.party import Party
-from fedtune.schema import FULL, Experiment
-from fedtune.traits import traits_of
 
 ROUNDING = {torch.float32: 1e-3}  # of the logits' spread, that merging and another order of sums may change
 COARSE = 0.25  # in 16 bits, over all layers: 0.075 in SmolLM2's 210 of them

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedtune.config.schema import ADAPTERS, ALL_LINEAR, FULL, AdapterSpec
 from fedtune.core.errors import ModelError
 from fedtune.core.protocol import Layout, Slot, Tensors
 from fedtune.core.seeds import bits, fold, uniform
 from fedtune.lowrank import LowRank, pairs, unpair
 from fedtune.merging import as_residual
 from fedtune.requantize import dequantized
-from fedtune.schema import ADAPTERS, ALL_LINEAR, FULL, AdapterSpec
 from fedtune.target_modules import Targets, adaptable, check_attached, check_names, targets_for
 
 FACTORED = ("lora", "rslora", "dora", "pissa")  # kinds that have A and B

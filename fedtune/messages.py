@@ -11,6 +11,7 @@ from fedtune import wire
 from fedtune.broadcast import Sent
 from fedtune.clock import Clock, Timed
 from fedtune.coding import left_out
+from fedtune.config.compatibility import traits_of
 from fedtune.core.errors import CapacityError, ClientError, FedtuneError
 from fedtune.core.protocol import Instruction, Tensors, Update, is_lossless, same_instruction, same_tensors
 from fedtune.core.seeds import fold
@@ -25,7 +26,6 @@ from fedtune.progress import View
 from fedtune.roster import Roster
 from fedtune.round import Asked, Round, Take
 from fedtune.similarity import signs_of
-from fedtune.traits import traits_of
 
 
 @dataclass(frozen=True)

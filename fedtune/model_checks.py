@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedtune.config.schema import AdapterSpec
 from fedtune.core.errors import ModelError
 from fedtune.corpus import Corpus
-from fedtune.schema import AdapterSpec
 
 LENGTH = 12  # tokens of the text
 UNHEARD = 1e-6  # of the first half's influence on its own predictions: what rounding could make of nothing

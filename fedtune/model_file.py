@@ -12,7 +12,7 @@ It is one safetensors file. Its tensors are the instruction's; under "fedtune" i
     base      source, sha256 and hub_id as in summary.json; dtype
 
 Such a file may come from a stranger. What is read here is checked, and nothing in it can have code run that isn't
-fedtune's own (fedtune/targets.py).
+fedtune's own (fedtune/config/targets.py).
 """
 
 import json
@@ -26,12 +26,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from fedtune.config import load
+from fedtune.config.compose import load
+from fedtune.config.schema import Experiment, RuntimeSpec
 from fedtune.core.errors import MALFORMED, ClientError, ConfigError, DivergedError, ExportError, ModelError, WireError
 from fedtune.core.protocol import Instruction, Tensors
 from fedtune.models import Origin
 from fedtune.owner import check_targets, user
-from fedtune.schema import Experiment, RuntimeSpec
 from fedtune.wire import check_finite
 
 NAME = "model.fedtune"  # in a run folder

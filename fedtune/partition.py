@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.config.schema import DataSpec
 from fedtune.core import lean_imports as lean
 from fedtune.core.checks import one_of
 from fedtune.core.errors import ConfigError
 from fedtune.core.seeds import fold
-from fedtune.schema import DataSpec
 
 LEAST = "min_partition_size"
 

@@ -15,7 +15,9 @@ from flwr.app import RecordDict
 from fedtune.adapters import LocalModel
 from fedtune.broadcast import Sent, hear, is_link
 from fedtune.coding import build_codec, decode, encode, left_out, with_feedback
-from fedtune.config import build, from_run_config
+from fedtune.config.compatibility import check_codecs, check_traits, traits_of
+from fedtune.config.compose import build, from_run_config
+from fedtune.config.schema import FULL, DataSpec, Experiment, ModelSpec
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import ClientError, DataError, ModelError
 from fedtune.core.protocol import Client, Codec, Instruction, Layout, Strategy, Tensors, Update, grid, is_lossless
@@ -30,9 +32,7 @@ from fedtune.models import Base, pick_device
 from fedtune.owner import Owner, check_room
 from fedtune.population import server_peer
 from fedtune.probe import base_bytes, costs_of, weights_of
-from fedtune.schema import FULL, DataSpec, Experiment, ModelSpec
 from fedtune.sharing import base_for
-from fedtune.traits import check_codecs, check_traits, traits_of
 from fedtune.wire import (
     blob_of,
     check_finite,

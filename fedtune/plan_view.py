@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fedtune.clock import Clock, Turn
 from fedtune.config import compose
+from fedtune.config.compatibility import traits_of
 from fedtune.core.atomic import write_atomically
 from fedtune.core.csv_cells import guarded
 from fedtune.core.errors import QuorumError
@@ -25,7 +26,6 @@ from fedtune.memory import home
 from fedtune.party import Party
 from fedtune.population import equip, profile_of
 from fedtune.progress import method_of, size
-from fedtune.traits import traits_of
 
 BAR = 12  # characters
 WIDE = 140

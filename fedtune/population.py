@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from fedtune.config.devices import CATALOGUE, apportion, read_devices
+from fedtune.config.population import MEASURED
+from fedtune.config.schema import Experiment
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import SERVER, UNLIMITED, Capability, Layout, Peer
 from fedtune.core.seeds import fold, permutation
-from fedtune.devices import CATALOGUE, apportion, read_devices
-from fedtune.population_spec import MEASURED
-from fedtune.schema import Experiment
 
 
 def sample_cohort(clients: int, cohort: int, seed: int, round: int) -> list[int]:

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.config.schema import FULL, Experiment
 from fedtune.row_counts import describe
-from fedtune.schema import FULL, Experiment
 
 if TYPE_CHECKING:  # torch comes with it, and a report needs none
     from fedtune.party import Party

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from flwr.app import Message, MessageType
 
 from fedtune import wire
+from fedtune.config.schema import Experiment
 from fedtune.core.errors import FedtuneError, QuorumError, WireError
 from fedtune.core.protocol import Layout, Peer
 from fedtune.exchange import POLL_SECONDS, Arrival, Exchange
 from fedtune.flower import content_bytes, raised_by_client
 from fedtune.ledger import Entry
 from fedtune.population import equip
-from fedtune.schema import Experiment
 
 AGAIN_SECONDS = 5.0  # after which a node that didn't answer is asked again
 

@@ -23,7 +23,8 @@ from fedtune.aggregation import Aggregator
 from fedtune.budget import Spent, ended_by
 from fedtune.checkpoint import Checkpoint, state_sha256
 from fedtune.clock import Turn
-from fedtune.config import differences
+from fedtune.config.compatibility import check_client, traits_of
+from fedtune.config.compose import differences
 from fedtune.core.errors import DivergedError, FedtuneError, Interrupted, QuorumError, RunFolderError
 from fedtune.core.protocol import Instruction, Peer, Update
 from fedtune.evaluate import Score, mean_score
@@ -42,7 +43,6 @@ from fedtune.run_folder import RunFolder, check_vacant
 from fedtune.similarity import every_two
 from fedtune.summary import summarise
 from fedtune.trackers import Tracking
-from fedtune.traits import check_client, traits_of
 
 
 def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from fedtune.schema import DataSpec
+from fedtune.config.schema import DataSpec
 
 # For people; summary.json has the names
 LEFT_OUT = {

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedtune.choices import CHOICES, is_question, prompt_of, read_choices
+from fedtune.config.schema import DataSpec
 from fedtune.core.errors import DataError
-from fedtune.schema import DataSpec
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}, and perhaps tool_calls and what belongs to them
 Row = tuple[str, dict[str, Any]]  # where it stands ("train.jsonl line 7"), and its columns

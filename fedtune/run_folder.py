@@ -31,14 +31,14 @@ from fedtune.clock import Timed
 from fedtune.columns import CLOCK as CLOCK
 from fedtune.columns import METRICS as METRICS
 from fedtune.columns import MORE_SCORES, SIMILARITY
-from fedtune.config import load_file
+from fedtune.config.compose import load_file
+from fedtune.config.schema import Experiment
 from fedtune.core.atomic import write_atomically
 from fedtune.core.csv_cells import guarded
 from fedtune.core.errors import RunFolderError
 from fedtune.core.locks import LOCK
 from fedtune.evaluate import Score
 from fedtune.ledger import Entry
-from fedtune.schema import Experiment
 from fedtune.tables import COLUMNS, Tables, csv_text, read_lines
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedtune.config.compatibility import traits_of
 from fedtune.core.checks import above_zero, fraction, one_of
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import Instruction, Layout, Peer, Strategy, Tensors, Traits, Update
-from fedtune.traits import traits_of
 
 FORMS = ("paper", "flower")  # of the optimizers that Flower has in another than the paper's
 

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from fedtune.config.schema import ModelSpec
 from fedtune.models import Base, load_base
-from fedtune.schema import ModelSpec
 
 Made = TypeVar("Made")
 

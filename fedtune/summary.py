@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 import fedtune
+from fedtune.config.schema import to_dict
 from fedtune.data import describe_source
 from fedtune.party import Party
-from fedtune.schema import to_dict
 
 PACKAGES = ("torch", "transformers", "peft", "flwr", "bitsandbytes", "numpy", "safetensors", "tokenizers")
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from fedtune.config.schema import ALL_LINEAR, AdapterSpec
 from fedtune.core.errors import ModelError
-from fedtune.schema import ALL_LINEAR, AdapterSpec
 
 ROUTERS = ("gate", "router", "shared_expert_gate")  # the last names of layers that choose among experts
 # PEFT refuses these: their kernels read the weight

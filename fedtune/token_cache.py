@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedtune.config.schema import DataSpec
 from fedtune.core.atomic import write_atomically
 from fedtune.core.sealed import seal, unseal
 from fedtune.corpus import Corpus
 from fedtune.data import Example
 from fedtune.models import cache_folder
-from fedtune.schema import DataSpec
 
 KEPT_BYTES = 1 << 30  # of all files together; those that were read last stay
 Tokenised = tuple[Corpus, list[int]]

@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedtune.config.schema import Experiment, TrackerSpec, flat
 from fedtune.core.atomic import write_atomically
 from fedtune.core.errors import ConfigError
-from fedtune.schema import Experiment, TrackerSpec, flat
 
 # The modules that each needs, and what pip calls their packages
 NEEDS = {

@@ -7,13 +7,13 @@ from typing import Any
 
 from flwr.app import MessageType, RecordDict
 
+from fedtune.config.population import MEASURED
 from fedtune.core.errors import MALFORMED, ClientError, ConfigError, WireError
 from fedtune.core.protocol import UNLIMITED, Capability, Peer
 from fedtune.memory import home
 from fedtune.owner import Owner
 from fedtune.party import Party, party_of
 from fedtune.population import profile_of
-from fedtune.population_spec import MEASURED
 from fedtune.wire import pack_greeting, pack_score, unpack_question
 
 # What a node's owner may declare of it, in Flower's spelling of keys

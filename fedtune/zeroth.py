@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.adapters import LocalModel
+from fedtune.config.targets import fits
 from fedtune.core.checks import at_least
 from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
 from fedtune.core.protocol import Batch, Setting, describe
 from fedtune.noise import coefficient
 from fedtune.seeded import SeededWeights, Space, steps_record
-from fedtune.targets import fits
 from fedtune.training import loss_of
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedtune.config import choices, compose
+from fedtune.config.compose import choices, compose
 from fedtune.core.errors import FedtuneError
 from fedtune.runtime.local import run_local
 

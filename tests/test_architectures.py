@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, LlavaConfig, PreTra
 
 from fedtune.adapters import LocalModel
 from fedtune.config import compose
+from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.errors import ClientError, ConfigError, ExportError, ModelError
 from fedtune.core.protocol import Batch
 from fedtune.export import adapter_files
@@ -25,7 +26,6 @@ from fedtune.party import Party
 from fedtune.probe import base_bytes
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
-from fedtune.schema import AdapterSpec, ModelSpec
 from fedtune.tiny import tiny_tokenizer
 from fedtune.training import fit, loss_of
 

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from fedtune import wire
 from fedtune.cli import main
 from fedtune.codecs.raw import Raw
-from fedtune.config import choices, compose
+from fedtune.config.compose import choices, compose
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.protocol import Update
 from fedtune.party import Party

@@ -8,8 +8,8 @@ import pytest
 
 from fedtune.budget import Spent, ended_by
 from fedtune.cli import main
+from fedtune.config.schema import BudgetSpec
 from fedtune.core.errors import ConfigError
-from fedtune.schema import BudgetSpec
 
 RUN = (
     "run",

@@ -10,14 +10,14 @@ import torch
 from conftest import SMALL, summary_of
 
 from fedtune.config import compose, from_run_config, load
+from fedtune.config.population import PopulationSpec
+from fedtune.config.schema import Experiment, MethodSpec
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import Peer
 from fedtune.core.seeds import fold
 from fedtune.federated_data import load_data
 from fedtune.party import Party
-from fedtune.population_spec import PopulationSpec
 from fedtune.runtime.local import run_local
-from fedtune.schema import Experiment, MethodSpec
 from fedtune.tiny import tiny_tokenizer
 from fedtune.training import fit
 

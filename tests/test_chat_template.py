@@ -12,12 +12,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from fedtune.config import compose
+from fedtune.config.schema import DataSpec
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.data import Example
 from fedtune.federated_data import load_data
 from fedtune.progress import headline
 from fedtune.row_counts import describe
-from fedtune.schema import DataSpec
 from fedtune.tiny import CHAT_TEMPLATE, tiny_tokenizer
 from fedtune.tokenisation import tokenise
 

@@ -11,11 +11,11 @@ from test_data import TOKENIZER, load, spoken, write
 from test_generation import PAD, local
 
 from fedtune.choices import read_choices
+from fedtune.config.schema import DataSpec, EvaluateSpec
 from fedtune.core.errors import DataError
 from fedtune.corpus import Corpus, Question
 from fedtune.data import load_examples
 from fedtune.evaluate import appraise, choose
-from fedtune.schema import DataSpec, EvaluateSpec
 from fedtune.tiny import tiny_tokenizer
 from fedtune.tokenisation import tokenise
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.cli import main
-from fedtune.config import (
+from fedtune.config.compose import (
     CONF,
     TEXTS,
     _expand,
@@ -23,9 +23,9 @@ from fedtune.config import (
     from_run_config,
     load,
 )
+from fedtune.config.schema import Experiment
+from fedtune.config.targets import table
 from fedtune.core.errors import ConfigError
-from fedtune.schema import Experiment
-from fedtune.targets import table
 
 
 @pytest.mark.parametrize("name", choices("experiment"))

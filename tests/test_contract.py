@@ -15,7 +15,8 @@ from flwr.common.serde import message_to_proto
 from fedtune import wire
 from fedtune.base_change import DENSE
 from fedtune.checkpoint import state_sha256
-from fedtune.config import choices
+from fedtune.config.compatibility import traits_of
+from fedtune.config.compose import choices
 from fedtune.core.errors import QuorumError
 from fedtune.core.protocol import SERVER, Peer, Update
 from fedtune.lowrank import pairs
@@ -23,7 +24,6 @@ from fedtune.merging import from_residual
 from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
-from fedtune.traits import traits_of
 
 METHODS = choices("method")
 pytestmark = pytest.mark.parametrize("method", METHODS)

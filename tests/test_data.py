@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import compose
+from fedtune.config.schema import DataSpec
 from fedtune.core.errors import ConfigError, DataError, FedtuneError
 from fedtune.data import load_examples
 from fedtune.federated_data import load_data
-from fedtune.schema import DataSpec
 from fedtune.tiny import tiny_tokenizer
 from fedtune.tokenisation import tokenise
 

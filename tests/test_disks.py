@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from remembering import WORDS as REMEMBERING
 
 from fedtune.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
-from fedtune.config import load_file
+from fedtune.config.compose import load_file
 from fedtune.core.errors import ClientError, ConfigError, RunFolderError
 from fedtune.memory import Memory
 from fedtune.run_folder import RunFolder

@@ -15,7 +15,7 @@ from torch import nn
 
 from fedtune.available import MemoryFound, host_memory
 from fedtune.cli import main
-from fedtune.devices import read_devices
+from fedtune.config.devices import read_devices
 from fedtune.doctor import (
     Step,
     _int8,

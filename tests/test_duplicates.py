@@ -10,7 +10,8 @@ from conftest import rows, small, summary_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.config import CONF, compose
+from fedtune.config.compose import CONF, compose
+from fedtune.config.schema import DataSpec
 from fedtune.core.errors import ConfigError, DataError, FedtuneError
 from fedtune.corpus import Corpus
 from fedtune.data import Example, load_examples
@@ -20,7 +21,6 @@ from fedtune.judging import Request, evaluate
 from fedtune.party import Party
 from fedtune.plan_view import plans
 from fedtune.runtime.local import run_local
-from fedtune.schema import DataSpec
 from fedtune.sharing import sharing
 from fedtune.tiny import tiny_tokenizer
 

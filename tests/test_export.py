@@ -23,6 +23,8 @@ from fedtune.adapters import LocalModel
 from fedtune.checkpoint import load_checkpoint
 from fedtune.cli import main
 from fedtune.config import compose
+from fedtune.config.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
+from fedtune.config.targets import check
 from fedtune.core.errors import ConfigError, ExportError
 from fedtune.export import adapter_files
 from fedtune.folder import PROMPTS, export
@@ -30,8 +32,6 @@ from fedtune.model_file import KEY, LONGEST, dump, read
 from fedtune.models import load_base
 from fedtune.party import Party
 from fedtune.peft_fields import FIELDS, OLDEST, readable
-from fedtune.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
-from fedtune.targets import check
 from fedtune.tiny import tiny_model, tiny_tokenizer
 
 K = 64

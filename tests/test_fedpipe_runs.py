@@ -11,9 +11,9 @@ from flwr.clientapp import ClientApp
 from fedtune import wire
 from fedtune.codecs.raw import Raw
 from fedtune.coding import decode, starts_of
+from fedtune.config.devices import read_devices, write_devices
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import SERVER, Capability, Instruction, Peer
-from fedtune.devices import read_devices, write_devices
 from fedtune.installing import SCORES
 from fedtune.lowrank import name_of, pairs
 from fedtune.party import Party

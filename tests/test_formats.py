@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from test_data import TOKENIZER, load, write
 
 from fedtune.config import compose
-from fedtune.config import load as load_config
+from fedtune.config.compose import load as load_config
+from fedtune.config.schema import DataSpec
 from fedtune.core.errors import ConfigError, DataError, FedtuneError
 from fedtune.data import describe_source, load_examples
 from fedtune.federated_data import load_data
-from fedtune.schema import DataSpec
 
 ROWS = [{"prompt": f"{n}+{n}?", "completion": str(2 * n)} for n in range(4)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)

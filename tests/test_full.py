@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedtune.adapters import LocalModel
-from fedtune.config import choices, compose
+from fedtune.config.compose import choices, compose
+from fedtune.config.schema import FULL, AdapterSpec, ModelSpec
 from fedtune.core.errors import ConfigError, ModelError, WireError
 from fedtune.core.protocol import Batch, Layout, Peer, Slot, Update
 from fedtune.core.seeds import fold, uniform
@@ -19,7 +20,6 @@ from fedtune.models import load_base
 from fedtune.party import Party
 from fedtune.progress import closing
 from fedtune.runtime.local import run_local
-from fedtune.schema import FULL, AdapterSpec, ModelSpec
 from fedtune.tiny import tiny_model, tiny_tokenizer
 from fedtune.training import fit
 from fedtune.wire import pack_greeting, unpack_greeting

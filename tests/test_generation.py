@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from fedtune.adapters import LocalModel
 from fedtune.config import compose
+from fedtune.config.schema import ADAPTERS, AdapterSpec, DataSpec, ModelSpec
 from fedtune.core.errors import ConfigError
 from fedtune.core.seeds import fold, uniform
 from fedtune.data import Example
 from fedtune.generation import Answer, answerable, answers, exact, greedy, rouge_l
 from fedtune.models import load_base
-from fedtune.schema import ADAPTERS, AdapterSpec, DataSpec, ModelSpec
 from fedtune.tiny import tiny_tokenizer
 from fedtune.tokenisation import tokenise
 

@@ -14,16 +14,16 @@ from safetensors.torch import load
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from fedtune.adapters import LocalModel
-from fedtune.config import choices, compose
+from fedtune.config.compatibility import LOW_RANK, check_traits
+from fedtune.config.compose import choices, compose
+from fedtune.config.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
 from fedtune.core.errors import ConfigError, ModelError
 from fedtune.core.protocol import Batch, Peer, Traits, Update
 from fedtune.core.seeds import bits, fold, uniform
 from fedtune.export import adapter_files
 from fedtune.models import load_base
-from fedtune.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
 from fedtune.tiny import tiny_model, tiny_tokenizer
 from fedtune.training import fit, learnt_logits
-from fedtune.traits import LOW_RANK, check_traits
 from strategies.fedit import FedIT
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from conftest import SMALL, rows, small, traits_of_method
 from moving import move
 
 from fedtune.checkpoint import load_checkpoint
-from fedtune.config import choices, compose
+from fedtune.config.compose import choices, compose
 from fedtune.core.errors import ConfigError
 from fedtune.memory import Memory
 from fedtune.party import Party

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedtune import wire
 from fedtune.codecs.packed import CHUNK, DTYPES, FREE, Packed
 from fedtune.codecs.raw import Raw
-from fedtune.config import build, compose
+from fedtune.config.compose import build, compose
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import Instruction
 

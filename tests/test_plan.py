@@ -7,9 +7,9 @@ import pytest
 from conftest import rows, small
 
 from fedtune.cli import main
+from fedtune.config.devices import write_devices
 from fedtune.core.errors import QuorumError
 from fedtune.core.protocol import Capability
-from fedtune.devices import write_devices
 from fedtune.party import Party
 from fedtune.plan_view import COLUMNS, plans, table_of
 from fedtune.runtime.local import run_local

@@ -8,9 +8,9 @@ from test_probe import llama
 
 import fedtune.sharing
 from fedtune.checkpoint import state_sha256
+from fedtune.config.devices import write_devices
 from fedtune.core.errors import ModelError
 from fedtune.core.protocol import SERVER, Capability, Instruction, Peer
-from fedtune.devices import write_devices
 from fedtune.installing import BATCH, BITS, SCORES
 from fedtune.lowrank import pairs
 from fedtune.models import load_base

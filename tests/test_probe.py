@@ -16,13 +16,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from fedtune.adapters import LocalModel
 from fedtune.config import compose
+from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.corpus import Corpus
 from fedtune.federated_data import FederatedData
 from fedtune.lowrank import pairs
 from fedtune.models import load_base, pick_device
 from fedtune.party import Party
 from fedtune.probe import ALLOCATOR, LOGIT_BYTES, NF4_BYTES, base_bytes, blocks_of, costs_of, weights_of
-from fedtune.schema import AdapterSpec, ModelSpec
 from fedtune.tiny import tiny_tokenizer
 
 TINY = ModelSpec(name="tiny", dtype="float32")

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtune.columns import METRICS
-from fedtune.config import load
+from fedtune.config.compose import load
 from fedtune.core.errors import RunFolderError
 from fedtune.report import tables
 from fedtune.report.runs import find, read

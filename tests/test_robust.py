@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 
 from fedtune import wire
 from fedtune.codecs.raw import Raw
-from fedtune.config import build, compose
+from fedtune.config.compose import build, compose
 from fedtune.core.errors import ConfigError, QuorumError
 from fedtune.core.protocol import Layout, Peer, Update
 from fedtune.robust import tolerated

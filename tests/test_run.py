@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from fedtune.checkpoint import Checkpoint, flatten, load_checkpoint, save_checkpoint, state_sha256, unflatten
 from fedtune.config import compose, load
+from fedtune.config.population import PopulationSpec
 from fedtune.core.errors import Interrupted, RunFolderError
 from fedtune.core.protocol import Peer, Update
 from fedtune.federated_data import load_data
 from fedtune.ledger import COLUMNS, Entry, Ledger, parse
-from fedtune.population_spec import PopulationSpec
 from fedtune.replies import Replies
 from fedtune.roster import Roster
 from fedtune.run_folder import METRICS, RunFolder

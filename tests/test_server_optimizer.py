@@ -43,7 +43,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.checkpoint import flatten, state_sha256, unflatten
-from fedtune.config import build, choices, compose
+from fedtune.config.compose import build, choices, compose
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import Layout, Peer, Slot, Traits, Update
 from fedtune.party import Party

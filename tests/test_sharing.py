@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedtune.cli import main
+from fedtune.config.schema import DataSpec, ModelSpec
 from fedtune.models import pick_device
-from fedtune.schema import DataSpec, ModelSpec
 from fedtune.sharing import base_for, once, sharing
 
 RUN = ("model=tiny", "rounds=1", "population.clients=2", "train.steps=1", "runtime.threads=1", "evaluate.examples=8")

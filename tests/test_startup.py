@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune import token_cache
+from fedtune.config.schema import DataSpec
 from fedtune.core.seeds import fold
 from fedtune.corpus import Corpus, Question
 from fedtune.data import Example, load_examples
 from fedtune.partition import _partitioner, divide
-from fedtune.schema import DataSpec
 from fedtune.tiny import tiny_tokenizer
 from fedtune.token_cache import kept_or
 from fedtune.tokenisation import tokenise

@@ -19,11 +19,11 @@ from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedtune.cli import main
-from fedtune.config import load
+from fedtune.config.compose import load
+from fedtune.config.schema import TrackerSpec
 from fedtune.core.errors import ConfigError
 from fedtune.run_folder import METRICS
 from fedtune.runtime.local import run_local
-from fedtune.schema import TrackerSpec
 from fedtune.trackers import Tracking, check_installed, figures, hyper_parameters
 
 ROW = {"round": 0, "eval_loss": 2.5, "eval_accuracy": None, "seconds": 0.25, "up_wire_bytes": 7}

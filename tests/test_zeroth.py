@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from fedtune.adapters import LocalModel
+from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.errors import ClientError, ConfigError, WireError
 from fedtune.core.protocol import Batch
 from fedtune.models import load_base
 from fedtune.noise import coefficient, values
-from fedtune.schema import AdapterSpec, ModelSpec
 from fedtune.seeded import SeededWeights, Space
 from fedtune.training import fit, loss_of
 from fedtune.zeroth import Rules, check_counts, descend, rules_of, slopes_along, told

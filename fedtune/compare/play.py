@@ -23,10 +23,10 @@ from typing import Any
 from fedtune.compare.plan import Cell
 from fedtune.compare.state import now
 from fedtune.config import compose, differences, load_file
+from fedtune.config.schema import Experiment
 from fedtune.core.errors import FedtuneError, Interrupted, RunFolderError
 from fedtune.core.signals import ENDINGS
 from fedtune.runtime.work import WATCH_SECONDS, is_alive
-from fedtune.schema import Experiment
 
 LOG = "log.txt"
 POLL_SECONDS = 0.5

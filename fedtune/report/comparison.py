@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from fedtune.compare.state import RECORD
-from fedtune.config import differences
+from fedtune.config.compose import differences
+from fedtune.config.schema import flat
 from fedtune.core.errors import RunFolderError
 from fedtune.report.intervals import estimate
 from fedtune.report.labels import alike, labels, told_apart, unique
@@ -35,7 +36,6 @@ from fedtune.report.shapes import (
 )
 from fedtune.report.standings import curve, protocols, reached, table, target
 from fedtune.report.tasks import common, tasks, title
-from fedtune.schema import flat
 
 __all__ = [
     "Comparison",

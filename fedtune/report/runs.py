@@ -12,12 +12,12 @@ import yaml
 
 from fedtune.columns import METRICS
 from fedtune.compare.state import RECORD, TRIALS, json_object
-from fedtune.config import load
+from fedtune.config.compose import load
+from fedtune.config.plain_yaml import read_plain
+from fedtune.config.schema import Experiment, SafeDumper
 from fedtune.core.errors import ConfigError, FedtuneError, RunFolderError
 from fedtune.core.locks import is_held
-from fedtune.plain_yaml import read_plain
 from fedtune.report.tables import MOST, is_none, number, read_columns, read_lines
-from fedtune.schema import Experiment, SafeDumper
 
 Floats = np.ndarray  # float64
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from fedtune.config import CONF
+from fedtune.config.compose import CONF
 from fedtune.report import comparison as compared
 from fedtune.report.comparison import Entry, Estimate, Group, Protocol, Reached, Standing, Table
 from fedtune.report.figures import Figure, columns, figures

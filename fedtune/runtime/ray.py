@@ -13,11 +13,11 @@ from pathlib import Path
 from threading import Event, current_thread, main_thread
 from typing import Any
 
+from fedtune.config.schema import Experiment, RuntimeSpec
 from fedtune.core.errors import ConfigError
 from fedtune.flower import simulate
 from fedtune.run_folder import settled
 from fedtune.runtime.app import make_client_app, make_server_app
-from fedtune.schema import Experiment, RuntimeSpec
 
 
 def run_ray(experiment: Experiment, resume: str | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import os
 
-from fedtune.schema import Experiment
+from fedtune.config.schema import Experiment
 
 
 def start(experiment: Experiment, resume: str | None) -> None:

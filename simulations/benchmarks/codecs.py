@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 
 from fedtune.codecs.sparse import CODERS
 from fedtune.coding import build_codec
-from fedtune.config import CONF, choices
+from fedtune.config.compose import CONF, choices
 from fedtune.core.protocol import Codec, Tensors, is_lossless
 from fedtune.lowrank import name_of
 from simulations.benchmarks.seeded import best

@@ -23,10 +23,10 @@ from rich.table import Table as Printed
 from torch import Tensor
 
 from fedtune.adapters import LocalModel
+from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.protocol import Batch
 from fedtune.models import load_base
 from fedtune.noise import Table, accumulate_, add_
-from fedtune.schema import AdapterSpec, ModelSpec
 from fedtune.seeded import pool, steps_record
 from fedtune.zeroth import Rules, _loss, slopes_along
 

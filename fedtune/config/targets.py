@@ -21,7 +21,7 @@ from typing import Any
 
 from fedtune.core.errors import ConfigError, FedtuneError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("strategies", "clients", "fedtune/codecs")
 TARGET = "_target_"
 NESTED = ("base", "rules")  # arguments that are made as well: what a server optimizer is around, and a method's rules

@@ -3,9 +3,9 @@
 from dataclasses import fields
 from typing import Any
 
+from fedtune.config.schema import Experiment
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import Codec, Traits, grid, is_lossless
-from fedtune.schema import Experiment
 
 LOW_RANK = ("lora", "rslora", "pissa")  # adapters that are s B A and nothing else
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from fedtune.schema import SafeLoader
+from fedtune.config.schema import SafeLoader
 
 LONGEST = 4_000_000  # characters; a list of the ranks of 100,000 clients has half a million
 DEEPEST = 50

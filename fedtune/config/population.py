@@ -1,6 +1,6 @@
 """The settings of a population: who the clients are, how many take part, and what a round does about the slow.
 
-A part of fedtune/schema.py; no torch here either.
+A part of fedtune/config/schema.py; no torch here either.
 """
 
 import math
@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedtune.config.devices import CATALOGUE
 from fedtune.core.checks import above_zero, at_least, fraction, nearest, one_of, option
 from fedtune.core.errors import ConfigError
-from fedtune.devices import CATALOGUE
 
 MEASURED = "measured"  # the word for what each device says of itself
 

@@ -1,6 +1,6 @@
 """The settings of the data: what is read, how it becomes tokens, and who gets it.
 
-A part of fedtune/schema.py; no torch here either.
+A part of fedtune/config/schema.py; no torch here either.
 """
 
 from collections.abc import Mapping

@@ -22,13 +22,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedtune.config.plain_yaml import read_plain
+from fedtune.config.schema import Experiment
+from fedtune.config.targets import make
 from fedtune.core.checks import nearest
 from fedtune.core.errors import MALFORMED, ConfigError
-from fedtune.plain_yaml import read_plain
-from fedtune.schema import Experiment
-from fedtune.targets import make
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 
 # Of a word that came from elsewhere: characters, and brackets that open
 LONGEST_WORD, MOST_BRACKETS = 20_000, 50
@@ -159,7 +159,7 @@ def check_words(words: Sequence[str], where: str) -> None:
 
 
 def build(spec: Mapping[str, Any], what: str, allowed: Collection[str] | None = None) -> Any:
-    """Make the object that a `_target_` entry describes: `fedtune.targets.make`.
+    """Make the object that a `_target_` entry describes: `fedtune.config.targets.make`.
 
     Raises:
         ConfigError: if the class may not be made, can't be found or refuses its arguments.

@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
+from fedtune.config.data import DataSpec as DataSpec
+from fedtune.config.population import PopulationSpec
 from fedtune.core.checks import above_zero, at_least, fraction, one_of, option
 from fedtune.core.errors import ConfigError
-from fedtune.data_spec import DataSpec as DataSpec
-from fedtune.population_spec import PopulationSpec
 
 
 @dataclass(frozen=True)
