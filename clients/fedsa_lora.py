@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from clients.first_order import FirstOrder
 from fedtune.adapters import LocalModel
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
-from fedtune.lowrank import factors
+from fedtune.lowrank.algebra import factors
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 What the server's settings ask for: `train`, the role that is trained while the others stay frozen (as "lora_B");
 `rank`, how many components B A has; `scaling`, what it is multiplied by; `version`, a change of the base
-(fedtune/merging.py).
+(fedtune/lowrank/residual.py).
 
 With mu > 0 the loss has FedProx's proximal term, (mu / 2) |theta - theta_t|^2, where theta_t is what the server sent
 (Li et al. 2020, arXiv:1812.06127).

@@ -1,7 +1,7 @@
 """First-order training of a LoRA adapter that begins anew at each turn: A drawn by the client's key, B = 0.
 
 The server's settings: `rank` and `scaling` of the adapter where they are this client's own, and the change of the base
-(fedtune/merging.py), which is what the client goes on from.
+(fedtune/lowrank/residual.py), which is what the client goes on from.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from fedtune.adapters import LocalModel
 from fedtune.base_change import DENSE
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
 from fedtune.installing import RANK, SCALING
-from fedtune.lowrank import pairs
+from fedtune.lowrank.algebra import pairs
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from clients.first_order import FirstOrder
 from fedtune.adapters import LocalModel
-from fedtune.averaging import narrowed
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
 from fedtune.installing import install
+from fedtune.lowrank.averaging import narrowed
 
 
 @dataclass(frozen=True)

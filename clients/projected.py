@@ -12,7 +12,7 @@ from fedtune.adapters import LocalModel
 from fedtune.blocks import BUDGET, SLOPES, TURN, Projection, blocks_of, coordinates, records_of, seeds_of
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
 from fedtune.history import caught_up
-from fedtune.merging import VERSION
+from fedtune.lowrank.residual import VERSION
 from fedtune.zeroth import as_told
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from clients.first_order import FirstOrder
 from fedtune.adapters import LocalModel
 from fedtune.core.protocol import Instruction, Tensors
-from fedtune.merging import FROM, KEPT
+from fedtune.lowrank.residual import FROM, KEPT
 
 
 @dataclass(frozen=True)

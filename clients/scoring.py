@@ -25,7 +25,7 @@ from fedtune.adapters import LocalModel
 from fedtune.core.costs import Work
 from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
 from fedtune.installing import SCORE, SCORE_BYTES, SCORES, install, metrics_of
-from fedtune.lowrank import pairs
+from fedtune.lowrank.algebra import pairs
 
 
 @dataclass(frozen=True)

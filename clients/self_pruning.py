@@ -12,10 +12,10 @@ from torch import Tensor
 
 from clients.first_order import FirstOrder, proximal
 from fedtune.adapters import LocalModel
-from fedtune.averaging import narrowed
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
 from fedtune.installing import metrics_of
-from fedtune.lowrank import pairs
+from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.averaging import narrowed
 
 
 @dataclass(frozen=True)

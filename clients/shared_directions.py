@@ -12,7 +12,7 @@ from fedtune.adapters import LocalModel
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
 from fedtune.core.seeds import bits, fold
 from fedtune.history import caught_up
-from fedtune.merging import VERSION
+from fedtune.lowrank.residual import VERSION
 from fedtune.zeroth import Rules, descend, rules_of
 
 

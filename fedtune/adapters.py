@@ -19,7 +19,7 @@ from fedtune.core.errors import ModelError
 from fedtune.core.protocol import Layout, Tensors, describe
 from fedtune.core.seeds import fold, uniform
 from fedtune.kinds import RESIZABLE, attach, constants, origin_shift, slot_of, starting_values, trainable
-from fedtune.lowrank import name_of, pairs
+from fedtune.lowrank.algebra import name_of, pairs
 from fedtune.models import Base
 from fedtune.seeded import SeededWeights
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fedtune.core.protocol import Tensors
-from fedtune.merging import from_residual
+from fedtune.lowrank.residual import from_residual
 from fedtune.requantize import Rounded
 
 DENSE = ".delta"  # MODULE.delta (out, in) float32

@@ -29,7 +29,7 @@ from fedtune.core.errors import CapacityError, QuorumError
 from fedtune.core.protocol import Capability, Instruction, Peer
 from fedtune.core.seeds import bits, fold
 from fedtune.installing import BATCH, BITS, RANK, STEPS, TRAIN
-from fedtune.lowrank import pairs
+from fedtune.lowrank.algebra import pairs
 from fedtune.party import Party
 from fedtune.population import server_peer
 from fedtune.replies import size_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedtune.core.protocol import Instruction, Tensors
-from fedtune.merging import installed_version
+from fedtune.lowrank.residual import installed_version
 
 CONTROL = "c/"  # c/NAME: the server's c on its way down, the client's c_i in its memory
 CHANGE = "dc/"  # dc/NAME: c_i+ - c_i on its way up, and in the memory until it is known to count

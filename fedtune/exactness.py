@@ -20,8 +20,8 @@ from fedtune.config.compatibility import traits_of
 from fedtune.core.protocol import Layout, Peer, Setting, Strategy, Tensors, Update, share
 from fedtune.frozen_basis import expanded
 from fedtune.installing import SCALING
-from fedtune.lowrank import LowRank, Sum, name_of, norm_of, pairs
-from fedtune.merging import from_residual, update_residual
+from fedtune.lowrank.algebra import LowRank, Sum, name_of, norm_of, pairs
+from fedtune.lowrank.residual import from_residual, update_residual
 
 
 def aggregation_error(

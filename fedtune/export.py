@@ -12,8 +12,8 @@ from safetensors.torch import save
 from fedtune.adapters import LocalModel
 from fedtune.base_change import DENSE
 from fedtune.core.protocol import Tensors
-from fedtune.lowrank import LowRank, pairs, stack, unpair
-from fedtune.merging import from_residual, joined
+from fedtune.lowrank.algebra import LowRank, pairs, stack, unpair
+from fedtune.lowrank.residual import from_residual, joined
 from fedtune.peft_fields import readable
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -2,7 +2,7 @@
 the rest.
 
 The tensors grow along their first dimension, all alike. How many rows a client holds is its version, as that of a
-changed base is in fedtune/merging.py.
+changed base is in fedtune/lowrank/residual.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedtune.core.errors import ClientError
 from fedtune.core.protocol import Instruction, Peer, Setting, Tensors
-from fedtune.merging import FROM, KEPT, VERSION, installed_version
+from fedtune.lowrank.residual import FROM, KEPT, VERSION, installed_version
 
 
 def lacking(rows: Mapping[str, Tensor], peer: Peer, settings: Mapping[str, Setting]) -> Instruction:

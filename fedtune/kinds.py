@@ -19,8 +19,8 @@ from fedtune.config.schema import ADAPTERS, ALL_LINEAR, FULL, AdapterSpec
 from fedtune.core.errors import ModelError
 from fedtune.core.protocol import Layout, Slot, Tensors
 from fedtune.core.seeds import bits, fold, uniform
-from fedtune.lowrank import LowRank, pairs, unpair
-from fedtune.merging import as_residual
+from fedtune.lowrank.algebra import LowRank, pairs, unpair
+from fedtune.lowrank.residual import as_residual
 from fedtune.requantize import dequantized
 from fedtune.target_modules import Targets, adaptable, check_attached, check_names, targets_for
 

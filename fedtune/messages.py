@@ -19,7 +19,7 @@ from fedtune.exchange import Arrival, Exchange
 from fedtune.flower import content_bytes
 from fedtune.installing import SCALING, check_scaling
 from fedtune.ledger import Entry, Ledger
-from fedtune.merging import VERSION
+from fedtune.lowrank.residual import VERSION
 from fedtune.party import Party
 from fedtune.plausibility import check_examples, norm_of_change
 from fedtune.progress import View

@@ -25,8 +25,8 @@ from fedtune.core.seeds import fold, permutation
 from fedtune.evaluate import Score, appraise, score
 from fedtune.federated_data import FederatedData, load_data
 from fedtune.installing import BATCH, BITS, STEPS
+from fedtune.lowrank.residual import installed_version
 from fedtune.memory import Memory, home
-from fedtune.merging import installed_version
 from fedtune.model_checks import check_tokens, positions_for
 from fedtune.models import Base, pick_device
 from fedtune.owner import Owner, check_room
@@ -183,7 +183,7 @@ class Party:
         return len(self.data.train[index])
 
     def holds(self, run: str, index: int, round: int) -> tuple[int, int, bool]:
-        """Before `round`, which version of the base (fedtune/merging.py) client `index` holds, and which broadcast; and
+        """Before `round`, which version of the base (fedtune/lowrank/residual.py) client `index` holds, and which broadcast; and
         whether it has lost what it kept."""
         try:
             version, lost = installed_version(self.memory.recall(run, index, round)), False

@@ -21,7 +21,7 @@ from fedtune.core.atomic import write_atomically
 from fedtune.core.csv_cells import guarded
 from fedtune.core.errors import QuorumError
 from fedtune.core.protocol import Peer
-from fedtune.lowrank import pairs
+from fedtune.lowrank.algebra import pairs
 from fedtune.memory import home
 from fedtune.party import Party
 from fedtune.population import equip, profile_of

@@ -19,7 +19,7 @@ from fedtune.adapters import LocalModel
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.seeds import fold, permutation
 from fedtune.federated_data import FederatedData
-from fedtune.lowrank import pairs
+from fedtune.lowrank.algebra import pairs
 from fedtune.training import seeded
 
 NF4_BYTES = 0.516  # a parameter: 4 bits, and absmax of each 64 in 8 bits, double quantization

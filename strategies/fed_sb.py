@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.averaging import average
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
 from fedtune.frozen_basis import SEED, zero_core
+from fedtune.lowrank.averaging import average
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from fedtune.averaging import parts
 from fedtune.core.checks import at_least
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import CapacityError, ConfigError, WireError
@@ -59,10 +58,11 @@ from fedtune.core.protocol import (
     share,
 )
 from fedtune.installing import BATCH, BITS, SCORE, SCORE_BYTES, SCORES
-from fedtune.lowrank import LowRank, pairs, principal, stack, unpair, widened
+from fedtune.lowrank.algebra import LowRank, pairs, principal, stack, unpair, widened
+from fedtune.lowrank.averaging import parts
+from fedtune.lowrank.stacking import each_layer
 from fedtune.offers import Offer, offer
 from fedtune.planner import Plan, Rules
-from fedtune.stacking import each_layer
 
 LEAST = 1e-3  # of the mean score, that every layer counts
 # What messages have around their numbers, at most: a safetensors header's line of each tensor, and Flower's own framing

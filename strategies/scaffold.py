@@ -27,11 +27,11 @@ from typing import ClassVar
 
 import torch
 
-from fedtune.averaging import cast_like
 from fedtune.control import CHANGE, CONTROL, COUNTED, tag
 from fedtune.core.checks import at_least
 from fedtune.core.protocol import Instruction, Layout, Peer, Setting, Tensors, Traits, Update, expect_like, share
-from fedtune.merging import FROM, VERSION
+from fedtune.lowrank.averaging import cast_like
+from fedtune.lowrank.residual import FROM, VERSION
 
 
 @dataclass(frozen=True)

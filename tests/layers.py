@@ -3,7 +3,7 @@
 import torch
 
 from fedtune.core.protocol import Layout, Peer, Slot, Update
-from fedtune.lowrank import name_of, pairs
+from fedtune.lowrank.algebra import name_of, pairs
 
 SHAPES = {"one": (5, 3), "two": (4, 7)}  # module: (out, in)
 RANK, SCALING = 4, 2.0

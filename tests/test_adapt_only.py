@@ -6,7 +6,7 @@ import torch
 from fedtune.adapters import LocalModel
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.errors import ModelError
-from fedtune.lowrank import name_of, pairs
+from fedtune.lowrank.algebra import name_of, pairs
 from fedtune.models import load_base, pick_device
 
 

@@ -19,7 +19,7 @@ from fedtune.core.errors import ClientError, ConfigError, ExportError, ModelErro
 from fedtune.core.protocol import Batch
 from fedtune.export import adapter_files
 from fedtune.folder import export
-from fedtune.lowrank import pairs
+from fedtune.lowrank.algebra import pairs
 from fedtune.model_checks import positions_of
 from fedtune.models import load_base
 from fedtune.party import Party

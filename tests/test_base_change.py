@@ -15,8 +15,8 @@ from fedtune.base_change import DENSE
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.protocol import Peer, Update
 from fedtune.installing import install
-from fedtune.lowrank import LowRank, pairs
-from fedtune.merging import Merged, as_residual
+from fedtune.lowrank.algebra import LowRank, pairs
+from fedtune.lowrank.residual import Merged, as_residual
 from fedtune.models import load_base
 from fedtune.tiny import tiny_tokenizer
 from strategies.fedex_lora import FedExLoRA

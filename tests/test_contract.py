@@ -19,8 +19,8 @@ from fedtune.config.compatibility import traits_of
 from fedtune.config.compose import choices
 from fedtune.core.errors import QuorumError
 from fedtune.core.protocol import SERVER, Peer, Update
-from fedtune.lowrank import pairs
-from fedtune.merging import from_residual
+from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.residual import from_residual
 from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local

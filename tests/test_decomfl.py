@@ -17,7 +17,7 @@ from clients.shared_directions import seeds_of
 from fedtune.config import compose
 from fedtune.core.errors import ClientError, ConfigError, WireError
 from fedtune.core.protocol import Instruction, Layout, Peer, Update
-from fedtune.merging import FROM, VERSION
+from fedtune.lowrank.residual import FROM, VERSION
 from fedtune.noise import values
 from fedtune.party import Party
 from fedtune.zeroth import Rules

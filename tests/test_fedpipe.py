@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from layers import RANK, SCALING, SHAPES, dense, factors, layout
 
 import fedtune.offers
-from fedtune.averaging import parts
 from fedtune.checkpoint import flatten, state_sha256, unflatten
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import CapacityError, ConfigError, WireError
@@ -23,7 +22,8 @@ from fedtune.core.protocol import SERVER, Capability, Instruction, Peer, Update
 from fedtune.exactness import aggregation_error
 from fedtune.flower_strategy import as_flower_strategy
 from fedtune.installing import BATCH, BITS, SCORE, SCORES
-from fedtune.lowrank import name_of, pairs
+from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.lowrank.averaging import parts
 from strategies.fedpipe import LEAST, FedPipe, halves
 
 WEIGHTS = (Weight("one", 0, 5, 3), Weight("two", 1, 4, 7))

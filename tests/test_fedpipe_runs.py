@@ -15,7 +15,7 @@ from fedtune.config.devices import read_devices, write_devices
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import SERVER, Capability, Instruction, Peer
 from fedtune.installing import SCORES
-from fedtune.lowrank import name_of, pairs
+from fedtune.lowrank.algebra import name_of, pairs
 from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local

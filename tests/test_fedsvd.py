@@ -11,7 +11,7 @@ from layers import SCALING, dense, distance, ideal, layout, reply
 from fedtune.config import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Peer
-from fedtune.lowrank import pairs
+from fedtune.lowrank.algebra import pairs
 from fedtune.party import Party
 from strategies.fedsvd import FedSVD
 

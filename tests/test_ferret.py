@@ -37,7 +37,7 @@ from fedtune.checkpoint import state_sha256
 from fedtune.config import compose
 from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
 from fedtune.core.protocol import SERVER, Layout, Peer, Slot, Update
-from fedtune.merging import FROM, VERSION, installed_version
+from fedtune.lowrank.residual import FROM, VERSION, installed_version
 from fedtune.noise import KURTOSIS, values
 from fedtune.party import Party
 from fedtune.runtime.local import run_local

@@ -12,7 +12,7 @@ from layers import SCALING, dense, distance, ideal, layout, reply
 from fedtune.config import compose
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import Instruction, Peer
-from fedtune.lowrank import pairs
+from fedtune.lowrank.algebra import pairs
 from fedtune.party import Party
 from strategies.ffa_lora import FFALoRA
 

@@ -11,7 +11,7 @@ from layers import RANK, SCALING, dense, distance, factors, ideal, layout, reply
 from fedtune.config import compose
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import Peer, Update
-from fedtune.lowrank import pairs
+from fedtune.lowrank.algebra import pairs
 from fedtune.party import Party
 from strategies.flexlora import FlexLoRA
 

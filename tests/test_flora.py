@@ -19,10 +19,10 @@ from fedtune.checkpoint import state_sha256
 from fedtune.config import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Layout, Peer, Slot, Update
-from fedtune.lowrank import pairs
-from fedtune.merging import from_residual
+from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.residual import from_residual
+from fedtune.lowrank.stacking import State, stacked
 from fedtune.party import Party
-from fedtune.stacking import State, stacked
 from strategies.flora import FLoRA
 from strategies.florist import FLoRIST
 from strategies.full_delta import FullDelta

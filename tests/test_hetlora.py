@@ -28,7 +28,7 @@ from fedtune.checkpoint import load_checkpoint
 from fedtune.config import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import SERVER, Layout, Peer, Slot, Update
-from fedtune.lowrank import name_of, pairs
+from fedtune.lowrank.algebra import name_of, pairs
 from fedtune.party import Party
 from fedtune.runtime.local import run_local
 from strategies.hetlora import HetLoRA, State, _weights, rank_of

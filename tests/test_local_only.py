@@ -13,7 +13,7 @@ from fedtune.checkpoint import state_sha256
 from fedtune.config import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import SERVER, Peer, Update
-from fedtune.lowrank import pairs
+from fedtune.lowrank.algebra import pairs
 from fedtune.party import Party
 from fedtune.runtime.local import run_local
 from strategies.local_only import LocalOnly, State

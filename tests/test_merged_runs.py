@@ -18,7 +18,7 @@ from safetensors.torch import load, load_file
 from fedtune import wire
 from fedtune.checkpoint import load_checkpoint
 from fedtune.core.protocol import SERVER, Peer
-from fedtune.merging import FROM, VERSION, from_residual, installed_version, size_of
+from fedtune.lowrank.residual import FROM, VERSION, from_residual, installed_version, size_of
 from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local

@@ -9,8 +9,8 @@ from layers import SHAPES, distance, factors
 from fedtune.checkpoint import state_sha256
 from fedtune.core.errors import ClientError
 from fedtune.core.protocol import Instruction
-from fedtune.lowrank import pairs
-from fedtune.merging import FROM, VERSION, Merged, from_residual, installed_version, size_of, update_residual
+from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.residual import FROM, VERSION, Merged, from_residual, installed_version, size_of, update_residual
 
 WIDE = {"one": (30, 20), "two": (16, 24)}
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import SMALL
 
 from fedtune.config import compose
-from fedtune.lowrank import pairs
+from fedtune.lowrank.algebra import pairs
 from fedtune.party import Party
 
 HEADER = 128

@@ -12,7 +12,7 @@ from fedtune.config.devices import write_devices
 from fedtune.core.errors import ModelError
 from fedtune.core.protocol import SERVER, Capability, Instruction, Peer
 from fedtune.installing import BATCH, BITS, SCORES
-from fedtune.lowrank import pairs
+from fedtune.lowrank.algebra import pairs
 from fedtune.models import load_base
 from fedtune.party import Party
 from fedtune.runtime.app import make_client_app

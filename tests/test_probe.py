@@ -19,7 +19,7 @@ from fedtune.config import compose
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.corpus import Corpus
 from fedtune.federated_data import FederatedData
-from fedtune.lowrank import pairs
+from fedtune.lowrank.algebra import pairs
 from fedtune.models import load_base, pick_device
 from fedtune.party import Party
 from fedtune.probe import ALLOCATOR, LOGIT_BYTES, NF4_BYTES, base_bytes, blocks_of, costs_of, weights_of

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from layers import SCALING, SHAPES, dense, distance, factors, ideal, layout, reply
 
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.lowrank import pairs
+from fedtune.lowrank.algebra import pairs
 from strategies.raflora import RaFLoRA, State
 
 OLD = State(factors(3, 50), SCALING)

@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import SCALING, dense, distance, ideal, layout, reply
 
-from fedtune.averaging import for_peer
 from fedtune.checkpoint import state_sha256
 from fedtune.config import compose
 from fedtune.core.errors import ClientError, WireError
 from fedtune.core.protocol import SERVER, Peer
-from fedtune.merging import FROM, VERSION, installed_version
+from fedtune.lowrank.averaging import for_peer
+from fedtune.lowrank.residual import FROM, VERSION, installed_version
 from fedtune.party import Party
 from fedtune.runtime.local import run_local
 from strategies.rolora import RoLoRA, active

@@ -26,7 +26,7 @@ from fedtune.control import CHANGE, CONTROL, settle, tag
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Instruction, Layout, Peer, Slot, Update
 from fedtune.core.seeds import fold
-from fedtune.merging import VERSION
+from fedtune.lowrank.residual import VERSION
 from fedtune.party import Party
 from fedtune.rounds import Server
 from fedtune.runtime.app import make_client_app, make_server_app

@@ -24,7 +24,7 @@ from fedtune.adapters import LocalModel
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.protocol import Batch, Instruction
 from fedtune.installing import SCORE, SCORE_BYTES, SCORES
-from fedtune.lowrank import name_of, pairs
+from fedtune.lowrank.algebra import name_of, pairs
 from fedtune.models import load_base, pick_device
 
 

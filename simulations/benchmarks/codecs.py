@@ -34,7 +34,7 @@ from fedtune.codecs.sparse import CODERS
 from fedtune.coding import build_codec
 from fedtune.config.compose import CONF, choices
 from fedtune.core.protocol import Codec, Tensors, is_lossless
-from fedtune.lowrank import name_of
+from fedtune.lowrank.algebra import name_of
 from simulations.benchmarks.seeded import best
 
 COMPEFT = "compeft"

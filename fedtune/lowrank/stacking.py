@@ -12,11 +12,11 @@ from functools import partial
 
 import torch
 
-from fedtune.averaging import own_width
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Update, expect_like, share
-from fedtune.lowrank import LowRank, name_of, pairs, stack
-from fedtune.merging import Merged
+from fedtune.lowrank.algebra import LowRank, name_of, pairs, stack
+from fedtune.lowrank.averaging import own_width
+from fedtune.lowrank.residual import Merged
 
 LAYERS_AT_A_TIME = 4  # each of 4096 x 4096 at a stacked rank of 500 takes some 100 MB meanwhile
 

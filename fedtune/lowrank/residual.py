@@ -14,7 +14,7 @@ import torch
 
 from fedtune.core.errors import ClientError
 from fedtune.core.protocol import Instruction, Setting, Tensors
-from fedtune.lowrank import LowRank, narrowest, principal, stack
+from fedtune.lowrank.algebra import LowRank, narrowest, principal, stack
 
 B, A = ".residual_B", ".residual_A"  # MODULE.residual_B (out, R) and MODULE.residual_A (R, in), float32
 FROM, VERSION = "builds_on", "version"  # settings: the version that the tensors build on, and the one they lead to
