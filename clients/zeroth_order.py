@@ -18,10 +18,10 @@ from fedtune.core.costs import Work
 from fedtune.core.errors import ClientError, ConfigError
 from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update, describe
 from fedtune.core.seeds import bits, fold
-from fedtune.seeded import pool
+from fedtune.random_directions.weights import pool
 from fedtune.zeroth import descend, rules_of
 
-STATE_BYTES = 10.0  # a weight in 16 bits, besides the one in the base: fedtune/seeded.py
+STATE_BYTES = 10.0  # a weight in 16 bits, besides the one in the base: fedtune/random_directions/weights.py
 
 
 @dataclass(frozen=True)

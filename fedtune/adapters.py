@@ -21,7 +21,7 @@ from fedtune.core.seeds import fold, uniform
 from fedtune.kinds import RESIZABLE, attach, constants, origin_shift, slot_of, starting_values, trainable
 from fedtune.lowrank.algebra import name_of, pairs
 from fedtune.models import Base
-from fedtune.seeded import SeededWeights
+from fedtune.random_directions.weights import SeededWeights
 
 
 class LocalModel:

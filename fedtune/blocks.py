@@ -5,7 +5,7 @@ elements, what is kept are K_l numbers along directions V_l = (z_1 ... z_K_l) th
 
     gamma_l = share / K_l V_l^T Delta_l        rebuilt as V_l gamma_l
 
-The elements of z are independent, of mean 0, variance 1 and fourth moment kappa (fedtune.noise.KURTOSIS), so that with
+The elements of z are independent, of mean 0, variance 1 and fourth moment kappa (fedtune.random_directions.hash_noise.KURTOSIS), so that with
 share = 1, and with D for Delta_l
 
     E z z^T D = D        E |z z^T D|^2 = sum_i E (z^T D)^2 z_i^2 = sum_i (|D|^2 + (kappa - 1) D_i^2)
@@ -14,7 +14,7 @@ share = 1, and with D for Delta_l
 K_l goes with |Delta_l|. Of a given K, that leaves the least error where blocks have about one size; in general it would
 be least with K_l in proportion to sqrt(d_l) |Delta_l|.
 
-What is rebuilt is a sum of whole numbers of directions (fedtune/seeded.py), so all who know the counts and budgets
+What is rebuilt is a sum of whole numbers of directions (fedtune/random_directions/weights.py), so all who know the counts and budgets
 of all answers hold the same weights, to the bit, in whatever order they came to know them.
 """
 
@@ -30,8 +30,8 @@ from fedtune.core.checks import at_least
 from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
 from fedtune.core.protocol import Layout, Tensors, Update, describe
 from fedtune.core.seeds import bits, fold
-from fedtune.noise import project
-from fedtune.seeded import Names, Space
+from fedtune.random_directions.hash_noise import project
+from fedtune.random_directions.weights import Names, Space
 from fedtune.zeroth import check_counts
 
 FEWEST = 2  # directions of a block

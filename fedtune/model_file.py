@@ -35,7 +35,7 @@ from fedtune.owner import check_targets, user
 from fedtune.wire import check_finite
 
 NAME = "model.fedtune"  # in a run folder
-FORMAT = 2  # 1 went along other directions (fedtune/noise.py)
+FORMAT = 2  # 1 went along other directions (fedtune/random_directions/hash_noise.py)
 KEY = "fedtune"
 LONGEST = 100_000  # characters of a config; ours have about 2,000
 

@@ -6,7 +6,7 @@
 
 With P = 1 that is MeZO (Malladi et al. 2023, "Fine-Tuning Language Models with Just Forward Passes", arXiv:2305.17333).
 On a quadratic loss the two-sided slope is exactly z^T grad L, for any eps. The steps are whole numbers of a quantum
-(fedtune/seeded.py), so whoever knows them takes the very same ones.
+(fedtune/random_directions/weights.py), so whoever knows them takes the very same ones.
 
 A strategy's fields are what all parties need to know; its clients are told them as settings (`told`).
 """
@@ -26,8 +26,8 @@ from fedtune.config.targets import fits
 from fedtune.core.checks import at_least
 from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
 from fedtune.core.protocol import Batch, Setting, describe
-from fedtune.noise import coefficient
-from fedtune.seeded import SeededWeights, Space, steps_record
+from fedtune.random_directions.hash_noise import coefficient
+from fedtune.random_directions.weights import SeededWeights, Space, steps_record
 from fedtune.training import loss_of
 
 if TYPE_CHECKING:

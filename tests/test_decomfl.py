@@ -18,8 +18,8 @@ from fedtune.config import compose
 from fedtune.core.errors import ClientError, ConfigError, WireError
 from fedtune.core.protocol import Instruction, Layout, Peer, Update
 from fedtune.lowrank.residual import FROM, VERSION
-from fedtune.noise import values
 from fedtune.party import Party
+from fedtune.random_directions.hash_noise import values
 from fedtune.zeroth import Rules
 from strategies.decomfl import DeComFL, State
 from strategies.mezo import MeZO

@@ -19,9 +19,9 @@ from fedtune.codecs.packed import Packed
 from fedtune.config import compose
 from fedtune.core.errors import ConfigError, DivergedError, WireError
 from fedtune.core.protocol import SERVER, Layout, Peer, Update
-from fedtune.noise import values
 from fedtune.party import Party
-from fedtune.seeded import pool
+from fedtune.random_directions.hash_noise import values
+from fedtune.random_directions.weights import pool
 from fedtune.zeroth import Rules
 from strategies import fedkseed_pro
 from strategies.fedkseed import FedKSeed, State

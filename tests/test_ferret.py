@@ -38,10 +38,10 @@ from fedtune.config import compose
 from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
 from fedtune.core.protocol import SERVER, Layout, Peer, Slot, Update
 from fedtune.lowrank.residual import FROM, VERSION, installed_version
-from fedtune.noise import KURTOSIS, values
 from fedtune.party import Party
+from fedtune.random_directions.hash_noise import KURTOSIS, values
+from fedtune.random_directions.weights import SeededWeights
 from fedtune.runtime.local import run_local
-from fedtune.seeded import SeededWeights
 from strategies.ferret import SHARE, Ferret, State
 
 RUN = "0" * 16

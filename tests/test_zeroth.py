@@ -17,8 +17,8 @@ from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.errors import ClientError, ConfigError, WireError
 from fedtune.core.protocol import Batch
 from fedtune.models import load_base
-from fedtune.noise import coefficient, values
-from fedtune.seeded import SeededWeights, Space
+from fedtune.random_directions.hash_noise import coefficient, values
+from fedtune.random_directions.weights import SeededWeights, Space
 from fedtune.training import fit, loss_of
 from fedtune.zeroth import Rules, check_counts, descend, rules_of, slopes_along, told
 

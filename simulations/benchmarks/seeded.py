@@ -26,8 +26,8 @@ from fedtune.adapters import LocalModel
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.protocol import Batch
 from fedtune.models import load_base
-from fedtune.noise import Table, accumulate_, add_
-from fedtune.seeded import pool, steps_record
+from fedtune.random_directions.hash_noise import Table, accumulate_, add_
+from fedtune.random_directions.weights import pool, steps_record
 from fedtune.zeroth import Rules, _loss, slopes_along
 
 SMOLLM2 = ModelSpec(name="smollm2", path="HuggingFaceTB/SmolLM2-135M-Instruct")

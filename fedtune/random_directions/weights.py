@@ -2,7 +2,7 @@
 
     w = w0 - 2^-k T        T = SIGMA sum_s n_s z_s,  int32, modulo 2^32        n_s: how far along direction s
 
-z_s comes from fedtune/noise.py. A step of -lr g z is n = g / quantum of these, rounded, with quantum = SIGMA 2^-k / lr.
+z_s comes from fedtune/random_directions/hash_noise.py. A step of -lr g z is n = g / quantum of these, rounded, with quantum = SIGMA 2^-k / lr.
 Because T is a sum of whole numbers, it is the same in whatever order, blocks and rounds its terms came, on every
 device: w is a function of w0 and the n_s alone. Who knows an older sum adds what changed; one copy of T takes a model
 back to where it was; perturbing and going back leaves no trace, also in bfloat16, for weights are always made from w0
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fedtune.core.errors import ConfigError, DivergedError
 from fedtune.core.seeds import bits, fold
-from fedtune.noise import LARGEST, SIGMA, Table, accumulate_, check_kind, render_
+from fedtune.random_directions.hash_noise import LARGEST, SIGMA, Table, accumulate_, check_kind, render_
 
 FINEST = 2.0**-16  # what a slope is rounded to at most, loss per unit of z, unless a method needs it otherwise
 SIGMAS = 8  # T stays below its limit with that many standard deviations of its largest elements to spare
@@ -189,7 +189,7 @@ class SeededWeights:
         """Set the model's tensors to w, or to w + c z.
 
         Args:
-            c: taken to 20 bits (`fedtune.noise.coefficient`).
+            c: taken to 20 bits (`fedtune.random_directions.hash_noise.coefficient`).
         """
         assert self.space is not None
         scale = -math.ldexp(1.0, -self.space.exponent)

@@ -22,7 +22,7 @@ Values are small whole numbers times 1 / SIGMA, of mean 0 and variance 1:
 
 So c z is exact in float32 for a c of 20 bits (`coefficient` rounds to that, by 2^-21 at most), w + c z is rounded once,
 and whether a device fuses multiplication and addition changes nothing. Sums of directions are kept in int32, where
-they are exact and in no order: fedtune/seeded.py.
+they are exact and in no order: fedtune/random_directions/weights.py.
 
 One source serves all: torch.compile makes a fused kernel of it, on a CPU by a C++ compiler and on CUDA by Triton.
 Where there is none, or with FEDTUNE_COMPILE=0, the same lines run eagerly in pieces that fit the cache: the same bits,
@@ -42,9 +42,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune import kernels
 from fedtune.core.errors import ConfigError
-from fedtune.kernels import HALF, SPAN
+from fedtune.random_directions import kernels
+from fedtune.random_directions.kernels import HALF, SPAN
 
 SIGMA = {"normal": 2.0, "rademacher": 1.0}  # the standard deviation of the whole numbers that z is made of
 LARGEST = {"normal": 8, "rademacher": 1}  # the largest of these numbers

@@ -1,4 +1,4 @@
-"""The arithmetic of seeded noise (fedtune/noise.py), in the form that torch.compile fuses.
+"""The arithmetic of seeded noise (fedtune/random_directions/hash_noise.py), in the form that torch.compile fuses.
 
 All of it is tensor operations on 32 bits without branches, so that a compiler keeps it in vector registers; whatever it
 does, or doesn't, the bits are the same. Tensors come as rows of SPAN elements. With each row come its parameter's
