@@ -11,7 +11,7 @@ from torch.nn import functional
 from fedtune.adapters import LocalModel
 from fedtune.config.schema import EvaluateSpec
 from fedtune.core.seeds import permutation
-from fedtune.corpus import Corpus, Span, padded
+from fedtune.data.corpus import Corpus, Span, padded
 from fedtune.generation import answerable, answers, exact, rouge_l
 from fedtune.training import learnt_logits
 

@@ -19,7 +19,7 @@ import torch
 
 from fedtune.adapters import LocalModel
 from fedtune.core.protocol import Batch
-from fedtune.corpus import Corpus
+from fedtune.data.corpus import Corpus
 from fedtune.training import learnt_logits
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedtune.config.schema import AdapterSpec
 from fedtune.core.errors import ModelError
-from fedtune.corpus import Corpus
+from fedtune.data.corpus import Corpus
 
 LENGTH = 12  # tokens of the text
 UNHEARD = 1e-6  # of the first half's influence on its own predictions: what rounding could make of nothing

@@ -22,8 +22,8 @@ from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import ClientError, DataError, ModelError
 from fedtune.core.protocol import Client, Codec, Instruction, Layout, Strategy, Tensors, Update, grid, is_lossless
 from fedtune.core.seeds import fold, permutation
+from fedtune.data.federated_data import FederatedData, load_data
 from fedtune.evaluate import Score, appraise, score
-from fedtune.federated_data import FederatedData, load_data
 from fedtune.installing import BATCH, BITS, STEPS
 from fedtune.lowrank.residual import installed_version
 from fedtune.memory import Memory, home

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fedtune.adapters import LocalModel
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.seeds import fold, permutation
-from fedtune.federated_data import FederatedData
+from fedtune.data.federated_data import FederatedData
 from fedtune.lowrank.algebra import pairs
 from fedtune.training import seeded
 

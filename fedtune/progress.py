@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.config.schema import FULL, Experiment
-from fedtune.row_counts import describe
+from fedtune.data.row_counts import describe
 
 if TYPE_CHECKING:  # torch comes with it, and a report needs none
     from fedtune.party import Party

@@ -15,7 +15,7 @@ from fedtune.config.schema import Experiment, MethodSpec
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import Peer
 from fedtune.core.seeds import fold
-from fedtune.federated_data import load_data
+from fedtune.data.federated_data import load_data
 from fedtune.party import Party
 from fedtune.runtime.local import run_local
 from fedtune.tiny import tiny_tokenizer

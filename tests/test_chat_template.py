@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from fedtune.config import compose
 from fedtune.config.schema import DataSpec
 from fedtune.core.errors import ConfigError, DataError
-from fedtune.data import Example
-from fedtune.federated_data import load_data
+from fedtune.data.federated_data import load_data
+from fedtune.data.row_counts import describe
+from fedtune.data.sources import Example
+from fedtune.data.tokenisation import tokenise
 from fedtune.progress import headline
-from fedtune.row_counts import describe
 from fedtune.tiny import CHAT_TEMPLATE, tiny_tokenizer
-from fedtune.tokenisation import tokenise
 
 END = 256  # <|end|> of the tiny tokenizer
 ALPHABET = "stone glas?:[]/AQINT.\n"

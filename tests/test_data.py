@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from fedtune.config import compose
 from fedtune.config.schema import DataSpec
 from fedtune.core.errors import ConfigError, DataError, FedtuneError
-from fedtune.data import load_examples
-from fedtune.federated_data import load_data
+from fedtune.data.federated_data import load_data
+from fedtune.data.sources import load_examples
+from fedtune.data.tokenisation import tokenise
 from fedtune.tiny import tiny_tokenizer
-from fedtune.tokenisation import tokenise
 
 TOKENIZER = tiny_tokenizer()
 ROWS = {

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from fedtune.config.compose import CONF, compose
 from fedtune.config.schema import DataSpec
 from fedtune.core.errors import ConfigError, DataError, FedtuneError
-from fedtune.corpus import Corpus
-from fedtune.data import Example, load_examples
-from fedtune.duplicates import distinct, groups, hold_out, texts
-from fedtune.federated_data import FederatedData, load_data
+from fedtune.data.corpus import Corpus
+from fedtune.data.duplicates import distinct, groups, hold_out, texts
+from fedtune.data.federated_data import FederatedData, load_data
+from fedtune.data.sources import Example, load_examples
 from fedtune.judging import Request, evaluate
 from fedtune.party import Party
 from fedtune.plan_view import plans

@@ -14,8 +14,8 @@ from fedtune.config import compose
 from fedtune.config.compose import load as load_config
 from fedtune.config.schema import DataSpec
 from fedtune.core.errors import ConfigError, DataError, FedtuneError
-from fedtune.data import describe_source, load_examples
-from fedtune.federated_data import load_data
+from fedtune.data.federated_data import load_data
+from fedtune.data.sources import describe_source, load_examples
 
 ROWS = [{"prompt": f"{n}+{n}?", "completion": str(2 * n)} for n in range(4)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)

@@ -13,11 +13,11 @@ from fedtune.config import compose
 from fedtune.config.schema import ADAPTERS, AdapterSpec, DataSpec, ModelSpec
 from fedtune.core.errors import ConfigError
 from fedtune.core.seeds import fold, uniform
-from fedtune.data import Example
+from fedtune.data.sources import Example
+from fedtune.data.tokenisation import tokenise
 from fedtune.generation import Answer, answerable, answers, exact, greedy, rouge_l
 from fedtune.models import load_base
 from fedtune.tiny import tiny_tokenizer
-from fedtune.tokenisation import tokenise
 
 NEW = 20
 PAD = 256

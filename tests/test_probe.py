@@ -17,8 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from fedtune.adapters import LocalModel
 from fedtune.config import compose
 from fedtune.config.schema import AdapterSpec, ModelSpec
-from fedtune.corpus import Corpus
-from fedtune.federated_data import FederatedData
+from fedtune.data.corpus import Corpus
+from fedtune.data.federated_data import FederatedData
 from fedtune.lowrank.algebra import pairs
 from fedtune.models import load_base, pick_device
 from fedtune.party import Party

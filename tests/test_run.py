@@ -22,7 +22,7 @@ from fedtune.config import compose, load
 from fedtune.config.population import PopulationSpec
 from fedtune.core.errors import Interrupted, RunFolderError
 from fedtune.core.protocol import Peer, Update
-from fedtune.federated_data import load_data
+from fedtune.data.federated_data import load_data
 from fedtune.ledger import COLUMNS, Entry, Ledger, parse
 from fedtune.replies import Replies
 from fedtune.roster import Roster

@@ -69,7 +69,7 @@ def test_what_is_made_once_is_made_once():
 
 
 def test_data_are_read_once_however_they_are_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from fedtune import federated_data
+    from fedtune.data import federated_data
     from fedtune.tiny import tiny_tokenizer
 
     read = []

@@ -10,15 +10,15 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune import token_cache
 from fedtune.config.schema import DataSpec
 from fedtune.core.seeds import fold
-from fedtune.corpus import Corpus, Question
-from fedtune.data import Example, load_examples
-from fedtune.partition import _partitioner, divide
+from fedtune.data import token_cache
+from fedtune.data.corpus import Corpus, Question
+from fedtune.data.partition import _partitioner, divide
+from fedtune.data.sources import Example, load_examples
+from fedtune.data.token_cache import kept_or
+from fedtune.data.tokenisation import tokenise
 from fedtune.tiny import tiny_tokenizer
-from fedtune.token_cache import kept_or
-from fedtune.tokenisation import tokenise
 
 
 @pytest.fixture

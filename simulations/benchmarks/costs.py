@@ -66,8 +66,8 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
     from fedtune.adapters import LocalModel
     from fedtune.config.schema import AdapterSpec, ModelSpec
     from fedtune.core.protocol import Batch
-    from fedtune.corpus import Corpus
-    from fedtune.federated_data import FederatedData
+    from fedtune.data.corpus import Corpus
+    from fedtune.data.federated_data import FederatedData
     from fedtune.models import load_base
     from fedtune.probe import costs_of, weights_of
     from fedtune.training import loss_of, make_optimizer

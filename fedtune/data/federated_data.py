@@ -15,13 +15,13 @@ from fedtune.config.schema import DataSpec
 from fedtune.core.errors import DataError
 from fedtune.core.protocol import Batch
 from fedtune.core.seeds import fold, permutation
-from fedtune.corpus import Corpus
-from fedtune.data import load_examples
-from fedtune.duplicates import distinct, groups, hold_out, repeated, texts
-from fedtune.partition import divide
+from fedtune.data.corpus import Corpus
+from fedtune.data.duplicates import distinct, groups, hold_out, repeated, texts
+from fedtune.data.partition import divide
+from fedtune.data.sources import load_examples
+from fedtune.data.token_cache import kept_or
+from fedtune.data.tokenisation import tokenise
 from fedtune.sharing import once
-from fedtune.token_cache import kept_or
-from fedtune.tokenisation import tokenise
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def load_data(spec: DataSpec, clients: int, tokenizer: Any, seed: int) -> Federa
 
     Rows whose text another has are left out (data.duplicates). Then the server's held-out rows are set aside,
     flwr-datasets divides the rest among the clients, and each client sets aside its own held-out rows; rows with one
-    text or one prompt are on one side of each of these splits (fedtune/duplicates.py). All of it follows from the
+    text or one prompt are on one side of each of these splits (fedtune/data/duplicates.py). All of it follows from the
     seed. A client may end up without rows.
 
     Raises:

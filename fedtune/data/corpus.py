@@ -29,7 +29,7 @@ class Corpus:
     targets: np.ndarray  # (total,) bool: the tokens whose loss counts
     starts: np.ndarray  # (examples + 1,) int64: example i is [starts[i], starts[i + 1])
     questions: Mapping[int, Question] = field(default_factory=dict)  # by row, where the example is one
-    counts: Mapping[str, int] = field(default_factory=dict)  # of rows, by what reading did (fedtune/row_counts.py)
+    counts: Mapping[str, int] = field(default_factory=dict)  # of rows, by what reading did (fedtune/data/row_counts.py)
 
     def __len__(self) -> int:
         return len(self.starts) - 1

@@ -15,8 +15,8 @@ from itertools import takewhile
 
 import numpy as np
 
-from fedtune.corpus import Corpus
-from fedtune.rows import Example
+from fedtune.data.corpus import Corpus
+from fedtune.data.rows import Example
 
 
 def texts(corpus: Corpus) -> np.ndarray:

@@ -22,8 +22,8 @@ import torch
 from fedtune.config.schema import DataSpec
 from fedtune.core.atomic import write_atomically
 from fedtune.core.sealed import seal, unseal
-from fedtune.corpus import Corpus
-from fedtune.data import Example
+from fedtune.data.corpus import Corpus
+from fedtune.data.sources import Example
 from fedtune.models import cache_folder
 
 KEPT_BYTES = 1 << 30  # of all files together; those that were read last stay

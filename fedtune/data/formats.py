@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedtune.core.errors import DataError
-from fedtune.rows import Row
+from fedtune.data.rows import Row
 
 COMPRESSED: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,

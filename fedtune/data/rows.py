@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from fedtune.choices import CHOICES, is_question, prompt_of, read_choices
 from fedtune.config.schema import DataSpec
 from fedtune.core.errors import DataError
+from fedtune.data.multiple_choice import CHOICES, is_question, prompt_of, read_choices
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}, and perhaps tool_calls and what belongs to them
 Row = tuple[str, dict[str, Any]]  # where it stands ("train.jsonl line 7"), and its columns

@@ -11,10 +11,10 @@ import yaml
 
 from fedtune.config.schema import DataSpec, SafeLoader
 from fedtune.core.errors import DataError
-from fedtune.formats import KNOWN_ENDINGS, SPARE, SPLITS, dataset_rows, ending, file_rows, is_saved, saved_rows
-from fedtune.rows import Example as Example
-from fedtune.rows import Message as Message
-from fedtune.rows import Row, reader
+from fedtune.data.formats import KNOWN_ENDINGS, SPARE, SPLITS, dataset_rows, ending, file_rows, is_saved, saved_rows
+from fedtune.data.rows import Example as Example
+from fedtune.data.rows import Message as Message
+from fedtune.data.rows import Row, reader
 
 _SPLIT = re.compile(rf"(?:^|[^a-z])({'|'.join(SPLITS)})(?=$|[^a-z])")
 _SAME = {"training": "train", "testing": "test", "valid": "validation", "val": "validation", "dev": "validation"}

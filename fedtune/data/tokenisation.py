@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.chat_template import Chat
 from fedtune.config.schema import DataSpec
 from fedtune.core.errors import DataError
-from fedtune.corpus import Corpus, Question
-from fedtune.encoder import Encoder, Given, Piece
-from fedtune.rows import Example
+from fedtune.data.chat_template import Chat
+from fedtune.data.corpus import Corpus, Question
+from fedtune.data.encoder import Encoder, Given, Piece
+from fedtune.data.rows import Example
 
 
 def tokenise(examples: Sequence[Example], tokenizer: Any, spec: DataSpec) -> tuple[Corpus, list[int]]:

@@ -14,8 +14,8 @@ from typing import Any
 
 from fedtune.config.schema import DataSpec
 from fedtune.core.errors import DataError
-from fedtune.encoder import Encoder, Piece
-from fedtune.rows import Example, Message
+from fedtune.data.encoder import Encoder, Piece
+from fedtune.data.rows import Example, Message
 
 PLACEHOLDER = "\x1aanswer\x1a"  # stands where an answer will; no text has it
 ROWS_AT_ONCE = 1000  # whose renderings are in memory together
