@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtune.clock import Clock, Turn
-from fedtune.config import compose
 from fedtune.config.compatibility import traits_of
+from fedtune.config.compose import compose
 from fedtune.core.atomic import write_atomically
 from fedtune.core.csv_cells import guarded
 from fedtune.core.errors import QuorumError

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Gemma3Config, LlavaConfig, PreTrainedTokenizerFast, Qwen2VLConfig
 
 from fedtune.adapters import LocalModel
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.errors import ClientError, ConfigError, ExportError, ModelError
 from fedtune.core.protocol import Batch

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, dense, factors, layout, reply
 
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import Instruction, Peer, Update, same_instruction, share
 from fedtune.installing import install

@@ -18,7 +18,7 @@ from fedtune.codecs.int8 import Int8
 from fedtune.codecs.packed import varint
 from fedtune.codecs.stc import STC
 from fedtune.codecs.topk import TopK
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, WireError
 from fedtune.core.protocol import Instruction
 from fedtune.memory import Memory

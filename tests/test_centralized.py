@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SMALL, summary_of
 
-from fedtune.config import compose, from_run_config, load
+from fedtune.config.compose import compose, from_run_config, load
 from fedtune.config.population import PopulationSpec
 from fedtune.config.schema import Experiment, MethodSpec
 from fedtune.core.errors import ConfigError

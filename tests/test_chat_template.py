@@ -11,7 +11,7 @@ from test_data import load, write
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.config.schema import DataSpec
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.data.federated_data import load_data

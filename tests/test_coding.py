@@ -11,7 +11,7 @@ from fedtune.codecs.packed import Packed
 from fedtune.codecs.stc import STC
 from fedtune.codecs.topk import TopK
 from fedtune.coding import decode, encode, left_out, with_feedback
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Peer, Update
 from fedtune.replies import Replies

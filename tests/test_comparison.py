@@ -15,7 +15,7 @@ from conftest import rows, small
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, RunFolderError
 from fedtune.report.comparison import (
     Entry,

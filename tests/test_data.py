@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.config.schema import DataSpec
 from fedtune.core.errors import ConfigError, DataError, FedtuneError
 from fedtune.data.federated_data import load_data

@@ -14,7 +14,7 @@ import torch
 from conftest import rows, summary_of
 
 from clients.shared_directions import seeds_of
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, ConfigError, WireError
 from fedtune.core.protocol import Instruction, Layout, Peer, Update
 from fedtune.lowrank.residual import FROM, VERSION

@@ -19,7 +19,7 @@ from fedtune.codecs.blob import LARGEST
 from fedtune.codecs.int8 import MOST, Int8
 from fedtune.codecs.nf4 import MIDPOINTS, TABLE, Nf4
 from fedtune.codecs.signsgd import SignSGD
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.party import Party
 

@@ -12,7 +12,7 @@ import torch
 from conftest import PAIRS
 
 from fedtune.compare.plan import plan
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.checks import nearest
 from fedtune.runtime.local import run_local
 from simulations import results

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedtune import wire
 from fedtune.cli import main
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.evaluate import Score, mean_score
 from fedtune.runtime.local import run_local

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedtune.adapters import LocalModel
 from fedtune.checkpoint import load_checkpoint
 from fedtune.cli import main
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.config.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
 from fedtune.config.targets import check
 from fedtune.core.errors import ConfigError, ExportError

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from layers import SCALING, SHAPES, dense, distance, layout
 
 from fedtune.checkpoint import state_sha256
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import SERVER, Instruction, Layout, Peer, Update
 from fedtune.core.seeds import bits, fold

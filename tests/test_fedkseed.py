@@ -16,7 +16,7 @@ from conftest import rows, summary_of
 from clients.zeroth_order import drawn
 from fedtune.checkpoint import load_checkpoint
 from fedtune.codecs.packed import Packed
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, DivergedError, WireError
 from fedtune.core.protocol import SERVER, Layout, Peer, Update
 from fedtune.party import Party

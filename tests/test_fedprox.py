@@ -18,7 +18,7 @@ from toy import SHAPES, A, B, Endless, Toy, drawn, quadratic
 
 from clients.first_order import FirstOrder, proximal
 from fedtune.checkpoint import state_sha256
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.protocol import Instruction, Peer, Update
 from fedtune.party import Party
 from strategies.fedit import FedIT

@@ -12,7 +12,7 @@ from conftest import SMALL, summary_of
 from layers import layout, reply
 
 from fedtune.checkpoint import state_sha256
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import SERVER, Peer
 from fedtune.party import Party

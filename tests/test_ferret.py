@@ -34,7 +34,7 @@ from fedtune.blocks import (
     seeds_of,
 )
 from fedtune.checkpoint import state_sha256
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
 from fedtune.core.protocol import SERVER, Layout, Peer, Slot, Update
 from fedtune.lowrank.residual import FROM, VERSION, installed_version

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import RANK, SCALING, dense, distance, factors, ideal, layout, reply
 
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import Peer, Update
 from fedtune.lowrank.algebra import pairs

@@ -16,7 +16,7 @@ from layers import SCALING, SHAPES, dense, distance, factors, ideal, layout, rep
 
 from clients.fresh import Fresh
 from fedtune.checkpoint import state_sha256
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Layout, Peer, Slot, Update
 from fedtune.lowrank.algebra import pairs

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from fedtune import wire
 from fedtune.codecs.raw import Raw
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, QuorumError, WireError
 from fedtune.core.protocol import Instruction, Layout, Slot, Update
 from fedtune.core.seeds import fold

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import TOKENIZER, load, write
 
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.config.compose import load as load_config
 from fedtune.config.schema import DataSpec
 from fedtune.core.errors import ConfigError, DataError, FedtuneError

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.adapters import LocalModel
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.config.schema import ADAPTERS, AdapterSpec, DataSpec, ModelSpec
 from fedtune.core.errors import ConfigError
 from fedtune.core.seeds import fold, uniform

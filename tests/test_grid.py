@@ -9,7 +9,7 @@ from conftest import SMALL, run_on, summary_of
 from flwr.app import Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, ClientTimeout, QuorumError, WireError
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid

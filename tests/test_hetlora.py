@@ -25,7 +25,7 @@ from layers import SCALING, dense, factors, layout, reply
 
 from clients.self_pruning import tail
 from fedtune.checkpoint import load_checkpoint
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import SERVER, Layout, Peer, Slot, Update
 from fedtune.lowrank.algebra import name_of, pairs

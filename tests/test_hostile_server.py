@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from fedtune import wire
 from fedtune.codecs.packed import Packed
 from fedtune.codecs.raw import Raw
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, FedtuneError
 from fedtune.core.protocol import Instruction
 from fedtune.flower import assume_identity

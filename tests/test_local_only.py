@@ -10,7 +10,7 @@ from conftest import SMALL, rows, summary_of
 from safetensors.torch import load_file
 
 from fedtune.checkpoint import state_sha256
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import SERVER, Peer, Update
 from fedtune.lowrank.algebra import pairs

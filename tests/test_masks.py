@@ -22,7 +22,7 @@ from fedtune.codecs.compeft import MAGIC, ComPEFT
 from fedtune.codecs.raw import Raw
 from fedtune.codecs.topk import TopK
 from fedtune.coding import decode, encode
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
 from fedtune.masks import cosine, dot, masks_of, similarity, weighted_sum
 from fedtune.party import Party

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from remembering import WORDS
 
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError
 from fedtune.memory import Memory
 from fedtune.runtime.app import make_client_app

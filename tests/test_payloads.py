@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL
 
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.lowrank.algebra import pairs
 from fedtune.party import Party
 

@@ -5,7 +5,7 @@ from conftest import SMALL, rows, run_on, summary_of
 from flwr.clientapp import ClientApp
 
 from fedtune import wire
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.evaluate import Score, mean_score
 from fedtune.party import Party

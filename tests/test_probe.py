@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fedtune.adapters import LocalModel
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.data.corpus import Corpus
 from fedtune.data.federated_data import FederatedData

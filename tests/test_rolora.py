@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from layers import SCALING, dense, distance, ideal, layout, reply
 
 from fedtune.checkpoint import state_sha256
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, WireError
 from fedtune.core.protocol import SERVER, Peer
 from fedtune.lowrank.averaging import for_peer

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.checkpoint import Checkpoint, flatten, load_checkpoint, save_checkpoint, state_sha256, unflatten
-from fedtune.config import compose, load
+from fedtune.config.compose import compose, load
 from fedtune.config.population import PopulationSpec
 from fedtune.core.errors import Interrupted, RunFolderError
 from fedtune.core.protocol import Peer, Update
@@ -338,7 +338,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
 
 MEASURE = """
 import sys
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.runtime.local import run_local
 clients, out = sys.argv[1:]
 run_local(compose(["model=tiny", "data.partition=iid", f"population.clients={clients}", f"population.cohort={clients}",

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from toy import SHAPES, A, B, Endless, Toy, drawn, quadratic
 
 from clients.scaffold import Scaffold as ScaffoldClient
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.control import CHANGE, CONTROL, settle, tag
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Instruction, Layout, Peer, Slot, Update

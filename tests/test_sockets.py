@@ -17,7 +17,7 @@ from conftest import SMALL, rows, summary_of
 from deployed import PATHS, failures, run
 from flwr.cli.build import build_fab_from_disk
 
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.protocol import Peer
 from fedtune.flower import Run, content_to_bytes
 from fedtune.framing import Link

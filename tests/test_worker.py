@@ -20,7 +20,7 @@ from flwr.app import Context, Message, RecordDict
 
 from fedtune import wire
 from fedtune.codecs.raw import Raw
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError
 from fedtune.core.protocol import Instruction
 from fedtune.flower import assume_identity

@@ -22,7 +22,7 @@ from typing import Any
 
 from fedtune.compare.plan import Cell
 from fedtune.compare.state import now
-from fedtune.config import compose, differences, load_file
+from fedtune.config.compose import compose, differences, load_file
 from fedtune.config.schema import Experiment
 from fedtune.core.errors import FedtuneError, Interrupted, RunFolderError
 from fedtune.core.signals import ENDINGS

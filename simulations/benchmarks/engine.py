@@ -33,7 +33,7 @@ from flwr.clientapp import ClientApp
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.config.schema import Experiment, MethodSpec
 from fedtune.core.protocol import Instruction, Tensors, Update
 from fedtune.core.seeds import fold

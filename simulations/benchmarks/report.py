@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.clock import Timed, Turn
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.ledger import Entry, sums
 from fedtune.run_folder import RunFolder
 
