@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedtune.adapters import LocalModel
 from fedtune.core.costs import Work
 from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
 from fedtune.installing import install, metrics_of
+from fedtune.models.adapted_model import LocalModel
 from fedtune.training import fit
 
 

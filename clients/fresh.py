@@ -7,11 +7,11 @@ The server's settings: `rank` and `scaling` of the adapter where they are this c
 from dataclasses import dataclass
 
 from clients.first_order import FirstOrder
-from fedtune.adapters import LocalModel
-from fedtune.base_change import DENSE
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
 from fedtune.installing import RANK, SCALING
 from fedtune.lowrank.algebra import pairs
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base_delta import DENSE
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from clients.first_order import FirstOrder
-from fedtune.adapters import LocalModel
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
 from fedtune.installing import install
 from fedtune.lowrank.averaging import narrowed
+from fedtune.models.adapted_model import LocalModel
 
 
 @dataclass(frozen=True)

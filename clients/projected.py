@@ -8,11 +8,11 @@ server rebuilds in the mean. The client's memory is what all clients have answer
 from dataclasses import dataclass
 
 from clients.first_order import FirstOrder, proximal
-from fedtune.adapters import LocalModel
 from fedtune.blocks import BUDGET, SLOPES, TURN, Projection, blocks_of, coordinates, records_of, seeds_of
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
 from fedtune.history import caught_up
 from fedtune.lowrank.residual import VERSION
+from fedtune.models.adapted_model import LocalModel
 from fedtune.zeroth import as_told
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from clients.first_order import FirstOrder, proximal
-from fedtune.adapters import LocalModel
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
 from fedtune.installing import metrics_of
 from fedtune.lowrank.algebra import pairs
 from fedtune.lowrank.averaging import narrowed
+from fedtune.models.adapted_model import LocalModel
 
 
 @dataclass(frozen=True)

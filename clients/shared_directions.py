@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from clients.zeroth_order import ZerothOrder
-from fedtune.adapters import LocalModel
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
 from fedtune.core.seeds import bits, fold
 from fedtune.history import caught_up
 from fedtune.lowrank.residual import VERSION
+from fedtune.models.adapted_model import LocalModel
 from fedtune.zeroth import Rules, descend, rules_of
 
 

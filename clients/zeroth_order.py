@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune.adapters import LocalModel
 from fedtune.core.costs import Work
 from fedtune.core.errors import ClientError, ConfigError
 from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update, describe
 from fedtune.core.seeds import bits, fold
+from fedtune.models.adapted_model import LocalModel
 from fedtune.random_directions.weights import pool
 from fedtune.zeroth import descend, rules_of
 

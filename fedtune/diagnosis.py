@@ -18,7 +18,7 @@ from fedtune.config.devices import write_devices
 from fedtune.core.errors import ConfigError, ModelError
 from fedtune.core.protocol import Capability
 from fedtune.memory import home
-from fedtune.models import pick_device, pick_dtype
+from fedtune.models.base import pick_device, pick_dtype
 
 BUSY = 0.5  # load per core from which other programs get in the way of measuring
 MISSED = 0.4  # of a step's time: more than idle devices show

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.core.errors import ModelError
-from fedtune.models import quiet
-from fedtune.requantize import dequantized
+from fedtune.models.base import quiet
+from fedtune.models.requantize import dequantized
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYERS = 4
@@ -254,7 +254,7 @@ def _nf4(plain: nn.Linear) -> nn.Module:
         plain.in_features, plain.out_features, bias=False, quant_type="nf4", compress_statistics=True
     )
     layer.weight.data = plain.weight.data.clone()
-    layer.support_avx512bf16_for_cpu = False  # as fedtune/models.py has it
+    layer.support_avx512bf16_for_cpu = False  # as fedtune/models/base.py has it
     made: nn.Module = layer
     return made
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from fedtune.adapters import LocalModel
 from fedtune.config.schema import EvaluateSpec
 from fedtune.core.seeds import permutation
 from fedtune.data.corpus import Corpus, Span, padded
 from fedtune.generation import answerable, answers, exact, rouge_l
+from fedtune.models.adapted_model import LocalModel
 from fedtune.training import learnt_logits
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from fedtune.adapters import LocalModel
-from fedtune.base_change import DENSE
 from fedtune.core.protocol import Tensors
 from fedtune.lowrank.algebra import LowRank, pairs, stack, unpair
 from fedtune.lowrank.residual import from_residual, joined
-from fedtune.peft_fields import readable
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base_delta import DENSE
+from fedtune.models.peft_fields import readable
 
 ADAPTER_CONFIG = "adapter_config.json"
 

@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fedtune.adapters import LocalModel
 from fedtune.checkpoint import load_checkpoint
 from fedtune.config.compatibility import traits_of
 from fedtune.config.compose import load_file
@@ -29,7 +28,8 @@ from fedtune.core.errors import ExportError, ModelError
 from fedtune.core.seeds import bits, fold
 from fedtune.export import adapter_files
 from fedtune.model_file import NAME, TunedModel, malformed, read
-from fedtune.models import Base, Origin, load_base, pick_device
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import Base, Origin, load_base, pick_device
 from fedtune.owner import user
 from fedtune.party import Party
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedtune.adapters import LocalModel
 from fedtune.core.protocol import Layout, Setting, Tensors
 from fedtune.core.seeds import fold, uniform
 from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.models.adapted_model import LocalModel
 
 SEED = "basis_seed"  # the setting
 CORE = "lora_R"  # the role of R, as in `...q_proj.lora_R.weight`

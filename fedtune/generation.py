@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune.adapters import LocalModel
 from fedtune.core.protocol import Batch
 from fedtune.data.corpus import Corpus
+from fedtune.models.adapted_model import LocalModel
 from fedtune.training import learnt_logits
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fedtune.adapters import LocalModel
 from fedtune.core.checks import nearest
 from fedtune.core.errors import ConfigError, DataError
+from fedtune.models.adapted_model import LocalModel
 
 TESTED = "lm-eval==0.4.13"
 MOST_NAMES = 20  # that an error lists

@@ -1,11 +1,11 @@
 """How a client makes its model what an instruction describes, and what it says of itself in return."""
 
-from fedtune.adapters import LocalModel
-from fedtune.base_change import DENSE
 from fedtune.core.errors import ClientError, WireError
 from fedtune.core.protocol import Instruction, Tensors, Update
 from fedtune.lowrank.averaging import narrowed
 from fedtune.lowrank.residual import update_residual
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base_delta import DENSE
 
 # Settings; `scaling` is also a metric of every update of a LoRA adapter
 TRAIN, SCALING, RANK = "train", "scaling", "rank"

@@ -11,7 +11,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.adapters import LocalModel
 from fedtune.core.atomic import write_atomically
 from fedtune.core.errors import ConfigError, DataError, ExportError
 from fedtune.data.federated_data import FederatedData
@@ -21,7 +20,8 @@ from fedtune.data.tokenisation import tokenise
 from fedtune.evaluate import FIGURES, Score, mean_score
 from fedtune.folder import check_one_model, party_for, source_of, tuned
 from fedtune.harness import check_installed, run_tasks
-from fedtune.model_checks import check_tokens
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.model_checks import check_tokens
 from fedtune.party import Party
 
 COLUMNS = ("loss", "accuracy", "exact match", "ROUGE-L", "choices")  # of FIGURES

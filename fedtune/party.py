@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from flwr.app import RecordDict
 
-from fedtune.adapters import LocalModel
 from fedtune.broadcast import Sent, hear, is_link
 from fedtune.coding import build_codec, decode, encode, left_out, with_feedback
 from fedtune.config.compatibility import check_codecs, check_traits, traits_of
@@ -27,12 +26,13 @@ from fedtune.evaluate import Score, appraise, score
 from fedtune.installing import BATCH, BITS, STEPS
 from fedtune.lowrank.residual import installed_version
 from fedtune.memory import Memory, home
-from fedtune.model_checks import check_tokens, positions_for
-from fedtune.models import Base, pick_device
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import Base, pick_device
+from fedtune.models.model_checks import check_tokens, positions_for
+from fedtune.models.shared_base import base_for
 from fedtune.owner import Owner, check_room
 from fedtune.population import server_peer
 from fedtune.probe import base_bytes, costs_of, weights_of
-from fedtune.sharing import base_for
 from fedtune.wire import (
     blob_of,
     check_finite,

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fedtune.adapters import LocalModel
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.seeds import fold, permutation
 from fedtune.data.federated_data import FederatedData
 from fedtune.lowrank.algebra import pairs
+from fedtune.models.adapted_model import LocalModel
 from fedtune.training import seeded
 
 NF4_BYTES = 0.516  # a parameter: 4 bits, and absmax of each 64 in 8 bits, double quantization

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedtune.adapters import LocalModel
 from fedtune.core.errors import ClientError, ConfigError
 from fedtune.core.protocol import Batch
+from fedtune.models.adapted_model import LocalModel
 
 
 def learnt_logits(module: Any, batch: Batch) -> tuple[Tensor, Tensor]:

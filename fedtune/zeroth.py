@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedtune.adapters import LocalModel
 from fedtune.config.targets import fits
 from fedtune.core.checks import at_least
 from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
 from fedtune.core.protocol import Batch, Setting, describe
+from fedtune.models.adapted_model import LocalModel
 from fedtune.random_directions.hash_noise import coefficient
 from fedtune.random_directions.weights import SeededWeights, Space, steps_record
 from fedtune.training import loss_of

@@ -16,9 +16,9 @@ from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import Peer
 from fedtune.core.seeds import fold
 from fedtune.data.federated_data import load_data
+from fedtune.models.tiny import tiny_tokenizer
 from fedtune.party import Party
 from fedtune.runtime.local import run_local
-from fedtune.tiny import tiny_tokenizer
 from fedtune.training import fit
 
 RUN = "0" * 16

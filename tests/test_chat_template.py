@@ -18,8 +18,8 @@ from fedtune.data.federated_data import load_data
 from fedtune.data.row_counts import describe
 from fedtune.data.sources import Example
 from fedtune.data.tokenisation import tokenise
+from fedtune.models.tiny import CHAT_TEMPLATE, tiny_tokenizer
 from fedtune.progress import headline
-from fedtune.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 END = 256  # <|end|> of the tiny tokenizer
 ALPHABET = "stone glas?:[]/AQINT.\n"

@@ -17,7 +17,7 @@ from fedtune.data.multiple_choice import read_choices
 from fedtune.data.sources import load_examples
 from fedtune.data.tokenisation import tokenise
 from fedtune.evaluate import appraise, choose
-from fedtune.tiny import tiny_tokenizer
+from fedtune.models.tiny import tiny_tokenizer
 
 LIST = ["red", "green", "7", "C"]
 ARC = {"text": ["red", "green", "7"], "label": ["1", "2", "3"]}

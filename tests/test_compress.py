@@ -17,7 +17,7 @@ from fedtune.codecs.packed import Packed
 from fedtune.codecs.raw import Raw
 from fedtune.compress import BEGIN, MAGIC, MAX_FILE, MAX_HEAD, MAX_VALUES, PACKED, WEIGHTS, compress, decompress, read
 from fedtune.core.errors import ConfigError, ExportError, FedtuneError
-from fedtune.tiny import tiny_model
+from fedtune.models.tiny import tiny_model
 
 CONFIG = "adapter_config.json"
 LOSSY = ("compeft", "topk", "stc")
@@ -429,7 +429,7 @@ def test_a_lying_head_ends_in_one_message(small, capsys, change, part):
 
 CODECS = {
     "code": ({"_target_": "os.system", "command": "touch owned"}, "'os.system' is not known"),
-    "code behind our name": ({"_target_": "fedtune.models.os.system"}, "is not known"),
+    "code behind our name": ({"_target_": "fedtune.models.base.os.system"}, "is not known"),
     "a class of ours that is no codec": ({"_target_": "strategies.fedit.FedIT"}, "is not known"),
     "no class": ({}, "'None' is not known"),
     "a class that is a list": ({"_target_": ["os.system"]}, "is not known"),

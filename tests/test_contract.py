@@ -13,7 +13,6 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
 
 from fedtune import wire
-from fedtune.base_change import DENSE
 from fedtune.checkpoint import state_sha256
 from fedtune.config.compatibility import traits_of
 from fedtune.config.compose import choices
@@ -21,6 +20,7 @@ from fedtune.core.errors import QuorumError
 from fedtune.core.protocol import SERVER, Peer, Update
 from fedtune.lowrank.algebra import pairs
 from fedtune.lowrank.residual import from_residual
+from fedtune.models.base_delta import DENSE
 from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local

@@ -17,7 +17,7 @@ from fedtune.core.errors import ConfigError, DataError, FedtuneError
 from fedtune.data.federated_data import load_data
 from fedtune.data.sources import load_examples
 from fedtune.data.tokenisation import tokenise
-from fedtune.tiny import tiny_tokenizer
+from fedtune.models.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 ROWS = {

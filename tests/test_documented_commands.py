@@ -116,7 +116,7 @@ def test_what_else_the_pages_call_is_there():
 def folder(tmp_path, monkeypatch):
     """The toy as a Hugging Face folder, for what loads a base by its path."""
     from fedtune.config.schema import ModelSpec
-    from fedtune.models import load_base
+    from fedtune.models.base import load_base
 
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # those of the other tests stay
     base = load_base(ModelSpec(name="tiny"), torch.device("cpu"))

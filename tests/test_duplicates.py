@@ -18,11 +18,11 @@ from fedtune.data.duplicates import distinct, groups, hold_out, texts
 from fedtune.data.federated_data import FederatedData, load_data
 from fedtune.data.sources import Example, load_examples
 from fedtune.judging import Request, evaluate
+from fedtune.models.shared_base import sharing
+from fedtune.models.tiny import tiny_tokenizer
 from fedtune.party import Party
 from fedtune.plan_view import plans
 from fedtune.runtime.local import run_local
-from fedtune.sharing import sharing
-from fedtune.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 

@@ -21,7 +21,7 @@ from fedtune.core.protocol import SERVER, Instruction, Layout, Peer, Update
 from fedtune.core.seeds import bits, fold
 from fedtune.frozen_basis import expanded, left_basis, training_core, zero_core
 from fedtune.lowrank.algebra import name_of, pairs
-from fedtune.models import load_base, pick_device
+from fedtune.models.base import load_base, pick_device
 from fedtune.party import Party
 from fedtune.training import loss_of
 from strategies.fed_sb import FedSB

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.adapters import LocalModel
 from fedtune.config.compose import compose
 from fedtune.config.schema import ADAPTERS, AdapterSpec, DataSpec, ModelSpec
 from fedtune.core.errors import ConfigError
@@ -16,8 +15,9 @@ from fedtune.core.seeds import fold, uniform
 from fedtune.data.sources import Example
 from fedtune.data.tokenisation import tokenise
 from fedtune.generation import Answer, answerable, answers, exact, greedy, rouge_l
-from fedtune.models import load_base
-from fedtune.tiny import tiny_tokenizer
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import load_base
+from fedtune.models.tiny import tiny_tokenizer
 
 NEW = 20
 PAD = 256

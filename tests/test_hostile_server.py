@@ -118,7 +118,7 @@ CONFIGS = {
     "fetches": (client(_target_="urllib.request.urlretrieve", url="file:///etc/passwd", filename="x"), "made"),
     "opens a log": (client(_target_="logging.FileHandler", filename="log"), "wants 'logging.FileHandler' made"),
     "a shell": (client(_target_="os.system", command="touch owned"), "wants 'os.system' made"),
-    "a shell behind our name": (client(_target_="fedtune.models.os.system", command="touch owned"), "made"),
+    "a shell behind our name": (client(_target_="fedtune.models.base.os.system", command="touch owned"), "made"),
     "a class of ours that makes folders": (client(_target_="fedtune.run_folder.RunFolder", path="x"), "made"),
     "a function of ours": (client(_target_="fedtune.core.atomic.write_atomically", path="x", content="y"), "made"),
     "a target that is a list": (client(_target_=["os.system"]), "made"),

@@ -6,14 +6,14 @@ from conftest import rows, run_on, small, summary_of
 from safetensors.torch import load_file
 from test_probe import llama
 
-import fedtune.sharing
+import fedtune.models.shared_base
 from fedtune.checkpoint import state_sha256
 from fedtune.config.devices import write_devices
 from fedtune.core.errors import ModelError
 from fedtune.core.protocol import SERVER, Capability, Instruction, Peer
 from fedtune.installing import BATCH, BITS, SCORES
 from fedtune.lowrank.algebra import pairs
-from fedtune.models import load_base
+from fedtune.models.base import load_base
 from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid

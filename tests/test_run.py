@@ -24,11 +24,11 @@ from fedtune.core.errors import Interrupted, RunFolderError
 from fedtune.core.protocol import Peer, Update
 from fedtune.data.federated_data import load_data
 from fedtune.ledger import COLUMNS, Entry, Ledger, parse
+from fedtune.models.tiny import tiny_tokenizer
 from fedtune.replies import Replies
 from fedtune.roster import Roster
 from fedtune.run_folder import METRICS, RunFolder
 from fedtune.runtime.local import run_local
-from fedtune.tiny import tiny_tokenizer
 from strategies.fedit import State
 
 LONG = [*SMALL, "rounds=40", "train.steps=1", "population.cohort=4"]

@@ -20,12 +20,12 @@ from toy import A, B, Endless, Toy, drawn, quadratic
 
 import fedtune.training
 from clients.scoring import Scoring, Sensitivity
-from fedtune.adapters import LocalModel
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.protocol import Batch, Instruction
 from fedtune.installing import SCORE, SCORE_BYTES, SCORES
 from fedtune.lowrank.algebra import name_of, pairs
-from fedtune.models import load_base, pick_device
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import load_base, pick_device
 
 
 def parameters(**shapes):

@@ -18,7 +18,7 @@ from fedtune.data.partition import _partitioner, divide
 from fedtune.data.sources import Example, load_examples
 from fedtune.data.token_cache import kept_or
 from fedtune.data.tokenisation import tokenise
-from fedtune.tiny import tiny_tokenizer
+from fedtune.models.tiny import tiny_tokenizer
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from fedtune.adapters import LocalModel
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.errors import ClientError, ConfigError, WireError
 from fedtune.core.protocol import Batch
-from fedtune.models import load_base
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import load_base
 from fedtune.random_directions.hash_noise import coefficient, values
 from fedtune.random_directions.weights import SeededWeights, Space
 from fedtune.training import fit, loss_of

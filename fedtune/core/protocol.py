@@ -20,8 +20,8 @@ from typing_extensions import TypeIs
 from fedtune.core.errors import WireError, short
 
 if TYPE_CHECKING:
-    from fedtune.adapters import LocalModel
     from fedtune.core.costs import Costs, Weight
+    from fedtune.models.adapted_model import LocalModel
 
 Tensors = dict[str, Tensor]
 Setting = int | float | str | bool

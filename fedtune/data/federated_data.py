@@ -21,7 +21,7 @@ from fedtune.data.partition import divide
 from fedtune.data.sources import load_examples
 from fedtune.data.token_cache import kept_or
 from fedtune.data.tokenisation import tokenise
-from fedtune.sharing import once
+from fedtune.models.shared_base import once
 
 
 @dataclass(frozen=True)

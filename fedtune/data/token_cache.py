@@ -24,7 +24,7 @@ from fedtune.core.atomic import write_atomically
 from fedtune.core.sealed import seal, unseal
 from fedtune.data.corpus import Corpus
 from fedtune.data.sources import Example
-from fedtune.models import cache_folder
+from fedtune.models.base import cache_folder
 
 KEPT_BYTES = 1 << 30  # of all files together; those that were read last stay
 Tokenised = tuple[Corpus, list[int]]

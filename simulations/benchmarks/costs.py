@@ -63,12 +63,12 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
-    from fedtune.adapters import LocalModel
     from fedtune.config.schema import AdapterSpec, ModelSpec
     from fedtune.core.protocol import Batch
     from fedtune.data.corpus import Corpus
     from fedtune.data.federated_data import FederatedData
-    from fedtune.models import load_base
+    from fedtune.models.adapted_model import LocalModel
+    from fedtune.models.base import load_base
     from fedtune.probe import costs_of, weights_of
     from fedtune.training import loss_of, make_optimizer
 
@@ -126,7 +126,7 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
 def rates(threads: int) -> dict[str, float]:
     """What training sustains here, as the doctor measures it."""
     from fedtune.doctor import fit, training_steps
-    from fedtune.models import pick_dtype
+    from fedtune.models.base import pick_dtype
 
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")

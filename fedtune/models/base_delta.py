@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fedtune.core.protocol import Tensors
 from fedtune.lowrank.residual import from_residual
-from fedtune.requantize import Rounded
+from fedtune.models.requantize import Rounded
 
 DENSE = ".delta"  # MODULE.delta (out, in) float32
 

@@ -255,7 +255,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _as_before_use(model: nn.Module) -> None:
     """bitsandbytes' int8 layers take their scales from the weight when they are first used; put them back, for a copy
-    of the model (fedtune/sharing.py) looks for them there."""
+    of the model (fedtune/models/shared_base.py) looks for them there."""
     for module in model.modules():
         if type(module).__name__ == "Linear8bitLt":
             layer: Any = module
