@@ -256,7 +256,7 @@ def run(overrides: Sequence[str]) -> None:
         FedtuneError: if it can't be set up or can't go on.
     """
     from fedtune.config.compose import check_words, compose, differences, load_file
-    from fedtune.owner import check_targets, user
+    from fedtune.device.owner import check_targets, user
     from fedtune.runtime.start import start
 
     resume = [word.removeprefix("resume=") for word in overrides if word.startswith("resume=")]

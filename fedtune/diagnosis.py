@@ -12,11 +12,12 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from fedtune import bandwidth, doctor
-from fedtune.available import MemoryFound, memory_of
 from fedtune.config.devices import write_devices
 from fedtune.core.errors import ConfigError, ModelError
 from fedtune.core.protocol import Capability
+from fedtune.device import bandwidth
+from fedtune.device import benchmark as doctor
+from fedtune.device.memory import MemoryFound, memory_of
 from fedtune.memory import home
 from fedtune.models.base import pick_device, pick_dtype
 

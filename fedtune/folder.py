@@ -26,11 +26,11 @@ from fedtune.config.compose import load_file
 from fedtune.config.schema import FULL, Experiment
 from fedtune.core.errors import ExportError, ModelError
 from fedtune.core.seeds import bits, fold
+from fedtune.device.owner import user
 from fedtune.export import adapter_files
 from fedtune.model_file import NAME, TunedModel, malformed, read
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import Base, Origin, load_base, pick_device
-from fedtune.owner import user
 from fedtune.party import Party
 
 ROUNDING = {torch.float32: 1e-3}  # of the logits' spread, that merging and another order of sums may change

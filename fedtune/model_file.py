@@ -30,8 +30,8 @@ from fedtune.config.compose import load
 from fedtune.config.schema import Experiment, RuntimeSpec
 from fedtune.core.errors import MALFORMED, ClientError, ConfigError, DivergedError, ExportError, ModelError, WireError
 from fedtune.core.protocol import Instruction, Tensors
+from fedtune.device.owner import check_targets, user
 from fedtune.models.base import Origin
-from fedtune.owner import check_targets, user
 from fedtune.wire import check_finite
 
 NAME = "model.fedtune"  # in a run folder

@@ -22,6 +22,7 @@ from fedtune.core.errors import ClientError, DataError, ModelError
 from fedtune.core.protocol import Client, Codec, Instruction, Layout, Strategy, Tensors, Update, grid, is_lossless
 from fedtune.core.seeds import fold, permutation
 from fedtune.data.federated_data import FederatedData, load_data
+from fedtune.device.owner import Owner, check_room
 from fedtune.evaluate import Score, appraise, score
 from fedtune.installing import BATCH, BITS, STEPS
 from fedtune.lowrank.residual import installed_version
@@ -30,7 +31,6 @@ from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import Base, pick_device
 from fedtune.models.model_checks import check_tokens, positions_for
 from fedtune.models.shared_base import base_for
-from fedtune.owner import Owner, check_room
 from fedtune.population import server_peer
 from fedtune.probe import base_bytes, costs_of, weights_of
 from fedtune.wire import (

@@ -10,8 +10,8 @@ from flwr.app import MessageType, RecordDict
 from fedtune.config.population import MEASURED
 from fedtune.core.errors import MALFORMED, ClientError, ConfigError, WireError
 from fedtune.core.protocol import UNLIMITED, Capability, Peer
+from fedtune.device.owner import Owner
 from fedtune.memory import home
-from fedtune.owner import Owner
 from fedtune.party import Party, party_of
 from fedtune.population import profile_of
 from fedtune.wire import pack_greeting, pack_score, unpack_question

@@ -21,9 +21,9 @@ from fedtune.codecs.raw import Raw
 from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, FedtuneError
 from fedtune.core.protocol import Instruction
+from fedtune.device.privacy import for_the_server
 from fedtune.flower import assume_identity
 from fedtune.party import party_of
-from fedtune.privacy import for_the_server
 from fedtune.runtime.app import make_device_app
 
 SECRET = "hunter2-of-this-device"

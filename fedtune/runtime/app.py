@@ -74,7 +74,7 @@ def make_server_app(
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        from fedtune.owner import user
+        from fedtune.device.owner import user
         from fedtune.party import party_of
         from fedtune.rounds import run
 

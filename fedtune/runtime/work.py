@@ -53,7 +53,7 @@ def serve(place: Place, parent: int, idle: float) -> NoReturn:
 
 def answer_one(connection: Connection) -> None:
     """Read a request, do the work, and send its answer or the error's text."""
-    from fedtune.owner import device_owner
+    from fedtune.device.owner import device_owner
     from fedtune.party import party_of
     from fedtune.turns import take_turn
 

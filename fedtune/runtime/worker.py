@@ -71,7 +71,7 @@ def ask(message: Message, context: Context) -> RecordDict:
 
     Raises:
         ClientError: what the worker raised, or that it died twice, in words that say no more of this device than the
-            server has to know (fedtune/owner.py). The whole stands in the device's own log.
+            server has to know (fedtune/device/owner.py). The whole stands in the device's own log.
         ClientTimeout: if it took too long.
     """
     if _is_ray():  # a simulation, whose processes stay by themselves
@@ -82,7 +82,7 @@ def ask(message: Message, context: Context) -> RecordDict:
     try:
         return _ask(message, context)
     except Exception as error:
-        from fedtune.privacy import for_the_server
+        from fedtune.device.privacy import for_the_server
 
         said = str(error) if isinstance(error, ClientError) else f"{type(error).__name__}: {error}"
         kind = ClientTimeout if isinstance(error, ClientTimeout) else ClientError
@@ -94,7 +94,7 @@ def _ask(message: Message, context: Context) -> RecordDict:
     at = message.metadata
     run_config, node_config = dict(context.run_config), dict(context.node_config)
     if node_config.get("worker", True) is False:
-        from fedtune.owner import device_owner
+        from fedtune.device.owner import device_owner
         from fedtune.party import party_of
         from fedtune.turns import take_turn
 

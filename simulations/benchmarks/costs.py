@@ -125,7 +125,7 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
 
 def rates(threads: int) -> dict[str, float]:
     """What training sustains here, as the doctor measures it."""
-    from fedtune.doctor import fit, training_steps
+    from fedtune.device.benchmark import fit, training_steps
     from fedtune.models.base import pick_dtype
 
     torch.set_num_threads(threads)

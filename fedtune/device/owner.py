@@ -121,7 +121,7 @@ def check_room(model: Any, spec: AdapterSpec) -> None:
     Raises:
         CapacityError: if an adapter has more numbers than this machine has room for, whatever else it holds.
     """
-    from fedtune.available import host_memory  # which imports torch
+    from fedtune.device.memory import host_memory  # which imports torch
 
     layers = [layer for layer in model.modules() if hasattr(layer, "in_features") and hasattr(layer, "out_features")]
     sizes = [(int(layer.in_features), int(layer.out_features)) for layer in layers]
