@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fedtune.core.costs import Work
 from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
-from fedtune.installing import install, metrics_of
 from fedtune.models.adapted_model import LocalModel
-from fedtune.training import fit
+from fedtune.training.apply_instruction import install, metrics_of
+from fedtune.training.first_order import fit
 
 
 @dataclass(frozen=True)

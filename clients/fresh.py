@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from clients.first_order import FirstOrder
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
-from fedtune.installing import RANK, SCALING
 from fedtune.lowrank.algebra import pairs
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base_delta import DENSE
+from fedtune.training.apply_instruction import RANK, SCALING
 
 
 @dataclass(frozen=True)

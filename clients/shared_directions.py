@@ -10,10 +10,10 @@ import torch
 from clients.zeroth_order import ZerothOrder
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
 from fedtune.core.seeds import bits, fold
-from fedtune.history import caught_up
 from fedtune.lowrank.residual import VERSION
 from fedtune.models.adapted_model import LocalModel
-from fedtune.zeroth import Rules, descend, rules_of
+from fedtune.training.catch_up import caught_up
+from fedtune.training.zeroth_order import Rules, descend, rules_of
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Zeroth-order local training along directions that are drawn from a pool (strategies/fedkseed.py).
 
-What the server's settings ask for: fedtune.zeroth.Rules; `each`, to answer with every step as it was taken instead of
+What the server's settings ask for: fedtune.training.zeroth_order.Rules; `each`, to answer with every step as it was taken instead of
 with one sum a direction. Its tensors: `slopes`, how far along each direction of the pool the weights are; where there
 are some, `probabilities`, by which directions are drawn.
 """
@@ -19,7 +19,7 @@ from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
 from fedtune.core.seeds import bits, fold
 from fedtune.models.adapted_model import LocalModel
 from fedtune.random_directions.weights import pool
-from fedtune.zeroth import descend, rules_of
+from fedtune.training.zeroth_order import descend, rules_of
 
 STATE_BYTES = 10.0  # a weight in 16 bits, besides the one in the base: fedtune/random_directions/weights.py
 

@@ -28,12 +28,12 @@ from fedtune.core.costs import Costs, Weight, Work
 from fedtune.core.errors import CapacityError, QuorumError
 from fedtune.core.protocol import Capability, Instruction, Peer
 from fedtune.core.seeds import bits, fold
-from fedtune.installing import BATCH, BITS, RANK, STEPS, TRAIN
 from fedtune.lowrank.algebra import pairs
 from fedtune.party import Party
 from fedtune.population import server_peer
 from fedtune.replies import size_of
 from fedtune.selection import PATIENCE, believed, select
+from fedtune.training.apply_instruction import BATCH, BITS, RANK, STEPS, TRAIN
 
 BESIDE_BYTES = 500  # of a message that holds no tensor, about
 ANY_BATCH = 1 << 30  # samples of a client that never runs short of a batch

@@ -18,8 +18,8 @@ from fedtune.core.protocol import Capability
 from fedtune.device import bandwidth
 from fedtune.device import benchmark as doctor
 from fedtune.device.memory import MemoryFound, memory_of
-from fedtune.memory import home
 from fedtune.models.base import pick_device, pick_dtype
+from fedtune.training.client_state import home
 
 BUSY = 0.5  # load per core from which other programs get in the way of measuring
 MISSED = 0.4  # of a step's time: more than idle devices show

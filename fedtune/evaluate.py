@@ -13,7 +13,7 @@ from fedtune.core.seeds import permutation
 from fedtune.data.corpus import Corpus, Span, padded
 from fedtune.generation import answerable, answers, exact, rouge_l
 from fedtune.models.adapted_model import LocalModel
-from fedtune.training import learnt_logits
+from fedtune.training.first_order import learnt_logits
 
 
 @dataclass(frozen=True)

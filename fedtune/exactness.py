@@ -17,11 +17,11 @@ from typing import Any
 
 from fedtune.config.compatibility import traits_of
 from fedtune.core.protocol import Layout, Peer, Setting, Strategy, Tensors, Update, share
-from fedtune.frozen_basis import expanded
-from fedtune.installing import SCALING
 from fedtune.lowrank.algebra import LowRank, Sum, name_of, norm_of, pairs
 from fedtune.lowrank.residual import from_residual, update_residual
 from fedtune.models.base_delta import DENSE
+from fedtune.training.apply_instruction import SCALING
+from fedtune.training.frozen_basis import expanded
 
 
 def aggregation_error(

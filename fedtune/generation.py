@@ -20,7 +20,7 @@ import torch
 from fedtune.core.protocol import Batch
 from fedtune.data.corpus import Corpus
 from fedtune.models.adapted_model import LocalModel
-from fedtune.training import learnt_logits
+from fedtune.training.first_order import learnt_logits
 
 
 @dataclass(frozen=True)

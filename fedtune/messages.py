@@ -17,7 +17,6 @@ from fedtune.core.protocol import Instruction, Tensors, Update, is_lossless, sam
 from fedtune.core.seeds import fold
 from fedtune.exchange import Arrival, Exchange
 from fedtune.flower import content_bytes
-from fedtune.installing import SCALING, check_scaling
 from fedtune.ledger import Entry, Ledger
 from fedtune.lowrank.residual import VERSION
 from fedtune.party import Party
@@ -26,6 +25,7 @@ from fedtune.progress import View
 from fedtune.roster import Roster
 from fedtune.round import Asked, Round, Take
 from fedtune.similarity import signs_of
+from fedtune.training.apply_instruction import SCALING, check_scaling
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,15 @@ from fedtune.core.seeds import fold, permutation
 from fedtune.data.federated_data import FederatedData, load_data
 from fedtune.device.owner import Owner, check_room
 from fedtune.evaluate import Score, appraise, score
-from fedtune.installing import BATCH, BITS, STEPS
 from fedtune.lowrank.residual import installed_version
-from fedtune.memory import Memory, home
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import Base, pick_device
 from fedtune.models.model_checks import check_tokens, positions_for
 from fedtune.models.shared_base import base_for
 from fedtune.population import server_peer
 from fedtune.probe import base_bytes, costs_of, weights_of
+from fedtune.training.apply_instruction import BATCH, BITS, STEPS
+from fedtune.training.client_state import Memory, home
 from fedtune.wire import (
     blob_of,
     check_finite,

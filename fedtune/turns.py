@@ -11,9 +11,9 @@ from fedtune.config.population import MEASURED
 from fedtune.core.errors import MALFORMED, ClientError, ConfigError, WireError
 from fedtune.core.protocol import UNLIMITED, Capability, Peer
 from fedtune.device.owner import Owner
-from fedtune.memory import home
 from fedtune.party import Party, party_of
 from fedtune.population import profile_of
+from fedtune.training.client_state import home
 from fedtune.wire import pack_greeting, pack_score, unpack_question
 
 # What a node's owner may declare of it, in Flower's spelling of keys

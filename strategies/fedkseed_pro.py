@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedtune.core.checks import at_least
 from fedtune.core.protocol import Instruction, Layout, Peer, Setting, Traits, Update
-from fedtune.zeroth import Rules, told
+from fedtune.training.zeroth_order import Rules, told
 from strategies import fedkseed
 
 

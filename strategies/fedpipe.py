@@ -57,12 +57,12 @@ from fedtune.core.protocol import (
     expect_like,
     share,
 )
-from fedtune.installing import BATCH, BITS, SCORE, SCORE_BYTES, SCORES
 from fedtune.lowrank.algebra import LowRank, pairs, principal, stack, unpair, widened
 from fedtune.lowrank.averaging import parts
 from fedtune.lowrank.stacking import each_layer
 from fedtune.offers import Offer, offer
 from fedtune.planner import Plan, Rules
+from fedtune.training.apply_instruction import BATCH, BITS, SCORE, SCORE_BYTES, SCORES
 
 LEAST = 1e-3  # of the mean score, that every layer counts
 # What messages have around their numbers, at most: a safetensors header's line of each tensor, and Flower's own framing

@@ -20,9 +20,9 @@ from typing import ClassVar
 
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
-from fedtune.installing import TRAIN
 from fedtune.lowrank.algebra import LowRank, factors, pairs, truncated, unpair, widened
 from fedtune.lowrank.averaging import average
+from fedtune.training.apply_instruction import TRAIN
 
 
 @dataclass(frozen=True)

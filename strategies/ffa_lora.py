@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
-from fedtune.installing import TRAIN
 from fedtune.lowrank.algebra import factors
 from fedtune.lowrank.averaging import average, for_peer, narrowed
+from fedtune.training.apply_instruction import TRAIN
 
 
 @dataclass(frozen=True)

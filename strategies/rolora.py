@@ -26,10 +26,10 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
-from fedtune.installing import TRAIN
 from fedtune.lowrank.algebra import factors
 from fedtune.lowrank.averaging import average, for_peer, narrowed
 from fedtune.lowrank.residual import FROM, VERSION
+from fedtune.training.apply_instruction import TRAIN
 
 
 @dataclass(frozen=True)

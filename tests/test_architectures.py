@@ -27,7 +27,7 @@ from fedtune.party import Party
 from fedtune.probe import base_bytes
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
-from fedtune.training import fit, loss_of
+from fedtune.training.first_order import fit, loss_of
 
 CPU = torch.device("cpu")
 FUSED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")

@@ -21,10 +21,10 @@ from layers import SCALING, dense, factors, layout, reply
 from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import Instruction, Peer, Update, same_instruction, share
-from fedtune.installing import install
 from fedtune.lowrank.algebra import pairs
 from fedtune.lowrank.averaging import average, for_peer, narrowed
 from fedtune.party import Party
+from fedtune.training.apply_instruction import install
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 LIKE = {A: torch.zeros(2, 2), B: torch.zeros(3, 2)}

@@ -21,9 +21,9 @@ from fedtune.codecs.topk import TopK
 from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, WireError
 from fedtune.core.protocol import Instruction
-from fedtune.memory import Memory
 from fedtune.party import Party
 from fedtune.runtime.local import run_local
+from fedtune.training.client_state import Memory
 from strategies.fedit import FedIT
 
 RUN = "0123456789abcdef"

@@ -19,7 +19,7 @@ from fedtune.data.federated_data import load_data
 from fedtune.models.tiny import tiny_tokenizer
 from fedtune.party import Party
 from fedtune.runtime.local import run_local
-from fedtune.training import fit
+from fedtune.training.first_order import fit
 
 RUN = "0" * 16
 

@@ -252,7 +252,7 @@ def test_what_was_typed_is_kept_and_not_looked_up(monkeypatch):
 def test_the_table_has_our_files_and_what_conf_names():
     assert {target.split(".")[0] for target in table()} == {"strategies", "clients", "fedtune"}
     core = {target for target in table() if target.startswith("fedtune.") and ".codecs." not in target}
-    assert core == {"fedtune.zeroth.Rules", "fedtune.blocks.Projection"}
+    assert core == {"fedtune.training.zeroth_order.Rules", "fedtune.training.projection.Projection"}
 
 
 def test_a_class_of_ones_own_is_made_from_ones_own_words_and_wants_a_word_from_a_folder(tmp_path, monkeypatch, capsys):

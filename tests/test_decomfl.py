@@ -20,7 +20,7 @@ from fedtune.core.protocol import Instruction, Layout, Peer, Update
 from fedtune.lowrank.residual import FROM, VERSION
 from fedtune.party import Party
 from fedtune.random_directions.hash_noise import values
-from fedtune.zeroth import Rules
+from fedtune.training.zeroth_order import Rules
 from strategies.decomfl import DeComFL, State
 from strategies.mezo import MeZO
 

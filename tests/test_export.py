@@ -378,7 +378,7 @@ def test_every_class_that_our_methods_name_may_be_made():
     for target in (
         "strategies.mezo.MeZO",
         "fedtune.codecs.raw.Raw",
-        "fedtune.zeroth.Rules",
+        "fedtune.training.zeroth_order.Rules",
         "clients.rolora.KeepsAdapter",
     ):
         check({"_target_": target}, "method.client")

@@ -22,7 +22,7 @@ from fedtune.core.protocol import SERVER, Layout, Peer, Update
 from fedtune.party import Party
 from fedtune.random_directions.hash_noise import values
 from fedtune.random_directions.weights import pool
-from fedtune.zeroth import Rules
+from fedtune.training.zeroth_order import Rules
 from strategies import fedkseed_pro
 from strategies.fedkseed import FedKSeed, State
 from strategies.fedkseed_pro import FedKSeedPro, probabilities

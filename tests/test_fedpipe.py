@@ -21,9 +21,9 @@ from fedtune.core.errors import CapacityError, ConfigError, WireError
 from fedtune.core.protocol import SERVER, Capability, Instruction, Peer, Update
 from fedtune.exactness import aggregation_error
 from fedtune.flower_strategy import as_flower_strategy
-from fedtune.installing import BATCH, BITS, SCORE, SCORES
 from fedtune.lowrank.algebra import name_of, pairs
 from fedtune.lowrank.averaging import parts
+from fedtune.training.apply_instruction import BATCH, BITS, SCORE, SCORES
 from strategies.fedpipe import LEAST, FedPipe, halves
 
 WEIGHTS = (Weight("one", 0, 5, 3), Weight("two", 1, 4, 7))

@@ -21,7 +21,7 @@ from fedtune.models.tiny import tiny_model, tiny_tokenizer
 from fedtune.party import Party
 from fedtune.progress import closing
 from fedtune.runtime.local import run_local
-from fedtune.training import fit
+from fedtune.training.first_order import fit
 from fedtune.wire import pack_greeting, unpack_greeting
 from strategies.fedit import FedIT
 

@@ -23,7 +23,7 @@ from fedtune.export import adapter_files
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base
 from fedtune.models.tiny import tiny_model, tiny_tokenizer
-from fedtune.training import fit, learnt_logits
+from fedtune.training.first_order import fit, learnt_logits
 from strategies.fedit import FedIT
 
 CPU = torch.device("cpu")

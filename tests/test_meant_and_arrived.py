@@ -14,9 +14,9 @@ from moving import move
 from fedtune.checkpoint import load_checkpoint
 from fedtune.config.compose import choices, compose
 from fedtune.core.errors import ConfigError
-from fedtune.memory import Memory
 from fedtune.party import Party
 from fedtune.runtime.local import run_local
+from fedtune.training.client_state import Memory
 
 TOLD_LOSSILY = [name for name in choices("method") if name != "local_only" and traits_of_method(name).lossy_down]
 EVERYBODY = ("population.cohort=4", "evaluate.every=0", "evaluate.exactness=false")

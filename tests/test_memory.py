@@ -18,9 +18,9 @@ from remembering import WORDS
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError
-from fedtune.memory import Memory
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
+from fedtune.training.client_state import Memory
 
 RUN = "0123456789abcdef"
 

@@ -15,7 +15,7 @@ from fedtune.models.adapted_model import LocalModel
 from fedtune.models.adapter_kinds import adaptable
 from fedtune.models.base import PACKAGED, _packaged_file, converted, load_base, pick_device, pick_dtype
 from fedtune.models.tiny import tiny_model, tiny_tokenizer
-from fedtune.training import fit, learnt_logits
+from fedtune.training.first_order import fit, learnt_logits
 
 CPU = torch.device("cpu")
 TINY = ModelSpec(name="tiny", dtype="float32")

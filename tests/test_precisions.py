@@ -11,12 +11,12 @@ from fedtune.checkpoint import state_sha256
 from fedtune.config.devices import write_devices
 from fedtune.core.errors import ModelError
 from fedtune.core.protocol import SERVER, Capability, Instruction, Peer
-from fedtune.installing import BATCH, BITS, SCORES
 from fedtune.lowrank.algebra import pairs
 from fedtune.models.base import load_base
 from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
+from fedtune.training.apply_instruction import BATCH, BITS, SCORES
 
 RUN = "0" * 16
 

@@ -22,7 +22,6 @@ from toy import SHAPES, A, B, Endless, Toy, drawn, quadratic
 
 from clients.scaffold import Scaffold as ScaffoldClient
 from fedtune.config.compose import compose
-from fedtune.control import CHANGE, CONTROL, settle, tag
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Instruction, Layout, Peer, Slot, Update
 from fedtune.core.seeds import fold
@@ -31,7 +30,8 @@ from fedtune.party import Party
 from fedtune.rounds import Server
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
-from fedtune.training import loss_of
+from fedtune.training.control_variates import CHANGE, CONTROL, settle, tag
+from fedtune.training.first_order import loss_of
 from strategies.scaffold import Scaffold, State
 
 RUN = "0" * 16

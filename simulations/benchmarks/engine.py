@@ -40,7 +40,7 @@ from fedtune.core.seeds import fold
 from fedtune.party import Party, party_of
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
-from fedtune.training import fit
+from fedtune.training.first_order import fit
 
 
 @dataclass(frozen=True)

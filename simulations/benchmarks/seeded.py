@@ -28,7 +28,7 @@ from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base
 from fedtune.random_directions.hash_noise import Table, accumulate_, add_
 from fedtune.random_directions.weights import pool, steps_record
-from fedtune.zeroth import Rules, _loss, slopes_along
+from fedtune.training.zeroth_order import Rules, _loss, slopes_along
 
 SMOLLM2 = ModelSpec(name="smollm2", path="HuggingFaceTB/SmolLM2-135M-Instruct")
 

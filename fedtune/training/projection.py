@@ -32,7 +32,7 @@ from fedtune.core.protocol import Layout, Tensors, Update, describe
 from fedtune.core.seeds import bits, fold
 from fedtune.random_directions.hash_noise import project
 from fedtune.random_directions.weights import Names, Space
-from fedtune.zeroth import check_counts
+from fedtune.training.zeroth_order import check_counts
 
 FEWEST = 2  # directions of a block
 FULL = 0.9  # of the median parameter's size: a block that would grow past it is closed

@@ -28,7 +28,7 @@ from fedtune.core.protocol import Batch, Setting, describe
 from fedtune.models.adapted_model import LocalModel
 from fedtune.random_directions.hash_noise import coefficient
 from fedtune.random_directions.weights import SeededWeights, Space, steps_record
-from fedtune.training import loss_of
+from fedtune.training.first_order import loss_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
