@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from fedtune.broadcast import Sent
 from fedtune.core.atomic import write_atomically
 from fedtune.core.errors import RunFolderError
 from fedtune.core.protocol import Tensors
 from fedtune.core.sealed import seal, unseal
+from fedtune.wire.broadcast_chain import Sent
 
 TENSOR = "$tensor"  # stands in the tree where a tensor belongs; a plain dict may not use it as a key
 

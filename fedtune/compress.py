@@ -37,14 +37,14 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from fedtune.codecs.packed import DTYPES, MAX_DIMENSIONS, Packed, Reader, read_head
-from fedtune.coding import wide
 from fedtune.config.compose import CONF, build, choices, compose
 from fedtune.core.checks import one_of
 from fedtune.core.errors import MALFORMED, ConfigError, ExportError, WireError
 from fedtune.core.protocol import Codec, Tensors, describe, is_lossless
 from fedtune.export import ADAPTER_CONFIG
 from fedtune.folder import beside, new_folder
-from fedtune.wire import check_finite
+from fedtune.wire.delta_coding import wide
+from fedtune.wire.messages import check_finite
 
 WEIGHTS = "adapter_model.safetensors"
 PACKED = "adapter_model.fedtune"

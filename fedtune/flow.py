@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from fedtune.clock import Timed, Turn
-from fedtune.coding import decode, with_feedback
 from fedtune.core.errors import ConfigError, QuorumError
 from fedtune.core.protocol import Instruction, Peer, Update
 from fedtune.replies import Buffered
 from fedtune.round import Asked, Round
 from fedtune.rounds import Server
+from fedtune.wire.delta_coding import decode, with_feedback
 
 
 class AsynchronousServer(Server):

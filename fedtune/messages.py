@@ -7,16 +7,11 @@ from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
 
-from fedtune import wire
-from fedtune.broadcast import Sent
 from fedtune.clock import Clock, Timed
-from fedtune.coding import left_out
 from fedtune.config.compatibility import traits_of
 from fedtune.core.errors import CapacityError, ClientError, FedtuneError
 from fedtune.core.protocol import Instruction, Tensors, Update, is_lossless, same_instruction, same_tensors
 from fedtune.core.seeds import fold
-from fedtune.exchange import Arrival, Exchange
-from fedtune.flower import content_bytes
 from fedtune.ledger import Entry, Ledger
 from fedtune.lowrank.residual import VERSION
 from fedtune.party import Party
@@ -26,6 +21,11 @@ from fedtune.roster import Roster
 from fedtune.round import Asked, Round, Take
 from fedtune.similarity import signs_of
 from fedtune.training.apply_instruction import SCALING, check_scaling
+from fedtune.wire import messages as wire
+from fedtune.wire.broadcast_chain import Sent
+from fedtune.wire.delta_coding import left_out
+from fedtune.wire.flower_private import content_bytes
+from fedtune.wire.transport import Arrival, Exchange
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from fedtune.core.errors import MALFORMED, ClientError, ConfigError, DivergedErr
 from fedtune.core.protocol import Instruction, Tensors
 from fedtune.device.owner import check_targets, user
 from fedtune.models.base import Origin
-from fedtune.wire import check_finite
+from fedtune.wire.messages import check_finite
 
 NAME = "model.fedtune"  # in a run folder
 FORMAT = 2  # 1 went along other directions (fedtune/random_directions/hash_noise.py)

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from flwr.app import RecordDict
 
-from fedtune.broadcast import Sent, hear, is_link
-from fedtune.coding import build_codec, decode, encode, left_out, with_feedback
 from fedtune.config.compatibility import check_codecs, check_traits, traits_of
 from fedtune.config.compose import build, from_run_config
 from fedtune.config.schema import FULL, DataSpec, Experiment, ModelSpec
@@ -33,7 +31,9 @@ from fedtune.population import server_peer
 from fedtune.probe import base_bytes, costs_of, weights_of
 from fedtune.training.apply_instruction import BATCH, BITS, STEPS
 from fedtune.training.client_state import Memory, home
-from fedtune.wire import (
+from fedtune.wire.broadcast_chain import Sent, hear, is_link
+from fedtune.wire.delta_coding import build_codec, decode, encode, left_out, with_feedback
+from fedtune.wire.messages import (
     blob_of,
     check_finite,
     pack_instruction,

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fedtune.checkpoint import flatten
-from fedtune.coding import starts_of, wide
 from fedtune.core.errors import DivergedError, WireError
 from fedtune.core.protocol import Peer, Strategy, Tensors, Update
+from fedtune.wire.delta_coding import starts_of, wide
 
 ENOUGH = 3  # updates that changed anything, below which their median says nothing
 BY_FAR = 10  # times what the others' median is

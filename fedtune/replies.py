@@ -8,9 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, overload
 
-from fedtune.coding import decode, with_feedback
 from fedtune.core.errors import RunFolderError
 from fedtune.core.protocol import Codec, Peer, Tensors, Update
+from fedtune.wire.delta_coding import decode, with_feedback
 
 MEMORY_BYTES = 64 << 20  # updates beyond this wait in a temporary file, encoded
 

@@ -16,8 +16,8 @@ from flwr.serverapp import strategy as flower
 
 from fedtune.core.errors import ConfigError, QuorumError
 from fedtune.core.protocol import Peer, Tensors, Update
-from fedtune.flower import as_message, quietly
-from fedtune.wire import pack_arrays, unpack_arrays
+from fedtune.wire.flower_private import as_message, quietly
+from fedtune.wire.messages import pack_arrays, unpack_arrays
 
 Replies = Sequence[tuple[Peer, Update]]
 

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 
 from flwr.app import Message, MessageType
 
-from fedtune import wire
 from fedtune.config.schema import Experiment
 from fedtune.core.errors import FedtuneError, QuorumError, WireError
 from fedtune.core.protocol import Layout, Peer
-from fedtune.exchange import POLL_SECONDS, Arrival, Exchange
-from fedtune.flower import content_bytes, raised_by_client
 from fedtune.ledger import Entry
 from fedtune.population import equip
+from fedtune.wire import messages as wire
+from fedtune.wire.flower_private import content_bytes, raised_by_client
+from fedtune.wire.transport import POLL_SECONDS, Arrival, Exchange
 
 AGAIN_SECONDS = 5.0  # after which a node that didn't answer is asked again
 

@@ -18,7 +18,6 @@ from typing import Any
 from flwr.app import MessageType
 from flwr.serverapp import Grid
 
-from fedtune import wire
 from fedtune.aggregation import Aggregator
 from fedtune.budget import Spent, ended_by
 from fedtune.checkpoint import Checkpoint, state_sha256
@@ -29,7 +28,6 @@ from fedtune.core.errors import DivergedError, FedtuneError, Interrupted, Quorum
 from fedtune.core.protocol import Instruction, Peer, Update
 from fedtune.evaluate import Score, mean_score
 from fedtune.exactness import aggregation_error
-from fedtune.exchange import Exchange
 from fedtune.export import ADAPTER_CONFIG, adapter_files
 from fedtune.ledger import Entry, Ledger, sums
 from fedtune.messages import Talk
@@ -43,6 +41,8 @@ from fedtune.run_folder import RunFolder, check_vacant
 from fedtune.similarity import every_two
 from fedtune.summary import summarise
 from fedtune.trackers import Tracking
+from fedtune.wire import messages as wire
+from fedtune.wire.transport import Exchange
 
 
 def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None = None) -> None:

@@ -11,9 +11,9 @@ from itertools import combinations
 
 import torch
 
-from fedtune.coding import decode, starts_of, wide
 from fedtune.core.protocol import Codec, Tensors, is_lossless
 from fedtune.masks import Masks, cosine, masks_of
+from fedtune.wire.delta_coding import decode, starts_of, wide
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fedtune.device.owner import Owner
 from fedtune.party import Party, party_of
 from fedtune.population import profile_of
 from fedtune.training.client_state import home
-from fedtune.wire import pack_greeting, pack_score, unpack_question
+from fedtune.wire.messages import pack_greeting, pack_score, unpack_question
 
 # What a node's owner may declare of it, in Flower's spelling of keys
 LIMITS = {name.replace("_", "-"): name for name in Capability.__dataclass_fields__}

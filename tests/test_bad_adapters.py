@@ -8,7 +8,6 @@ from conftest import run_on, summary_of, traits_of_method
 from flwr.app import MetricRecord
 from flwr.clientapp import ClientApp
 
-from fedtune import wire
 from fedtune.cli import main
 from fedtune.codecs.raw import Raw
 from fedtune.config.compose import choices, compose
@@ -17,6 +16,7 @@ from fedtune.core.protocol import Update
 from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
+from fedtune.wire import messages as wire
 
 FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples
 NOWHERE = "model.path=/nowhere/at/all"  # loading it is another error

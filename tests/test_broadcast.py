@@ -11,7 +11,6 @@ from conftest import SMALL, rows, summary_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.broadcast import Sent, hear
 from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.codecs.compeft import ComPEFT
 from fedtune.codecs.int8 import Int8
@@ -24,6 +23,7 @@ from fedtune.core.protocol import Instruction
 from fedtune.party import Party
 from fedtune.runtime.local import run_local
 from fedtune.training.client_state import Memory
+from fedtune.wire.broadcast_chain import Sent, hear
 from strategies.fedit import FedIT
 
 RUN = "0123456789abcdef"

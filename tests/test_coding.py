@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from fedtune.codecs.packed import Packed
 from fedtune.codecs.stc import STC
 from fedtune.codecs.topk import TopK
-from fedtune.coding import decode, encode, left_out, with_feedback
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Peer, Update
 from fedtune.replies import Replies
 from fedtune.runtime.local import run_local
+from fedtune.wire.delta_coding import decode, encode, left_out, with_feedback
 
 EXACT = TopK(density=1, values="float32")  # of the lossy codecs the one that loses nothing
 # How many times smaller than raw at least, with these settings

@@ -12,7 +12,6 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
 
-from fedtune import wire
 from fedtune.checkpoint import state_sha256
 from fedtune.config.compatibility import traits_of
 from fedtune.config.compose import choices
@@ -24,6 +23,7 @@ from fedtune.models.base_delta import DENSE
 from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
+from fedtune.wire import messages as wire
 
 METHODS = choices("method")
 pytestmark = pytest.mark.parametrize("method", METHODS)

@@ -24,7 +24,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from fedtune import wire
 from fedtune.codecs.raw import Raw
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, QuorumError, WireError
@@ -33,6 +32,7 @@ from fedtune.core.seeds import fold
 from fedtune.flower_strategy import as_flower_strategy
 from fedtune.party import Party
 from fedtune.runtime.local import LocalGrid, run_local, server_context
+from fedtune.wire import messages as wire
 from strategies.fedit import FedIT, State
 from strategies.krum import Krum
 

@@ -22,7 +22,7 @@ from fedtune.party import Party
 from fedtune.progress import closing
 from fedtune.runtime.local import run_local
 from fedtune.training.first_order import fit
-from fedtune.wire import pack_greeting, unpack_greeting
+from fedtune.wire.messages import pack_greeting, unpack_greeting
 from strategies.fedit import FedIT
 
 CPU = torch.device("cpu")

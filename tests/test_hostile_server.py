@@ -15,16 +15,16 @@ import yaml
 from conftest import PAIRS, SMALL
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from fedtune import wire
 from fedtune.codecs.packed import Packed
 from fedtune.codecs.raw import Raw
 from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, FedtuneError
 from fedtune.core.protocol import Instruction
 from fedtune.device.privacy import for_the_server
-from fedtune.flower import assume_identity
 from fedtune.party import party_of
 from fedtune.runtime.app import make_device_app
+from fedtune.wire import messages as wire
+from fedtune.wire.flower_private import assume_identity
 
 SECRET = "hunter2-of-this-device"
 RUN = "0" * 16

@@ -15,7 +15,6 @@ from layers import distance
 from peft import PeftModel
 from safetensors.torch import load, load_file
 
-from fedtune import wire
 from fedtune.checkpoint import load_checkpoint
 from fedtune.core.protocol import SERVER, Peer
 from fedtune.lowrank.residual import FROM, VERSION, from_residual, installed_version, size_of
@@ -23,6 +22,7 @@ from fedtune.models.tiny import tiny_model
 from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
+from fedtune.wire import messages as wire
 from strategies.fedex_lora import FedExLoRA
 from strategies.flora import FLoRA
 

@@ -254,7 +254,7 @@ class LosslessCodec(Protocol):
 class LossyCodec(Protocol):
     """Differences to bytes, and to what is left of them; `decode(encode(x))` is what the other side trains on.
 
-    Both ends know names and shapes, so they aren't in the blob (fedtune/coding.py).
+    Both ends know names and shapes, so they aren't in the blob (fedtune/wire/delta_coding.py).
     """
 
     lossless: ClassVar[bool]  # False

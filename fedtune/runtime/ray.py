@@ -15,9 +15,9 @@ from typing import Any
 
 from fedtune.config.schema import Experiment, RuntimeSpec
 from fedtune.core.errors import ConfigError
-from fedtune.flower import simulate
 from fedtune.run_folder import settled
 from fedtune.runtime.app import make_client_app, make_server_app
+from fedtune.wire.flower_private import simulate
 
 
 def run_ray(experiment: Experiment, resume: str | None = None) -> None:

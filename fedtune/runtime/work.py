@@ -14,8 +14,8 @@ from typing import NoReturn
 
 from flwr.app import MessageType
 
-from fedtune.flower import content_from_bytes, content_to_bytes
 from fedtune.runtime.worker import CODE, Place
+from fedtune.wire.flower_private import content_from_bytes, content_to_bytes
 
 WATCH_SECONDS = 1.0
 MAX_REQUEST = 1 << 24  # bytes of a request without its content

@@ -33,7 +33,7 @@ from flwr.app import Context, Message, RecordDict
 
 import fedtune
 from fedtune.core.errors import ClientError, ClientTimeout
-from fedtune.flower import content_from_bytes, content_to_bytes
+from fedtune.wire.flower_private import content_from_bytes, content_to_bytes
 
 CODE = Path(fedtune.__file__).resolve().parent.parent  # a worker serves the app that it was started from
 START_SECONDS = 120.0  # for a worker to import torch, answer hello, and read its instructions

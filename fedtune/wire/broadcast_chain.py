@@ -10,7 +10,7 @@ where that is no longer.
 
     blob    "fl", version 1, form (one byte: 0 links, 1 the whole), the broadcast's number (varint), and
             links: the number of the one that they build on (varint; 0 is what every model starts from), and each with
-            its length before it (varint), as fedtune/coding.py makes it
+            its length before it (varint), as fedtune/wire/delta_coding.py makes it
             the whole: a byte for each known tensor by name (1 if it is part of the last broadcast, else 0), and all of
             them as codec=packed has them, with the length before it (varint)
             then what belongs to the instruction and nobody knows the start of, as codec=packed has it; or nothing
@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedtune import coding
 from fedtune.codecs.packed import Packed, Reader, varint
 from fedtune.core.errors import ClientError, WireError
 from fedtune.core.protocol import Codec, Tensors, expect_like
 from fedtune.replies import size_of
+from fedtune.wire import delta_coding as coding
 
 MAGIC = b"fl"
 VERSION = 1

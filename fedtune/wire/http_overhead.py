@@ -56,7 +56,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 
-from fedtune.flower import SERVER_NODE, Run
+from fedtune.wire.flower_private import SERVER_NODE, Run
 
 # The heads of every call. Of the signature's DER form, random to a byte or two, the mean length in base 64 is taken
 REQUEST = (

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedtune.coding import decode, encode
 from fedtune.core.errors import ConfigError, WireError, short
 from fedtune.core.limits import check_settings
 from fedtune.core.protocol import MAX_LABEL, UNLIMITED, Capability, Codec, Instruction, Peer, Setting, Tensors, Update
 from fedtune.evaluate import Score
-from fedtune.flower import content_bytes, envelope_bytes
+from fedtune.wire.delta_coding import decode, encode
+from fedtune.wire.flower_private import content_bytes, envelope_bytes
 
 PAYLOAD, BLOB, SETTINGS, METRICS, EXAMPLES, GREETING = "payload", "blob", "settings", "metrics", "examples", "greeting"
 ROUND = "round"

@@ -11,8 +11,8 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.core.errors import ClientError, WireError
-from fedtune.flower import SERVER_NODE, activations, explain_error, pull_one, push
-from fedtune.framing import Lines
+from fedtune.wire.flower_private import SERVER_NODE, activations, explain_error, pull_one, push
+from fedtune.wire.http_overhead import Lines
 
 POLL_SECONDS = 0.1  # between two looks for replies, where clients are elsewhere
 RESTART_SECONDS = 3.0  # between two looks for nodes that were started again
