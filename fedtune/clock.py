@@ -30,9 +30,9 @@ from fedtune.core.protocol import Capability, Instruction, Peer
 from fedtune.core.seeds import bits, fold
 from fedtune.lowrank.algebra import pairs
 from fedtune.party import Party
-from fedtune.population import server_peer
+from fedtune.planning.client_sampling import PATIENCE, believed, select
+from fedtune.planning.population import server_peer
 from fedtune.replies import size_of
-from fedtune.selection import PATIENCE, believed, select
 from fedtune.training.apply_instruction import BATCH, BITS, RANK, STEPS, TRAIN
 
 BESIDE_BYTES = 500  # of a message that holds no tensor, about

@@ -51,7 +51,7 @@ from fedtune.core.protocol import (
     same_instruction,
 )
 from fedtune.core.seeds import fold
-from fedtune.population import sample_cohort
+from fedtune.planning.population import sample_cohort
 from fedtune.wire import messages as wire
 
 LOG = logging.getLogger("flwr.fedtune")  # its lines appear where Flower's own do

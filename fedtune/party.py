@@ -27,8 +27,8 @@ from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import Base, pick_device
 from fedtune.models.model_checks import check_tokens, positions_for
 from fedtune.models.shared_base import base_for
-from fedtune.population import server_peer
-from fedtune.probe import base_bytes, costs_of, weights_of
+from fedtune.planning.cost_probe import base_bytes, costs_of, weights_of
+from fedtune.planning.population import server_peer
 from fedtune.training.apply_instruction import BATCH, BITS, STEPS
 from fedtune.training.client_state import Memory, home
 from fedtune.wire.broadcast_chain import Sent, hear, is_link

@@ -23,7 +23,7 @@ from fedtune.core.errors import QuorumError
 from fedtune.core.protocol import Peer
 from fedtune.lowrank.algebra import pairs
 from fedtune.party import Party
-from fedtune.population import equip, profile_of
+from fedtune.planning.population import equip, profile_of
 from fedtune.progress import method_of, size
 from fedtune.training.client_state import home
 

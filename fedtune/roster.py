@@ -13,7 +13,7 @@ from fedtune.config.schema import Experiment
 from fedtune.core.errors import FedtuneError, QuorumError, WireError
 from fedtune.core.protocol import Layout, Peer
 from fedtune.ledger import Entry
-from fedtune.population import equip
+from fedtune.planning.population import equip
 from fedtune.wire import messages as wire
 from fedtune.wire.flower_private import content_bytes, raised_by_client
 from fedtune.wire.transport import POLL_SECONDS, Arrival, Exchange

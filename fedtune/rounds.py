@@ -33,7 +33,7 @@ from fedtune.ledger import Entry, Ledger, sums
 from fedtune.messages import Talk
 from fedtune.model_file import TunedModel, dump
 from fedtune.party import Party
-from fedtune.population import server_peer
+from fedtune.planning.population import server_peer
 from fedtune.progress import View, make_view
 from fedtune.replies import Replies
 from fedtune.round import Asked, Round

@@ -12,7 +12,7 @@ from fedtune.core.errors import MALFORMED, ClientError, ConfigError, WireError
 from fedtune.core.protocol import UNLIMITED, Capability, Peer
 from fedtune.device.owner import Owner
 from fedtune.party import Party, party_of
-from fedtune.population import profile_of
+from fedtune.planning.population import profile_of
 from fedtune.training.client_state import home
 from fedtune.wire.messages import pack_greeting, pack_score, unpack_question
 

@@ -24,7 +24,7 @@ from fedtune.models.base import load_base
 from fedtune.models.model_checks import positions_of
 from fedtune.models.tiny import tiny_tokenizer
 from fedtune.party import Party
-from fedtune.probe import base_bytes
+from fedtune.planning.cost_probe import base_bytes
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.training.first_order import fit, loss_of

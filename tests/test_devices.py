@@ -18,7 +18,7 @@ from fedtune.config.devices import CATALOGUE, apportion, read_devices, table, wr
 from fedtune.config.population import PopulationSpec
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Capability, Peer
-from fedtune.population import profile_of
+from fedtune.planning.population import profile_of
 from fedtune.wire import messages as wire
 
 ROOT = Path(__file__).resolve().parent.parent

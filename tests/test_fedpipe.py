@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import RANK, SCALING, SHAPES, dense, factors, layout
 
-import fedtune.offers
+import fedtune.planning.plan_cache
 from fedtune.checkpoint import flatten, state_sha256, unflatten
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import CapacityError, ConfigError, WireError
@@ -287,7 +287,7 @@ def test_plans_are_made_once_and_not_kept_for_ever():
     assert method.plan(state, device) is first  # a round's replies are checked after the next state is there
     for number in range(10):
         method.plan(replace(state, scores={"one": 1.0 + number}), device)
-    assert len(fedtune.offers._kept) <= 2
+    assert len(fedtune.planning.plan_cache._kept) <= 2
 
 
 @pytest.mark.parametrize(

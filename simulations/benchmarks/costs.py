@@ -69,7 +69,7 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
     from fedtune.data.federated_data import FederatedData
     from fedtune.models.adapted_model import LocalModel
     from fedtune.models.base import load_base
-    from fedtune.probe import costs_of, weights_of
+    from fedtune.planning.cost_probe import costs_of, weights_of
     from fedtune.training.first_order import loss_of, make_optimizer
 
     torch.set_num_threads(threads)

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.protocol import Capability
-from fedtune.knapsack import selections
-from fedtune.planner import Plan, Rules, plan
+from fedtune.planning.knapsack import selections
+from fedtune.planning.planner import Plan, Rules, plan
 
 KEPT_OFFERS, KEPT_PLANS = 2, 4096
 
@@ -18,7 +18,7 @@ class Offer:
 
     def __init__(self, rules: Rules, costs: Costs, weights: Sequence[Weight], values: NDArray[np.floating]):
         """Args:
-        values: (weights, ranks), as fedtune.knapsack.selections takes them.
+        values: (weights, ranks), as fedtune.planning.knapsack.selections takes them.
         """
         self._rules, self._costs, self._weights = rules, costs, list(weights)
         self._selections = selections(self._weights, rules.ranks, values, costs.input_bytes, costs.inner_bytes)
