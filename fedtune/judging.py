@@ -17,9 +17,9 @@ from fedtune.data.federated_data import FederatedData
 from fedtune.data.row_counts import describe
 from fedtune.data.sources import load_examples
 from fedtune.data.tokenisation import tokenise
-from fedtune.evaluate import FIGURES, Score, mean_score
+from fedtune.evaluation.lm_eval_harness import check_installed, run_tasks
+from fedtune.evaluation.scoring import FIGURES, Score, mean_score
 from fedtune.folder import check_one_model, party_for, source_of, tuned
-from fedtune.harness import check_installed, run_tasks
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.model_checks import check_tokens
 from fedtune.party import Party

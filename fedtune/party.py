@@ -21,7 +21,7 @@ from fedtune.core.protocol import Client, Codec, Instruction, Layout, Strategy, 
 from fedtune.core.seeds import fold, permutation
 from fedtune.data.federated_data import FederatedData, load_data
 from fedtune.device.owner import Owner, check_room
-from fedtune.evaluate import Score, appraise, score
+from fedtune.evaluation.scoring import Score, appraise, score
 from fedtune.lowrank.residual import installed_version
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import Base, pick_device

@@ -26,7 +26,7 @@ from fedtune.config.compatibility import check_client, traits_of
 from fedtune.config.compose import differences
 from fedtune.core.errors import DivergedError, FedtuneError, Interrupted, QuorumError, RunFolderError
 from fedtune.core.protocol import Instruction, Peer, Update
-from fedtune.evaluate import Score, mean_score
+from fedtune.evaluation.scoring import Score, mean_score
 from fedtune.exactness import aggregation_error
 from fedtune.export import ADAPTER_CONFIG, adapter_files
 from fedtune.ledger import Entry, Ledger, sums

@@ -37,7 +37,7 @@ from fedtune.core.atomic import write_atomically
 from fedtune.core.csv_cells import guarded
 from fedtune.core.errors import RunFolderError
 from fedtune.core.locks import LOCK
-from fedtune.evaluate import Score
+from fedtune.evaluation.scoring import Score
 from fedtune.ledger import Entry
 from fedtune.tables import COLUMNS, Tables, csv_text, read_lines
 

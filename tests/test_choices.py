@@ -16,7 +16,7 @@ from fedtune.data.corpus import Corpus, Question
 from fedtune.data.multiple_choice import read_choices
 from fedtune.data.sources import load_examples
 from fedtune.data.tokenisation import tokenise
-from fedtune.evaluate import appraise, choose
+from fedtune.evaluation.scoring import appraise, choose
 from fedtune.models.tiny import tiny_tokenizer
 
 LIST = ["red", "green", "7", "C"]

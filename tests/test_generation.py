@@ -14,7 +14,7 @@ from fedtune.core.errors import ConfigError
 from fedtune.core.seeds import fold, uniform
 from fedtune.data.sources import Example
 from fedtune.data.tokenisation import tokenise
-from fedtune.generation import Answer, answerable, answers, exact, greedy, rouge_l
+from fedtune.evaluation.generation import Answer, answerable, answers, exact, greedy, rouge_l
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base
 from fedtune.models.tiny import tiny_tokenizer

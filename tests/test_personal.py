@@ -6,7 +6,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.evaluate import Score, mean_score
+from fedtune.evaluation.scoring import Score, mean_score
 from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local

@@ -20,7 +20,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from fedtune.core.errors import ConfigError, WireError, short
 from fedtune.core.limits import check_settings
 from fedtune.core.protocol import MAX_LABEL, UNLIMITED, Capability, Codec, Instruction, Peer, Setting, Tensors, Update
-from fedtune.evaluate import Score
+from fedtune.evaluation.scoring import Score
 from fedtune.wire.delta_coding import decode, encode
 from fedtune.wire.flower_private import content_bytes, envelope_bytes
 

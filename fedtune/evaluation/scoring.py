@@ -11,7 +11,7 @@ from torch.nn import functional
 from fedtune.config.schema import EvaluateSpec
 from fedtune.core.seeds import permutation
 from fedtune.data.corpus import Corpus, Span, padded
-from fedtune.generation import answerable, answers, exact, rouge_l
+from fedtune.evaluation.generation import answerable, answers, exact, rouge_l
 from fedtune.models.adapted_model import LocalModel
 from fedtune.training.first_order import learnt_logits
 
