@@ -29,11 +29,11 @@ from fedtune.core.errors import CapacityError, QuorumError
 from fedtune.core.protocol import Capability, Instruction, Peer
 from fedtune.core.seeds import bits, fold
 from fedtune.lowrank.algebra import pairs
-from fedtune.party import Party
 from fedtune.planning.client_sampling import PATIENCE, believed, select
 from fedtune.planning.population import server_peer
 from fedtune.replies import size_of
 from fedtune.training.apply_instruction import BATCH, BITS, RANK, STEPS, TRAIN
+from fedtune.workspace.party import Party
 
 BESIDE_BYTES = 500  # of a message that holds no tensor, about
 ANY_BATCH = 1 << 30  # samples of a client that never runs short of a batch

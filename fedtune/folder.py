@@ -31,7 +31,7 @@ from fedtune.export import adapter_files
 from fedtune.model_file import NAME, TunedModel, malformed, read
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import Base, Origin, load_base, pick_device
-from fedtune.party import Party
+from fedtune.workspace.party import Party
 
 ROUNDING = {torch.float32: 1e-3}  # of the logits' spread, that merging and another order of sums may change
 COARSE = 0.25  # in 16 bits, over all layers: 0.075 in SmolLM2's 210 of them

@@ -22,7 +22,7 @@ from fedtune.evaluation.scoring import FIGURES, Score, mean_score
 from fedtune.folder import check_one_model, party_for, source_of, tuned
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.model_checks import check_tokens
-from fedtune.party import Party
+from fedtune.workspace.party import Party
 
 COLUMNS = ("loss", "accuracy", "exact match", "ROUGE-L", "choices")  # of FIGURES
 

@@ -14,7 +14,6 @@ from fedtune.core.protocol import Instruction, Tensors, Update, is_lossless, sam
 from fedtune.core.seeds import fold
 from fedtune.ledger import Entry, Ledger
 from fedtune.lowrank.residual import VERSION
-from fedtune.party import Party
 from fedtune.plausibility import check_examples, norm_of_change
 from fedtune.progress import View
 from fedtune.roster import Roster
@@ -26,6 +25,7 @@ from fedtune.wire.broadcast_chain import Sent
 from fedtune.wire.delta_coding import left_out
 from fedtune.wire.flower_private import content_bytes
 from fedtune.wire.transport import Arrival, Exchange
+from fedtune.workspace.party import Party
 
 
 @dataclass(frozen=True)

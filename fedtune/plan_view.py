@@ -22,10 +22,10 @@ from fedtune.core.csv_cells import guarded
 from fedtune.core.errors import QuorumError
 from fedtune.core.protocol import Peer
 from fedtune.lowrank.algebra import pairs
-from fedtune.party import Party
 from fedtune.planning.population import equip, profile_of
 from fedtune.progress import method_of, size
 from fedtune.training.client_state import home
+from fedtune.workspace.party import Party
 
 BAR = 12  # characters
 WIDE = 140

@@ -17,7 +17,7 @@ from fedtune.config.schema import FULL, Experiment
 from fedtune.data.row_counts import describe
 
 if TYPE_CHECKING:  # torch comes with it, and a report needs none
-    from fedtune.party import Party
+    from fedtune.workspace.party import Party
 
 
 class View(Protocol):

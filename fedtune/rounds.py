@@ -32,7 +32,6 @@ from fedtune.export import ADAPTER_CONFIG, adapter_files
 from fedtune.ledger import Entry, Ledger, sums
 from fedtune.messages import Talk
 from fedtune.model_file import TunedModel, dump
-from fedtune.party import Party
 from fedtune.planning.population import server_peer
 from fedtune.progress import View, make_view
 from fedtune.replies import Replies
@@ -43,6 +42,7 @@ from fedtune.summary import summarise
 from fedtune.trackers import Tracking
 from fedtune.wire import messages as wire
 from fedtune.wire.transport import Exchange
+from fedtune.workspace.party import Party
 
 
 def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import fedtune
 from fedtune.config.schema import to_dict
 from fedtune.data.sources import describe_source
-from fedtune.party import Party
+from fedtune.workspace.party import Party
 
 PACKAGES = ("torch", "transformers", "peft", "flwr", "bitsandbytes", "numpy", "safetensors", "tokenizers")
 

@@ -7,7 +7,7 @@ import pytest
 
 from fedtune.config.compatibility import traits_of
 from fedtune.config.compose import choices, compose
-from fedtune.party import Party
+from fedtune.workspace.party import Party
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = sorted((ROOT / "fedtune").rglob("*.py"))

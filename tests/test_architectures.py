@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import CONFIGS, made, saved
 from conftest import run_on, small, summary_of
+from fedtune.export import adapter_files
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Gemma3Config, LlavaConfig, PreTrainedTokenizerFast, Qwen2VLConfig
@@ -16,18 +17,17 @@ from fedtune.config.compose import compose
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.errors import ClientError, ConfigError, ExportError, ModelError
 from fedtune.core.protocol import Batch
-from fedtune.export import adapter_files
 from fedtune.folder import export
 from fedtune.lowrank.algebra import pairs
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base
 from fedtune.models.model_checks import positions_of
 from fedtune.models.tiny import tiny_tokenizer
-from fedtune.party import Party
 from fedtune.planning.cost_probe import base_bytes
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.training.first_order import fit, loss_of
+from fedtune.workspace.party import Party
 
 CPU = torch.device("cpu")
 FUSED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")

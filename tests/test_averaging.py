@@ -23,8 +23,8 @@ from fedtune.core.errors import WireError
 from fedtune.core.protocol import Instruction, Peer, Update, same_instruction, share
 from fedtune.lowrank.algebra import pairs
 from fedtune.lowrank.averaging import average, for_peer, narrowed
-from fedtune.party import Party
 from fedtune.training.apply_instruction import install
+from fedtune.workspace.party import Party
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 LIKE = {A: torch.zeros(2, 2), B: torch.zeros(3, 2)}

@@ -13,10 +13,10 @@ from fedtune.codecs.raw import Raw
 from fedtune.config.compose import choices, compose
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.protocol import Update
-from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
 from fedtune.wire import messages as wire
+from fedtune.workspace.party import Party
 
 FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples
 NOWHERE = "model.path=/nowhere/at/all"  # loading it is another error

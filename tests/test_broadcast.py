@@ -8,10 +8,10 @@ import mischief
 import pytest
 import torch
 from conftest import SMALL, rows, summary_of
+from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.codecs.compeft import ComPEFT
 from fedtune.codecs.int8 import Int8
 from fedtune.codecs.packed import varint
@@ -20,10 +20,10 @@ from fedtune.codecs.topk import TopK
 from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, WireError
 from fedtune.core.protocol import Instruction
-from fedtune.party import Party
 from fedtune.runtime.local import run_local
 from fedtune.training.client_state import Memory
 from fedtune.wire.broadcast_chain import Sent, hear
+from fedtune.workspace.party import Party
 from strategies.fedit import FedIT
 
 RUN = "0123456789abcdef"

@@ -17,9 +17,9 @@ from fedtune.core.protocol import Peer
 from fedtune.core.seeds import fold
 from fedtune.data.federated_data import load_data
 from fedtune.models.tiny import tiny_tokenizer
-from fedtune.party import Party
 from fedtune.runtime.local import run_local
 from fedtune.training.first_order import fit
+from fedtune.workspace.party import Party
 
 RUN = "0" * 16
 

@@ -355,8 +355,8 @@ def test_the_console_and_the_summary_say_so(tmp_path, run_on_rows):
 @pytest.fixture
 def run_on_rows(tmp_path):
     """A run's headline and summary, on these rows."""
-    from fedtune.party import Party
     from fedtune.summary import summarise
+    from fedtune.workspace.party import Party
 
     def made(rows, *words):
         path = write(tmp_path / "rows.jsonl", rows)

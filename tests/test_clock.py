@@ -30,20 +30,20 @@ from dataclasses import dataclass, replace
 
 import pytest
 from conftest import rows, run_on, small, summary_of
+from fedtune.checkpoint import load_checkpoint
 from flwr.common.serde import message_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
 from test_contract import CapturingGrid, tampering_app
 
 from clients.first_order import FirstOrder
-from fedtune.checkpoint import load_checkpoint
 from fedtune.clock import Clock
 from fedtune.core.errors import ConfigError, QuorumError
 from fedtune.core.protocol import Capability, Instruction, Peer
 from fedtune.core.seeds import bits, fold
-from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
+from fedtune.workspace.party import Party
 from strategies.fedit import FedIT
 
 THREE = "fast,1e9,,1e6,1e6,,,\nmid,5e8,1e9,1e6,2e6,,,\nslow,1e8,,1e5,1e5,,,\n"

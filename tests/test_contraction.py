@@ -21,8 +21,8 @@ from fedtune.codecs.sparse import shapes_of
 from fedtune.config.compose import CONF, choices, compose
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import is_lossless
-from fedtune.party import Party
 from fedtune.wire.delta_coding import build_codec
+from fedtune.workspace.party import Party
 
 SPARSE = [{"density": 0.05}, {"density": 0.5}, {"density": 1}]
 OPTIONS = {

@@ -18,9 +18,9 @@ from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, ConfigError, WireError
 from fedtune.core.protocol import Instruction, Layout, Peer, Update
 from fedtune.lowrank.residual import FROM, VERSION
-from fedtune.party import Party
 from fedtune.random_directions.hash_noise import values
 from fedtune.training.zeroth_order import Rules
+from fedtune.workspace.party import Party
 from strategies.decomfl import DeComFL, State
 from strategies.mezo import MeZO
 

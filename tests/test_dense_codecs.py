@@ -21,7 +21,7 @@ from fedtune.codecs.nf4 import MIDPOINTS, TABLE, Nf4
 from fedtune.codecs.signsgd import SignSGD
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.party import Party
+from fedtune.workspace.party import Party
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -20,9 +20,9 @@ from fedtune.data.sources import Example, load_examples
 from fedtune.judging import Request, evaluate
 from fedtune.models.shared_base import sharing
 from fedtune.models.tiny import tiny_tokenizer
-from fedtune.party import Party
 from fedtune.plan_view import plans
 from fedtune.runtime.local import run_local
+from fedtune.workspace.party import Party
 
 TOKENIZER = tiny_tokenizer()
 

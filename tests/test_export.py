@@ -15,24 +15,24 @@ from typing import Any
 import pytest
 import torch
 from conftest import rows, setting, summary_of
+from fedtune.checkpoint import load_checkpoint
+from fedtune.export import adapter_files
+from fedtune.model_file import KEY, LONGEST, dump, read
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.checkpoint import load_checkpoint
 from fedtune.cli import main
 from fedtune.config.compose import compose
 from fedtune.config.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
 from fedtune.config.targets import check
 from fedtune.core.errors import ConfigError, ExportError
-from fedtune.export import adapter_files
 from fedtune.folder import PROMPTS, export
-from fedtune.model_file import KEY, LONGEST, dump, read
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base
 from fedtune.models.peft_fields import FIELDS, OLDEST, readable
 from fedtune.models.tiny import tiny_model, tiny_tokenizer
-from fedtune.party import Party
+from fedtune.workspace.party import Party
 
 K = 64
 SEEDED = (

@@ -12,7 +12,7 @@ from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Peer
 from fedtune.lowrank.algebra import pairs
-from fedtune.party import Party
+from fedtune.workspace.party import Party
 from strategies.fedsvd import FedSVD
 
 NARROW = {"one": (5, 6), "two": (2, 7)}  # rank 4 of the second is more than its 2 outputs

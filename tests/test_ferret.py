@@ -18,16 +18,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, rows, summary_of
+from fedtune.checkpoint import state_sha256
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedtune.checkpoint import state_sha256
 from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
 from fedtune.core.protocol import SERVER, Layout, Peer, Slot, Update
 from fedtune.lowrank.residual import FROM, VERSION, installed_version
-from fedtune.party import Party
 from fedtune.random_directions.hash_noise import KURTOSIS, values
 from fedtune.random_directions.weights import SeededWeights
 from fedtune.runtime.local import run_local
@@ -42,6 +41,7 @@ from fedtune.training.projection import (
     records_of,
     seeds_of,
 )
+from fedtune.workspace.party import Party
 from strategies.ferret import SHARE, Ferret, State
 
 RUN = "0" * 16

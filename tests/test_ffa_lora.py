@@ -13,7 +13,7 @@ from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import Instruction, Peer
 from fedtune.lowrank.algebra import pairs
-from fedtune.party import Party
+from fedtune.workspace.party import Party
 from strategies.ffa_lora import FFALoRA
 
 RUN = "0" * 16

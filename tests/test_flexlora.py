@@ -12,7 +12,7 @@ from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import Peer, Update
 from fedtune.lowrank.algebra import pairs
-from fedtune.party import Party
+from fedtune.workspace.party import Party
 from strategies.flexlora import FlexLoRA
 
 CLIENTS = st.lists(st.tuples(st.integers(1, RANK), st.sampled_from([0.5, 1.0, 3.0]), st.integers(1, 99)), min_size=1)

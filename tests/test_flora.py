@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from fedtune.checkpoint import state_sha256
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, SHAPES, dense, distance, factors, ideal, layout, reply
 
 from clients.fresh import Fresh
-from fedtune.checkpoint import state_sha256
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Layout, Peer, Slot, Update
 from fedtune.lowrank.algebra import pairs
 from fedtune.lowrank.residual import from_residual
 from fedtune.lowrank.stacking import State, stacked
-from fedtune.party import Party
+from fedtune.workspace.party import Party
 from strategies.flora import FLoRA
 from strategies.florist import FLoRIST
 from strategies.full_delta import FullDelta

@@ -30,9 +30,9 @@ from fedtune.core.errors import ConfigError, QuorumError, WireError
 from fedtune.core.protocol import Instruction, Layout, Slot, Update
 from fedtune.core.seeds import fold
 from fedtune.flower_strategy import as_flower_strategy
-from fedtune.party import Party
 from fedtune.runtime.local import LocalGrid, run_local, server_context
 from fedtune.wire import messages as wire
+from fedtune.workspace.party import Party
 from strategies.fedit import FedIT, State
 from strategies.krum import Krum
 

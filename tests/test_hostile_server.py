@@ -21,10 +21,10 @@ from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, FedtuneError
 from fedtune.core.protocol import Instruction
 from fedtune.device.privacy import for_the_server
-from fedtune.party import party_of
 from fedtune.runtime.app import make_device_app
 from fedtune.wire import messages as wire
 from fedtune.wire.flower_private import assume_identity
+from fedtune.workspace.party import party_of
 
 SECRET = "hunter2-of-this-device"
 RUN = "0" * 16

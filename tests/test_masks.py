@@ -23,12 +23,12 @@ from fedtune.codecs.topk import TopK
 from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
 from fedtune.masks import cosine, dot, masks_of, similarity, weighted_sum
-from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.similarity import every_two, signs_of
 from fedtune.wire import messages as wire
 from fedtune.wire.delta_coding import decode, encode
+from fedtune.workspace.party import Party
 
 WORDS = ("evaluate.similarity=true", "population.cohort=3", "train.lr=0.01")
 

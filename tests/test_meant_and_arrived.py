@@ -9,14 +9,14 @@ import moving
 import pytest
 import torch
 from conftest import SMALL, rows, small, traits_of_method
+from fedtune.checkpoint import load_checkpoint
 from moving import move
 
-from fedtune.checkpoint import load_checkpoint
 from fedtune.config.compose import choices, compose
 from fedtune.core.errors import ConfigError
-from fedtune.party import Party
 from fedtune.runtime.local import run_local
 from fedtune.training.client_state import Memory
+from fedtune.workspace.party import Party
 
 TOLD_LOSSILY = [name for name in choices("method") if name != "local_only" and traits_of_method(name).lossy_down]
 EVERYBODY = ("population.cohort=4", "evaluate.every=0", "evaluate.exactness=false")

@@ -9,20 +9,20 @@ import json
 import pytest
 import torch
 from conftest import rows, run_on, small, summary_of
+from fedtune.checkpoint import load_checkpoint
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from layers import distance
 from peft import PeftModel
 from safetensors.torch import load, load_file
 
-from fedtune.checkpoint import load_checkpoint
 from fedtune.core.protocol import SERVER, Peer
 from fedtune.lowrank.residual import FROM, VERSION, from_residual, installed_version, size_of
 from fedtune.models.tiny import tiny_model
-from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.wire import messages as wire
+from fedtune.workspace.party import Party
 from strategies.fedex_lora import FedExLoRA
 from strategies.flora import FLoRA
 

@@ -12,7 +12,7 @@ from conftest import SMALL
 
 from fedtune.config.compose import compose
 from fedtune.lowrank.algebra import pairs
-from fedtune.party import Party
+from fedtune.workspace.party import Party
 
 HEADER = 128
 FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples

@@ -7,10 +7,10 @@ from flwr.clientapp import ClientApp
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.evaluation.scoring import Score, mean_score
-from fedtune.party import Party
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.wire import messages as wire
+from fedtune.workspace.party import Party
 
 WORDS = ("method=fedsa_lora", "population.cohort=2")
 

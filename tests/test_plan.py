@@ -10,9 +10,9 @@ from fedtune.cli import main
 from fedtune.config.devices import write_devices
 from fedtune.core.errors import QuorumError
 from fedtune.core.protocol import Capability
-from fedtune.party import Party
 from fedtune.plan_view import COLUMNS, plans, table_of
 from fedtune.runtime.local import run_local
+from fedtune.workspace.party import Party
 
 MB = 1e6
 

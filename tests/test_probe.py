@@ -22,8 +22,8 @@ from fedtune.lowrank.algebra import pairs
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base, pick_device
 from fedtune.models.tiny import tiny_tokenizer
-from fedtune.party import Party
 from fedtune.planning.cost_probe import ALLOCATOR, LOGIT_BYTES, NF4_BYTES, base_bytes, blocks_of, costs_of, weights_of
+from fedtune.workspace.party import Party
 
 TINY = ModelSpec(name="tiny", dtype="float32")
 BLOCK, REST = 20_736, 12_720

@@ -19,11 +19,11 @@ from flwr.cli.build import build_fab_from_disk
 
 from fedtune.config.compose import compose
 from fedtune.core.protocol import Peer
-from fedtune.party import Party
 from fedtune.runtime.local import run_local
 from fedtune.wire.flower_private import Run, content_to_bytes
 from fedtune.wire.http_overhead import Link
 from fedtune.wire.messages import pack_greeting
+from fedtune.workspace.party import Party
 from simulations.fleet import Fleet, Site
 from simulations.fleet.credentials import make_node_key
 from simulations.fleet.processes import wait_until

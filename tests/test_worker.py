@@ -22,11 +22,11 @@ from fedtune.codecs.raw import Raw
 from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError
 from fedtune.core.protocol import Instruction
-from fedtune.party import party_of
 from fedtune.runtime import worker
 from fedtune.runtime.worker import ask, place_of
 from fedtune.wire import messages as wire
 from fedtune.wire.flower_private import assume_identity
+from fedtune.workspace.party import party_of
 
 NODE = 4711
 RUN = "0" * 16

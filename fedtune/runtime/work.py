@@ -37,7 +37,7 @@ def serve(place: Place, parent: int, idle: float) -> NoReturn:
     Watch(leave, parent, idle).start()
     signal.signal(signal.SIGTERM, lambda *_: leave("told to end"))
     # Before the first request: importing torch takes seconds, and ClientApps must not find a silent socket
-    import fedtune.turns  # noqa: F401
+    import fedtune.workspace.client_handler  # noqa: F401
 
     with Listener(place.socket, family="AF_UNIX", authkey=secret) as listener:
         Watch.since = time.monotonic()
@@ -54,8 +54,8 @@ def serve(place: Place, parent: int, idle: float) -> NoReturn:
 def answer_one(connection: Connection) -> None:
     """Read a request, do the work, and send its answer or the error's text."""
     from fedtune.device.owner import device_owner
-    from fedtune.party import party_of
-    from fedtune.turns import take_turn
+    from fedtune.workspace.client_handler import take_turn
+    from fedtune.workspace.party import party_of
 
     request = json.loads(connection.recv_bytes(MAX_REQUEST))
     content = content_from_bytes(connection.recv_bytes())

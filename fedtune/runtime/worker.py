@@ -75,7 +75,7 @@ def ask(message: Message, context: Context) -> RecordDict:
         ClientTimeout: if it took too long.
     """
     if _is_ray():  # a simulation, whose processes stay by themselves
-        from fedtune.turns import take_turn
+        from fedtune.workspace.client_handler import take_turn
 
         at = message.metadata
         return take_turn(at.message_type, at.group_id, message.content, context.run_config, context.node_config)
@@ -95,8 +95,8 @@ def _ask(message: Message, context: Context) -> RecordDict:
     run_config, node_config = dict(context.run_config), dict(context.node_config)
     if node_config.get("worker", True) is False:
         from fedtune.device.owner import device_owner
-        from fedtune.party import party_of
-        from fedtune.turns import take_turn
+        from fedtune.workspace.client_handler import take_turn
+        from fedtune.workspace.party import party_of
 
         owner = device_owner()
         content = take_turn(at.message_type, at.group_id, message.content, run_config, node_config, owner)

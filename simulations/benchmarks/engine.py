@@ -37,10 +37,10 @@ from fedtune.config.compose import compose
 from fedtune.config.schema import Experiment, MethodSpec
 from fedtune.core.protocol import Instruction, Tensors, Update
 from fedtune.core.seeds import fold
-from fedtune.party import Party, party_of
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
 from fedtune.training.first_order import fit
+from fedtune.workspace.party import Party, party_of
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from fedtune.config.population import MEASURED
 from fedtune.core.errors import MALFORMED, ClientError, ConfigError, WireError
 from fedtune.core.protocol import UNLIMITED, Capability, Peer
 from fedtune.device.owner import Owner
-from fedtune.party import Party, party_of
 from fedtune.planning.population import profile_of
 from fedtune.training.client_state import home
 from fedtune.wire.messages import pack_greeting, pack_score, unpack_question
+from fedtune.workspace.party import Party, party_of
 
 # What a node's owner may declare of it, in Flower's spelling of keys
 LIMITS = {name.replace("_", "-"): name for name in Capability.__dataclass_fields__}
