@@ -294,7 +294,7 @@ def export(source: str, out: str, base: str | None) -> None:
     """
     from fedtune.config.schema import FULL
     from fedtune.folder import export
-    from fedtune.progress import size
+    from fedtune.server.progress import size
 
     done = export(source, out, base)
     of = done.experiment
@@ -312,7 +312,7 @@ def compress(source: str, out: str, codec: str, words: Sequence[str], start: str
         FedtuneError: if it can't be.
     """
     from fedtune.compress import compress
-    from fedtune.progress import size
+    from fedtune.server.progress import size
 
     done = compress(source, out, codec, words, start)
     settings = "".join(f" {name}={value}" for name, value in vars(done.codec).items() if value is not None)

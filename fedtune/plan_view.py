@@ -14,7 +14,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.clock import Clock, Turn
 from fedtune.config.compatibility import traits_of
 from fedtune.config.compose import compose
 from fedtune.core.atomic import write_atomically
@@ -23,7 +22,8 @@ from fedtune.core.errors import QuorumError
 from fedtune.core.protocol import Peer
 from fedtune.lowrank.algebra import pairs
 from fedtune.planning.population import equip, profile_of
-from fedtune.progress import method_of, size
+from fedtune.server.progress import method_of, size
+from fedtune.server.virtual_clock import Clock, Turn
 from fedtune.training.client_state import home
 from fedtune.workspace.party import Party
 

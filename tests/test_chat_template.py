@@ -19,7 +19,7 @@ from fedtune.data.row_counts import describe
 from fedtune.data.sources import Example
 from fedtune.data.tokenisation import tokenise
 from fedtune.models.tiny import CHAT_TEMPLATE, tiny_tokenizer
-from fedtune.progress import headline
+from fedtune.server.progress import headline
 
 END = 256  # <|end|> of the tiny tokenizer
 ALPHABET = "stone glas?:[]/AQINT.\n"
@@ -355,7 +355,7 @@ def test_the_console_and_the_summary_say_so(tmp_path, run_on_rows):
 @pytest.fixture
 def run_on_rows(tmp_path):
     """A run's headline and summary, on these rows."""
-    from fedtune.summary import summarise
+    from fedtune.server.summary import summarise
     from fedtune.workspace.party import Party
 
     def made(rows, *words):

@@ -37,12 +37,12 @@ from hypothesis import strategies as st
 from test_contract import CapturingGrid, tampering_app
 
 from clients.first_order import FirstOrder
-from fedtune.clock import Clock
 from fedtune.core.errors import ConfigError, QuorumError
 from fedtune.core.protocol import Capability, Instruction, Peer
 from fedtune.core.seeds import bits, fold
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
+from fedtune.server.virtual_clock import Clock
 from fedtune.workspace.party import Party
 from strategies.fedit import FedIT
 

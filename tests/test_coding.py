@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, rows, summary_of
+from fedtune.replies import Replies
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from fedtune.codecs.topk import TopK
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Peer, Update
-from fedtune.replies import Replies
 from fedtune.runtime.local import run_local
 from fedtune.wire.delta_coding import decode, encode, left_out, with_feedback
 
@@ -219,7 +219,7 @@ def test_what_does_not_go_together_is_said_at_start(tmp_path, words, said):
 
 
 def test_another_apps_clients_take_no_lossy_codec():
-    from fedtune.flower_strategy import as_flower_strategy
+    from fedtune.server.flower_strategy import as_flower_strategy
     from strategies.fedit import FedIT
 
     with pytest.raises(ConfigError, match="codec=STC"):

@@ -9,20 +9,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fedtune.checkpoint import flatten, state_sha256, unflatten
 from flwr.app import ArrayRecord, ConfigRecord
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import RANK, SCALING, SHAPES, dense, factors, layout
 
 import fedtune.planning.plan_cache
-from fedtune.checkpoint import flatten, state_sha256, unflatten
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import CapacityError, ConfigError, WireError
 from fedtune.core.protocol import SERVER, Capability, Instruction, Peer, Update
-from fedtune.exactness import aggregation_error
-from fedtune.flower_strategy import as_flower_strategy
 from fedtune.lowrank.algebra import name_of, pairs
 from fedtune.lowrank.averaging import parts
+from fedtune.server.aggregation_error import aggregation_error
+from fedtune.server.flower_strategy import as_flower_strategy
 from fedtune.training.apply_instruction import BATCH, BITS, SCORE, SCORES
 from strategies.fedpipe import LEAST, FedPipe, halves
 

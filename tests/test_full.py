@@ -18,8 +18,8 @@ from fedtune.models.adapted_model import LocalModel
 from fedtune.models.adapter_kinds import adaptable
 from fedtune.models.base import load_base
 from fedtune.models.tiny import tiny_model, tiny_tokenizer
-from fedtune.progress import closing
 from fedtune.runtime.local import run_local
+from fedtune.server.progress import closing
 from fedtune.training.first_order import fit
 from fedtune.wire.messages import pack_greeting, unpack_greeting
 from fedtune.workspace.party import Party

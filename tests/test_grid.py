@@ -171,7 +171,7 @@ def test_one_node_that_is_set_up_wrongly_is_left_out(tmp_path, capsys, change, s
 
 def test_a_node_that_is_too_slow_at_first_is_asked_again(tmp_path, capsys, monkeypatch):
     """A device whose worker has to load the base first may take longer than it is given; that is no wrong setup."""
-    monkeypatch.setattr("fedtune.roster.AGAIN_SECONDS", 0.2)
+    monkeypatch.setattr("fedtune.server.client_registry.AGAIN_SECONDS", 0.2)
     tries = []
 
     def change(greeting):

@@ -17,9 +17,9 @@ from flwr.clientapp import ClientApp
 
 from fedtune.core.errors import MAX_TEXT
 from fedtune.core.protocol import Update
-from fedtune.plausibility import not_finite
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
+from fedtune.server.plausibility import not_finite
 from fedtune.wire import messages as wire
 from fedtune.workspace.party import Party
 

@@ -22,10 +22,10 @@ from fedtune.codecs.raw import Raw
 from fedtune.codecs.topk import TopK
 from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
-from fedtune.masks import cosine, dot, masks_of, similarity, weighted_sum
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
-from fedtune.similarity import every_two, signs_of
+from fedtune.server.sign_masks import cosine, dot, masks_of, similarity, weighted_sum
+from fedtune.server.update_similarity import every_two, signs_of
 from fedtune.wire import messages as wire
 from fedtune.wire.delta_coding import decode, encode
 from fedtune.workspace.party import Party

@@ -22,7 +22,9 @@ from test_hostile_client import Told, extreme
 
 from fedtune.core.errors import MAX_TEXT, ClientError, DivergedError, WireError, of_peer, short
 from fedtune.core.protocol import Peer, Update, share
-from fedtune.plausibility import (
+from fedtune.runtime.app import make_client_app
+from fedtune.runtime.local import LocalGrid, run_local
+from fedtune.server.plausibility import (
     Weighed,
     effective_examples,
     norm_of_change,
@@ -30,8 +32,6 @@ from fedtune.plausibility import (
     out_of_proportion,
     outlier,
 )
-from fedtune.runtime.app import make_client_app
-from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.wire import messages as wire
 from fedtune.wire.http_overhead import KEY_BYTES, Link, Objects, _pushed, _remembered
 from fedtune.workspace.party import Party

@@ -14,21 +14,21 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, summary_of
+from fedtune.checkpoint import Checkpoint, flatten, load_checkpoint, save_checkpoint, state_sha256, unflatten
+from fedtune.ledger import COLUMNS, Entry, Ledger, parse
+from fedtune.replies import Replies
+from fedtune.run_folder import METRICS, RunFolder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.checkpoint import Checkpoint, flatten, load_checkpoint, save_checkpoint, state_sha256, unflatten
 from fedtune.config.compose import compose, load
 from fedtune.config.population import PopulationSpec
 from fedtune.core.errors import Interrupted, RunFolderError
 from fedtune.core.protocol import Peer, Update
 from fedtune.data.federated_data import load_data
-from fedtune.ledger import COLUMNS, Entry, Ledger, parse
 from fedtune.models.tiny import tiny_tokenizer
-from fedtune.replies import Replies
-from fedtune.roster import Roster
-from fedtune.run_folder import METRICS, RunFolder
 from fedtune.runtime.local import run_local
+from fedtune.server.client_registry import Roster
 from strategies.fedit import State
 
 LONG = [*SMALL, "rounds=40", "train.steps=1", "population.cohort=4"]

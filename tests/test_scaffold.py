@@ -26,9 +26,9 @@ from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Instruction, Layout, Peer, Slot, Update
 from fedtune.core.seeds import fold
 from fedtune.lowrank.residual import VERSION
-from fedtune.rounds import Server
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
+from fedtune.server.round_loop import Server
 from fedtune.training.control_variates import CHANGE, CONTROL, settle, tag
 from fedtune.training.first_order import loss_of
 from fedtune.workspace.party import Party

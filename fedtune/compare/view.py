@@ -15,7 +15,7 @@ from rich.table import Table
 from fedtune.compare.plan import Cell
 from fedtune.compare.play import Outcome
 from fedtune.compare.state import now
-from fedtune.progress import clock, size
+from fedtune.server.progress import clock, size
 
 MARKS = {
     "waiting": "[dim]·[/dim]",

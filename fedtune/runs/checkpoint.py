@@ -29,7 +29,7 @@ class Progress:
 
     seconds: float = 0.0  # the virtual clock
     losses: dict[str, float] = field(default_factory=dict)  # by index: the training loss that each reported last
-    pending: dict[str, Any] = field(default_factory=dict)  # by index: turns that have not ended (fedtune/flow.py)
+    pending: dict[str, Any] = field(default_factory=dict)  # by index: turns that have not ended (fedtune/server/asynchronous.py)
     unsure: list[int] = field(default_factory=list)  # clients whose last turn failed: who knows what they kept of it
     in_a_row: dict[str, int] = field(default_factory=dict)  # by index: rounds that power_of_choice took it in turn
     measured: list[float] = field(default_factory=lambda: [1.0, 1.0])  # messages down and up beside what was expected

@@ -5,13 +5,13 @@ metrics.csv     a line per round
 ledger.csv      a line per message
 failures.csv    what went wrong, with whom; a line per failed client and round
 clients.csv     how good the model, or each client's own where a method leaves it one, is on each client's own data
-clock.csv       what each client's turn took on its device, where devices have limits (fedtune/clock.py)
+clock.csv       what each client's turn took on its device, where devices have limits (fedtune/server/virtual_clock.py)
 similarity.csv  how much the signs of clients' updates agree, where evaluate.similarity asks for it; a line per pair
 summary.json    totals, versions, hashes; replaced after each round
 checkpoint/     the strategy's state after the last finished round
 adapter/        the global adapter, for PeftModel.from_pretrained; none where the base itself is trained
 start/          what it was before the first round, for fedtune compress --start
-tracker.json    by which ids trackers know the run (fedtune/trackers.py); TensorBoard's and wandb's files lie beside it
+tracker.json    by which ids trackers know the run (fedtune/server/trackers.py); TensorBoard's and wandb's files lie beside it
 model.fedtune   all that makes the model of its base, where that is numbers along seeded directions: a few kB
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 
 from fedtune import model_file
 from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedtune.clock import Timed
+from fedtune.server.virtual_clock import Timed
 from fedtune.columns import CLOCK as CLOCK
 from fedtune.columns import METRICS as METRICS
 from fedtune.columns import MORE_SCORES, SIMILARITY
@@ -130,7 +130,7 @@ class RunFolder:
 
     def append_similarity(self, round: int, pairs: Iterable[tuple[int, int, float | None]]) -> None:
         """Args:
-        pairs: as fedtune.similarity.every_two has them.
+        pairs: as fedtune.server.update_similarity.every_two has them.
         """
         self._append("similarity.csv", [dict(zip(SIMILARITY, (round, *pair), strict=True)) for pair in pairs])
 

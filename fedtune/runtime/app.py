@@ -75,7 +75,7 @@ def make_server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         from fedtune.device.owner import user
-        from fedtune.rounds import run
+        from fedtune.server.round_loop import run
         from fedtune.workspace.party import party_of
 
         run_config = {"config": config} if config else context.run_config

@@ -25,7 +25,7 @@ def run_ray(experiment: Experiment, resume: str | None = None) -> None:
 
     Raises:
         ConfigError: if Ray can't give a client what `runtime.cpus` and `runtime.gpus` ask for.
-        FedtuneError: as `fedtune.rounds.run`.
+        FedtuneError: as `fedtune.server.round_loop.run`.
     """
     stop = Event()
     with settled(experiment, resume) as experiment, ctrl_c_sets(stop):

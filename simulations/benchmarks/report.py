@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from fedtune.clock import Timed, Turn
-from fedtune.config.compose import compose
 from fedtune.ledger import Entry, sums
 from fedtune.run_folder import RunFolder
+
+from fedtune.config.compose import compose
+from fedtune.server.virtual_clock import Timed, Turn
 
 METHODS = ("fedit", "flora", "ffa_lora", "fedex_lora", "flexlora", "fedsa_lora", "rolora")
 CODECS = ("raw", "int8", "compeft")
@@ -98,8 +98,9 @@ def main(words: Sequence[str]) -> None:
 def _time(parent: Path) -> None:
     # As late as this, so that it is part of what is measured
     begun = _now()
-    from fedtune.report.comparison import compare, curve, protocols, reached, table, target, write_results
     from fedtune.report.runs import find, read
+
+    from fedtune.report.comparison import compare, curve, protocols, reached, table, target, write_results
 
     begun = _say("importing", begun)
     runs = [read(path) for path in find([parent / "runs"])]

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from fedtune.clock import Timed
 from fedtune.core.protocol import Instruction, Peer, Tensors, Update
-from fedtune.similarity import Signs
+from fedtune.server.update_similarity import Signs
+from fedtune.server.virtual_clock import Timed
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,18 @@ from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
 
-from fedtune.clock import Clock, Timed
 from fedtune.config.compatibility import traits_of
 from fedtune.core.errors import CapacityError, ClientError, FedtuneError
 from fedtune.core.protocol import Instruction, Tensors, Update, is_lossless, same_instruction, same_tensors
 from fedtune.core.seeds import fold
 from fedtune.ledger import Entry, Ledger
 from fedtune.lowrank.residual import VERSION
-from fedtune.plausibility import check_examples, norm_of_change
-from fedtune.progress import View
-from fedtune.roster import Roster
-from fedtune.round import Asked, Round, Take
-from fedtune.similarity import signs_of
+from fedtune.server.client_registry import Roster
+from fedtune.server.plausibility import check_examples, norm_of_change
+from fedtune.server.progress import View
+from fedtune.server.round import Asked, Round, Take
+from fedtune.server.update_similarity import signs_of
+from fedtune.server.virtual_clock import Clock, Timed
 from fedtune.training.apply_instruction import SCALING, check_scaling
 from fedtune.wire import messages as wire
 from fedtune.wire.broadcast_chain import Sent

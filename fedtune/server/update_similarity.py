@@ -12,7 +12,7 @@ from itertools import combinations
 import torch
 
 from fedtune.core.protocol import Codec, Tensors, is_lossless
-from fedtune.masks import Masks, cosine, masks_of
+from fedtune.server.sign_masks import Masks, cosine, masks_of
 from fedtune.wire.delta_coding import decode, starts_of, wide
 
 

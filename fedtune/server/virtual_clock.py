@@ -247,7 +247,7 @@ class Clock:
             return "can compute forward only, and this method's clients need gradients"
         turn = self.expected(peer, told)
         if turn.memory_bytes > peer.capability.memory_bytes:
-            from fedtune.progress import size
+            from fedtune.server.progress import size
 
             return (
                 f"needs {size(int(turn.memory_bytes))} of memory and has {size(int(peer.capability.memory_bytes))}: "

@@ -1,6 +1,6 @@
 """A round's updates to the next state: who is believed, what each counts, and what becomes of a state that is none.
 
-Around every strategy alike, so that none has to think of clients that lie: fedtune/plausibility.py says what is
+Around every strategy alike, so that none has to think of clients that lie: fedtune/server/plausibility.py says what is
 believed, and this does it.
 """
 
@@ -10,7 +10,8 @@ from typing import Any
 from fedtune.config.schema import Experiment
 from fedtune.core.errors import DivergedError
 from fedtune.core.protocol import Peer, Strategy, Tensors, Update
-from fedtune.plausibility import (
+from fedtune.replies import Updates
+from fedtune.server.plausibility import (
     Weighed,
     attempt,
     blame,
@@ -19,8 +20,7 @@ from fedtune.plausibility import (
     out_of_proportion,
     outlier,
 )
-from fedtune.replies import Updates
-from fedtune.round import Round
+from fedtune.server.round import Round
 
 
 class Aggregator:

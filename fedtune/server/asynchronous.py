@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from fedtune.clock import Timed, Turn
 from fedtune.core.errors import ConfigError, QuorumError
 from fedtune.core.protocol import Instruction, Peer, Update
 from fedtune.replies import Buffered
-from fedtune.round import Asked, Round
-from fedtune.rounds import Server
+from fedtune.server.round import Asked, Round
+from fedtune.server.round_loop import Server
+from fedtune.server.virtual_clock import Timed, Turn
 from fedtune.wire.delta_coding import decode, with_feedback
 
 

@@ -18,28 +18,28 @@ from typing import Any
 from flwr.app import MessageType
 from flwr.serverapp import Grid
 
-from fedtune.aggregation import Aggregator
-from fedtune.budget import Spent, ended_by
 from fedtune.checkpoint import Checkpoint, state_sha256
-from fedtune.clock import Turn
 from fedtune.config.compatibility import check_client, traits_of
 from fedtune.config.compose import differences
 from fedtune.core.errors import DivergedError, FedtuneError, Interrupted, QuorumError, RunFolderError
 from fedtune.core.protocol import Instruction, Peer, Update
 from fedtune.evaluation.scoring import Score, mean_score
-from fedtune.exactness import aggregation_error
 from fedtune.export import ADAPTER_CONFIG, adapter_files
 from fedtune.ledger import Entry, Ledger, sums
-from fedtune.messages import Talk
 from fedtune.model_file import TunedModel, dump
 from fedtune.planning.population import server_peer
-from fedtune.progress import View, make_view
 from fedtune.replies import Replies
-from fedtune.round import Asked, Round
 from fedtune.run_folder import RunFolder, check_vacant
-from fedtune.similarity import every_two
-from fedtune.summary import summarise
-from fedtune.trackers import Tracking
+from fedtune.server.aggregation import Aggregator
+from fedtune.server.aggregation_error import aggregation_error
+from fedtune.server.budget import Spent, ended_by
+from fedtune.server.client_channel import Talk
+from fedtune.server.progress import View, make_view
+from fedtune.server.round import Asked, Round
+from fedtune.server.summary import summarise
+from fedtune.server.trackers import Tracking
+from fedtune.server.update_similarity import every_two
+from fedtune.server.virtual_clock import Turn
 from fedtune.wire import messages as wire
 from fedtune.wire.transport import Exchange
 from fedtune.workspace.party import Party
@@ -54,7 +54,7 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
     Raises:
         FedtuneError: of whichever kind; everything up to the last finished round is then in the run folder.
     """
-    from fedtune.flow import AsynchronousServer
+    from fedtune.server.asynchronous import AsynchronousServer
 
     experiment = party.experiment
     check_client(experiment, party.strategy, party.client)
