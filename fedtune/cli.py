@@ -293,7 +293,7 @@ def export(source: str, out: str, base: str | None) -> None:
         FedtuneError: if it can't be.
     """
     from fedtune.config.schema import FULL
-    from fedtune.folder import export
+    from fedtune.export.model_folder import export
     from fedtune.server.progress import size
 
     done = export(source, out, base)
@@ -311,7 +311,7 @@ def compress(source: str, out: str, codec: str, words: Sequence[str], start: str
     Raises:
         FedtuneError: if it can't be.
     """
-    from fedtune.compress import compress
+    from fedtune.export.compressed_adapter import compress
     from fedtune.server.progress import size
 
     done = compress(source, out, codec, words, start)
@@ -332,7 +332,7 @@ def decompress(source: str, out: str, start: str | None) -> None:
     Raises:
         FedtuneError: if it can't be.
     """
-    from fedtune.compress import decompress
+    from fedtune.export.compressed_adapter import decompress
 
     path = decompress(source, out, start)
     print(f"wrote    {path}")

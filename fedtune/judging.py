@@ -19,7 +19,7 @@ from fedtune.data.sources import load_examples
 from fedtune.data.tokenisation import tokenise
 from fedtune.evaluation.lm_eval_harness import check_installed, run_tasks
 from fedtune.evaluation.scoring import FIGURES, Score, mean_score
-from fedtune.folder import check_one_model, party_for, source_of, tuned
+from fedtune.export.model_folder import check_one_model, party_for, source_of, tuned
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.model_checks import check_tokens
 from fedtune.workspace.party import Party

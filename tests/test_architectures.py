@@ -8,7 +8,6 @@ import pytest
 import torch
 from architectures import CONFIGS, made, saved
 from conftest import run_on, small, summary_of
-from fedtune.export import adapter_files
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Gemma3Config, LlavaConfig, PreTrainedTokenizerFast, Qwen2VLConfig
@@ -17,7 +16,8 @@ from fedtune.config.compose import compose
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.errors import ClientError, ConfigError, ExportError, ModelError
 from fedtune.core.protocol import Batch
-from fedtune.folder import export
+from fedtune.export import adapter_files
+from fedtune.export.model_folder import export
 from fedtune.lowrank.algebra import pairs
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base

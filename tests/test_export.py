@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import rows, setting, summary_of
 from fedtune.checkpoint import load_checkpoint
-from fedtune.export import adapter_files
 from fedtune.model_file import KEY, LONGEST, dump, read
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -27,7 +26,8 @@ from fedtune.config.compose import compose
 from fedtune.config.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
 from fedtune.config.targets import check
 from fedtune.core.errors import ConfigError, ExportError
-from fedtune.folder import PROMPTS, export
+from fedtune.export import adapter_files
+from fedtune.export.model_folder import PROMPTS, export
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base
 from fedtune.models.peft_fields import FIELDS, OLDEST, readable

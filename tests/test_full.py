@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, rows, strategy_of, summary_of, traits_of_method
-from fedtune.export import adapter_files
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -14,6 +13,7 @@ from fedtune.config.schema import FULL, AdapterSpec, ModelSpec
 from fedtune.core.errors import ConfigError, ModelError, WireError
 from fedtune.core.protocol import Batch, Layout, Peer, Slot, Update
 from fedtune.core.seeds import fold, uniform
+from fedtune.export import adapter_files
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.adapter_kinds import adaptable
 from fedtune.models.base import load_base

@@ -42,7 +42,7 @@ from fedtune.core.checks import one_of
 from fedtune.core.errors import MALFORMED, ConfigError, ExportError, WireError
 from fedtune.core.protocol import Codec, Tensors, describe, is_lossless
 from fedtune.export import ADAPTER_CONFIG
-from fedtune.folder import beside, new_folder
+from fedtune.export.model_folder import beside, new_folder
 from fedtune.wire.delta_coding import wide
 from fedtune.wire.messages import check_finite
 
