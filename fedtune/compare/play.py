@@ -26,7 +26,7 @@ from fedtune.config.compose import compose, differences, load_file
 from fedtune.config.schema import Experiment
 from fedtune.core.errors import FedtuneError, Interrupted, RunFolderError
 from fedtune.core.signals import ENDINGS
-from fedtune.runtime.work import WATCH_SECONDS, is_alive
+from fedtune.runtime.worker_process import WATCH_SECONDS, is_alive
 
 LOG = "log.txt"
 POLL_SECONDS = 0.5

@@ -287,7 +287,7 @@ def _is_ray() -> bool:
 
 def main() -> NoReturn:
     """The worker's own process."""
-    from fedtune.runtime.work import serve
+    from fedtune.runtime.worker_process import serve
 
     folder, name, parent, idle = sys.argv[1:]
     serve(Place(Path(folder), name), int(parent), float(idle))
