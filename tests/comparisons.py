@@ -9,7 +9,7 @@ from conftest import small
 
 from fedtune.config.schema import Experiment
 from fedtune.report.comparison import Comparison, compare
-from fedtune.report.runs import Clients, Run
+from fedtune.runs.read import Clients, Run
 
 
 @cache

@@ -16,7 +16,6 @@ from fedtune.config.compose import compose
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.errors import ClientError, ConfigError, ExportError, ModelError
 from fedtune.core.protocol import Batch
-from fedtune.export import adapter_files
 from fedtune.export.model_folder import export
 from fedtune.lowrank.algebra import pairs
 from fedtune.models.adapted_model import LocalModel
@@ -24,6 +23,7 @@ from fedtune.models.base import load_base
 from fedtune.models.model_checks import positions_of
 from fedtune.models.tiny import tiny_tokenizer
 from fedtune.planning.cost_probe import base_bytes
+from fedtune.runs.adapter_files import adapter_files
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.training.first_order import fit, loss_of

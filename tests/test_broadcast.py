@@ -8,7 +8,6 @@ import mischief
 import pytest
 import torch
 from conftest import SMALL, rows, summary_of
-from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from fedtune.codecs.topk import TopK
 from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, WireError
 from fedtune.core.protocol import Instruction
+from fedtune.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.runtime.local import run_local
 from fedtune.training.client_state import Memory
 from fedtune.wire.broadcast_chain import Sent, hear

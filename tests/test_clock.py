@@ -30,7 +30,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 from conftest import rows, run_on, small, summary_of
-from fedtune.checkpoint import load_checkpoint
 from flwr.common.serde import message_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +39,7 @@ from clients.first_order import FirstOrder
 from fedtune.core.errors import ConfigError, QuorumError
 from fedtune.core.protocol import Capability, Instruction, Peer
 from fedtune.core.seeds import bits, fold
+from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.server.virtual_clock import Clock

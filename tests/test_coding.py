@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, rows, summary_of
-from fedtune.replies import Replies
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from fedtune.codecs.topk import TopK
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Peer, Update
+from fedtune.runs.update_store import Replies
 from fedtune.runtime.local import run_local
 from fedtune.wire.delta_coding import decode, encode, left_out, with_feedback
 

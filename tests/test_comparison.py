@@ -32,7 +32,7 @@ from fedtune.report.comparison import (
 )
 from fedtune.report.intervals import paired_p
 from fedtune.report.labels import labels
-from fedtune.report.runs import Clients, read
+from fedtune.runs.read import Clients, read
 from fedtune.runtime.local import run_local
 
 METHODS, SEEDS = ("fedit", "ffa_lora"), (0, 1, 2)

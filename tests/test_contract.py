@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import rows, run_on, small, summary_of
-from fedtune.checkpoint import state_sha256
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
@@ -20,6 +19,7 @@ from fedtune.core.protocol import SERVER, Peer, Update
 from fedtune.lowrank.algebra import pairs
 from fedtune.lowrank.residual import from_residual
 from fedtune.models.base_delta import DENSE
+from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.wire import messages as wire

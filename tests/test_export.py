@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import rows, setting, summary_of
-from fedtune.checkpoint import load_checkpoint
-from fedtune.model_file import KEY, LONGEST, dump, read
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,12 +24,14 @@ from fedtune.config.compose import compose
 from fedtune.config.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
 from fedtune.config.targets import check
 from fedtune.core.errors import ConfigError, ExportError
-from fedtune.export import adapter_files
 from fedtune.export.model_folder import PROMPTS, export
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base
 from fedtune.models.peft_fields import FIELDS, OLDEST, readable
 from fedtune.models.tiny import tiny_model, tiny_tokenizer
+from fedtune.runs.adapter_files import adapter_files
+from fedtune.runs.checkpoint import load_checkpoint
+from fedtune.runs.model_file import KEY, LONGEST, dump, read
 from fedtune.workspace.party import Party
 
 K = 64
@@ -358,8 +358,8 @@ def test_a_strangers_metadata_ends_in_one_message(file, tmp_path, change, part):
         "fedtune.models.base.os.system",
         "fedtune.models.base.shutil",
         "fedtune.models.base.Path",
-        "fedtune.checkpoint.write_atomically",
-        "fedtune.run_folder.RunFolder",
+        "fedtune.runs.checkpoint.write_atomically",
+        "fedtune.runs.run_folder.RunFolder",
         "fedtune",
         "fedtuned.x.Y",
         "strategies.nothing.Nothing",

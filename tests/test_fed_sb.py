@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
-from fedtune.checkpoint import state_sha256
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, SHAPES, dense, distance, layout
@@ -21,6 +20,7 @@ from fedtune.core.protocol import SERVER, Instruction, Layout, Peer, Update
 from fedtune.core.seeds import bits, fold
 from fedtune.lowrank.algebra import name_of, pairs
 from fedtune.models.base import load_base, pick_device
+from fedtune.runs.checkpoint import state_sha256
 from fedtune.training.first_order import loss_of
 from fedtune.training.frozen_basis import expanded, left_basis, training_core, zero_core
 from fedtune.workspace.party import Party

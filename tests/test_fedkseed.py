@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import rows, summary_of
-from fedtune.checkpoint import load_checkpoint
 
 from clients.zeroth_order import drawn
 from fedtune.codecs.packed import Packed
@@ -21,6 +20,7 @@ from fedtune.core.errors import ConfigError, DivergedError, WireError
 from fedtune.core.protocol import SERVER, Layout, Peer, Update
 from fedtune.random_directions.hash_noise import values
 from fedtune.random_directions.weights import pool
+from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.training.zeroth_order import Rules
 from fedtune.workspace.party import Party
 from strategies import fedkseed_pro

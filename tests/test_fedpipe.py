@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fedtune.checkpoint import flatten, state_sha256, unflatten
 from flwr.app import ArrayRecord, ConfigRecord
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +20,7 @@ from fedtune.core.errors import CapacityError, ConfigError, WireError
 from fedtune.core.protocol import SERVER, Capability, Instruction, Peer, Update
 from fedtune.lowrank.algebra import name_of, pairs
 from fedtune.lowrank.averaging import parts
+from fedtune.runs.checkpoint import flatten, state_sha256, unflatten
 from fedtune.server.aggregation_error import aggregation_error
 from fedtune.server.flower_strategy import as_flower_strategy
 from fedtune.training.apply_instruction import BATCH, BITS, SCORE, SCORES

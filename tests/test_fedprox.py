@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, summary_of
-from fedtune.checkpoint import state_sha256
 from toy import SHAPES, A, B, Endless, Toy, drawn, quadratic
 
 from clients.first_order import FirstOrder, proximal
 from fedtune.config.compose import compose
 from fedtune.core.protocol import Instruction, Peer, Update
+from fedtune.runs.checkpoint import state_sha256
 from fedtune.workspace.party import Party
 from strategies.fedit import FedIT
 from strategies.fedit import State as FedITState

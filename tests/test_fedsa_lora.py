@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, summary_of
-from fedtune.checkpoint import state_sha256
 from layers import layout, reply
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import SERVER, Peer
+from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
 from fedtune.workspace.party import Party
 from strategies.fedsa_lora import FedSALoRA

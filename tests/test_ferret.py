@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, rows, summary_of
-from fedtune.checkpoint import state_sha256
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -29,6 +28,7 @@ from fedtune.core.protocol import SERVER, Layout, Peer, Slot, Update
 from fedtune.lowrank.residual import FROM, VERSION, installed_version
 from fedtune.random_directions.hash_noise import KURTOSIS, values
 from fedtune.random_directions.weights import SeededWeights
+from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
 from fedtune.training.projection import (
     BUDGET,

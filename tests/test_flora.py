@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
-from fedtune.checkpoint import state_sha256
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, SHAPES, dense, distance, factors, ideal, layout, reply
@@ -22,6 +21,7 @@ from fedtune.core.protocol import Layout, Peer, Slot, Update
 from fedtune.lowrank.algebra import pairs
 from fedtune.lowrank.residual import from_residual
 from fedtune.lowrank.stacking import State, stacked
+from fedtune.runs.checkpoint import state_sha256
 from fedtune.workspace.party import Party
 from strategies.flora import FLoRA
 from strategies.florist import FLoRIST

@@ -28,12 +28,12 @@ from dataclasses import replace
 
 import pytest
 from conftest import rows, run_on, small, summary_of
-from fedtune.checkpoint import load_checkpoint, state_sha256
 from test_clock import bytes_of, unit, without_real_seconds
 from test_contract import tampering_app
 
 from fedtune.core.errors import ConfigError, QuorumError
 from fedtune.core.protocol import Peer
+from fedtune.runs.checkpoint import load_checkpoint, state_sha256
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.workspace.party import Party
 

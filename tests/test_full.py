@@ -13,11 +13,11 @@ from fedtune.config.schema import FULL, AdapterSpec, ModelSpec
 from fedtune.core.errors import ConfigError, ModelError, WireError
 from fedtune.core.protocol import Batch, Layout, Peer, Slot, Update
 from fedtune.core.seeds import fold, uniform
-from fedtune.export import adapter_files
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.adapter_kinds import adaptable
 from fedtune.models.base import load_base
 from fedtune.models.tiny import tiny_model, tiny_tokenizer
+from fedtune.runs.adapter_files import adapter_files
 from fedtune.runtime.local import run_local
 from fedtune.server.progress import closing
 from fedtune.training.first_order import fit

@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, summary_of
-from fedtune.checkpoint import load_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, dense, factors, layout, reply
@@ -29,6 +28,7 @@ from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import SERVER, Layout, Peer, Slot, Update
 from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.local import run_local
 from fedtune.workspace.party import Party
 from strategies.hetlora import HetLoRA, State, _weights, rank_of

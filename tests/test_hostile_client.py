@@ -11,12 +11,12 @@ from functools import cache
 import pytest
 import torch
 from conftest import rows, run_on, small, summary_of
-from fedtune.run_folder import RunFolder
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.core.errors import MAX_TEXT
 from fedtune.core.protocol import Update
+from fedtune.runs.run_folder import RunFolder
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.server.plausibility import not_finite

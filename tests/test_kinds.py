@@ -19,10 +19,10 @@ from fedtune.config.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
 from fedtune.core.errors import ConfigError, ModelError
 from fedtune.core.protocol import Batch, Peer, Traits, Update
 from fedtune.core.seeds import bits, fold, uniform
-from fedtune.export import adapter_files
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base
 from fedtune.models.tiny import tiny_model, tiny_tokenizer
+from fedtune.runs.adapter_files import adapter_files
 from fedtune.training.first_order import fit, learnt_logits
 from strategies.fedit import FedIT
 

@@ -7,13 +7,13 @@ average is the client's own update. That is the oracle here, to the last bit.
 import pytest
 import torch
 from conftest import SMALL, rows, summary_of
-from fedtune.checkpoint import state_sha256
 from safetensors.torch import load_file
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import SERVER, Peer, Update
 from fedtune.lowrank.algebra import pairs
+from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
 from fedtune.workspace.party import Party
 from strategies.local_only import LocalOnly, State

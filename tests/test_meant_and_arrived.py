@@ -9,11 +9,11 @@ import moving
 import pytest
 import torch
 from conftest import SMALL, rows, small, traits_of_method
-from fedtune.checkpoint import load_checkpoint
 from moving import move
 
 from fedtune.config.compose import choices, compose
 from fedtune.core.errors import ConfigError
+from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.local import run_local
 from fedtune.training.client_state import Memory
 from fedtune.workspace.party import Party

@@ -9,7 +9,6 @@ import json
 import pytest
 import torch
 from conftest import rows, run_on, small, summary_of
-from fedtune.checkpoint import load_checkpoint
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from layers import distance
@@ -19,6 +18,7 @@ from safetensors.torch import load, load_file
 from fedtune.core.protocol import SERVER, Peer
 from fedtune.lowrank.residual import FROM, VERSION, from_residual, installed_version, size_of
 from fedtune.models.tiny import tiny_model
+from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.wire import messages as wire

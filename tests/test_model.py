@@ -10,11 +10,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.errors import ClientError, ModelError
 from fedtune.core.protocol import Batch
-from fedtune.export import adapter_files
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.adapter_kinds import adaptable
 from fedtune.models.base import PACKAGED, _packaged_file, converted, load_base, pick_device, pick_dtype
 from fedtune.models.tiny import tiny_model, tiny_tokenizer
+from fedtune.runs.adapter_files import adapter_files
 from fedtune.training.first_order import fit, learnt_logits
 
 CPU = torch.device("cpu")

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from conftest import rows, run_on, small, summary_of
-from fedtune.checkpoint import state_sha256
 from safetensors.torch import load_file
 from test_probe import llama
 
@@ -13,6 +12,7 @@ from fedtune.core.errors import ModelError
 from fedtune.core.protocol import SERVER, Capability, Instruction, Peer
 from fedtune.lowrank.algebra import pairs
 from fedtune.models.base import load_base
+from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
 from fedtune.training.apply_instruction import BATCH, BITS, SCORES

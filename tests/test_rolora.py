@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, summary_of
-from fedtune.checkpoint import state_sha256
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import SCALING, dense, distance, ideal, layout, reply
@@ -26,6 +25,7 @@ from fedtune.core.errors import ClientError, WireError
 from fedtune.core.protocol import SERVER, Peer
 from fedtune.lowrank.averaging import for_peer
 from fedtune.lowrank.residual import FROM, VERSION, installed_version
+from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
 from fedtune.workspace.party import Party
 from strategies.rolora import RoLoRA, active

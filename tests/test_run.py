@@ -14,10 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, summary_of
-from fedtune.checkpoint import Checkpoint, flatten, load_checkpoint, save_checkpoint, state_sha256, unflatten
-from fedtune.ledger import COLUMNS, Entry, Ledger, parse
-from fedtune.replies import Replies
-from fedtune.run_folder import METRICS, RunFolder
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +23,10 @@ from fedtune.core.errors import Interrupted, RunFolderError
 from fedtune.core.protocol import Peer, Update
 from fedtune.data.federated_data import load_data
 from fedtune.models.tiny import tiny_tokenizer
+from fedtune.runs.checkpoint import Checkpoint, flatten, load_checkpoint, save_checkpoint, state_sha256, unflatten
+from fedtune.runs.ledger import COLUMNS, Entry, Ledger, parse
+from fedtune.runs.run_folder import METRICS, RunFolder
+from fedtune.runs.update_store import Replies
 from fedtune.runtime.local import run_local
 from fedtune.server.client_registry import Roster
 from strategies.fedit import State

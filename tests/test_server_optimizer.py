@@ -36,7 +36,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SMALL, summary_of, traits_of_method
-from fedtune.checkpoint import flatten, state_sha256, unflatten
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flwr_strategies
 from flwr.supercore.task_identity import TaskIdentity
@@ -46,6 +45,7 @@ from hypothesis import strategies as st
 from fedtune.config.compose import build, choices, compose
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import Layout, Peer, Slot, Traits, Update
+from fedtune.runs.checkpoint import flatten, state_sha256, unflatten
 from fedtune.runtime.local import run_local
 from fedtune.workspace.party import Party
 from strategies.fedadagrad import FedAdagrad

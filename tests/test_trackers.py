@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL, rows, small, summary_of
-from fedtune.run_folder import METRICS
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -23,6 +22,7 @@ from fedtune.cli import main
 from fedtune.config.compose import load
 from fedtune.config.schema import TrackerSpec
 from fedtune.core.errors import ConfigError
+from fedtune.runs.run_folder import METRICS
 from fedtune.runtime.local import run_local
 from fedtune.server.trackers import Tracking, check_installed, figures, hyper_parameters
 

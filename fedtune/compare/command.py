@@ -12,7 +12,7 @@ from fedtune.compare.state import RECORD, json_object, now
 from fedtune.compare.view import CompareView
 from fedtune.core.atomic import write_atomically
 from fedtune.core.errors import ConfigError, FedtuneError, Interrupted, RunFolderError
-from fedtune.run_folder import lock
+from fedtune.runs.run_folder import lock
 
 
 def compare(words: Sequence[str]) -> int:

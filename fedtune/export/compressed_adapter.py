@@ -41,8 +41,8 @@ from fedtune.config.compose import CONF, build, choices, compose
 from fedtune.core.checks import one_of
 from fedtune.core.errors import MALFORMED, ConfigError, ExportError, WireError
 from fedtune.core.protocol import Codec, Tensors, describe, is_lossless
-from fedtune.export import ADAPTER_CONFIG
 from fedtune.export.model_folder import beside, new_folder
+from fedtune.runs.adapter_files import ADAPTER_CONFIG
 from fedtune.wire.delta_coding import wide
 from fedtune.wire.messages import check_finite
 

@@ -20,17 +20,17 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fedtune.checkpoint import load_checkpoint
 from fedtune.config.compatibility import traits_of
 from fedtune.config.compose import load_file
 from fedtune.config.schema import FULL, Experiment
 from fedtune.core.errors import ExportError, ModelError
 from fedtune.core.seeds import bits, fold
 from fedtune.device.owner import user
-from fedtune.export import adapter_files
-from fedtune.model_file import NAME, TunedModel, malformed, read
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import Base, Origin, load_base, pick_device
+from fedtune.runs.adapter_files import adapter_files
+from fedtune.runs.checkpoint import load_checkpoint
+from fedtune.runs.model_file import NAME, TunedModel, malformed, read
 from fedtune.workspace.party import Party
 
 ROUNDING = {torch.float32: 1e-3}  # of the logits' spread, that merging and another order of sums may change

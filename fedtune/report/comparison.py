@@ -21,7 +21,6 @@ from fedtune.report.intervals import estimate
 from fedtune.report.labels import alike, labels, told_apart, unique
 from fedtune.report.plan import read_plan
 from fedtune.report.results import write_results
-from fedtune.report.runs import Run, find, read
 from fedtune.report.shapes import (
     Comparison,
     Curve,
@@ -36,6 +35,7 @@ from fedtune.report.shapes import (
 )
 from fedtune.report.standings import curve, protocols, reached, table, target
 from fedtune.report.tasks import common, tasks, title
+from fedtune.runs.read import Run, find, read
 
 __all__ = [
     "Comparison",

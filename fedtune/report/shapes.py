@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedtune.report.runs import Floats, Run
+from fedtune.runs.read import Floats, Run
 
 
 @dataclass(frozen=True)

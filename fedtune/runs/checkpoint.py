@@ -29,7 +29,9 @@ class Progress:
 
     seconds: float = 0.0  # the virtual clock
     losses: dict[str, float] = field(default_factory=dict)  # by index: the training loss that each reported last
-    pending: dict[str, Any] = field(default_factory=dict)  # by index: turns that have not ended (fedtune/server/asynchronous.py)
+    pending: dict[str, Any] = field(
+        default_factory=dict
+    )  # by index: turns that have not ended (fedtune/server/asynchronous.py)
     unsure: list[int] = field(default_factory=list)  # clients whose last turn failed: who knows what they kept of it
     in_a_row: dict[str, int] = field(default_factory=dict)  # by index: rounds that power_of_choice took it in turn
     measured: list[float] = field(default_factory=lambda: [1.0, 1.0])  # messages down and up beside what was expected
@@ -44,7 +46,7 @@ class Checkpoint:
     sent: Sent = field(default_factory=Sent)  # what was broadcast so far, where broadcasts build on one another
     progress: Progress = field(default_factory=Progress)
     data: dict[str, Any] = field(default_factory=dict)  # by what the data are known again (FederatedData.identity)
-    tables: dict[str, list[Any]] = field(default_factory=dict)  # by name: bytes and SHA-256 (fedtune/tables.py)
+    tables: dict[str, list[Any]] = field(default_factory=dict)  # by name: bytes and SHA-256 (fedtune/runs/tables.py)
 
 
 def flatten(state: Any, root: str = "") -> tuple[Any, Tensors]:

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fedtune.columns import METRICS
 from fedtune.compare.state import RECORD, TRIALS, json_object
 from fedtune.config.compose import load
 from fedtune.config.plain_yaml import read_plain
 from fedtune.config.schema import Experiment, SafeDumper
 from fedtune.core.errors import ConfigError, FedtuneError, RunFolderError
 from fedtune.core.locks import is_held
-from fedtune.report.tables import MOST, is_none, number, read_columns, read_lines
+from fedtune.runs.csv_columns import MOST, is_none, number, read_columns, read_lines
+from fedtune.runs.metrics_columns import METRICS
 
 Floats = np.ndarray  # float64
 

@@ -25,12 +25,6 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-from fedtune import model_file
-from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedtune.server.virtual_clock import Timed
-from fedtune.columns import CLOCK as CLOCK
-from fedtune.columns import METRICS as METRICS
-from fedtune.columns import MORE_SCORES, SIMILARITY
 from fedtune.config.compose import load_file
 from fedtune.config.schema import Experiment
 from fedtune.core.atomic import write_atomically
@@ -38,8 +32,14 @@ from fedtune.core.csv_cells import guarded
 from fedtune.core.errors import RunFolderError
 from fedtune.core.locks import LOCK
 from fedtune.evaluation.scoring import Score
-from fedtune.ledger import Entry
-from fedtune.tables import COLUMNS, Tables, csv_text, read_lines
+from fedtune.runs import model_file
+from fedtune.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedtune.runs.ledger import Entry
+from fedtune.runs.metrics_columns import CLOCK as CLOCK
+from fedtune.runs.metrics_columns import METRICS as METRICS
+from fedtune.runs.metrics_columns import MORE_SCORES, SIMILARITY
+from fedtune.runs.tables import COLUMNS, Tables, csv_text, read_lines
+from fedtune.server.virtual_clock import Timed
 
 
 class RunFolder:

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune import ledger
-from fedtune.columns import CLIENTS, CLOCK, FAILURES, METRICS, SIMILARITY
 from fedtune.core.atomic import sync_folder, write_atomically
 from fedtune.core.errors import RunFolderError
-from fedtune.ledger import Entry
+from fedtune.runs import ledger
+from fedtune.runs.ledger import Entry
+from fedtune.runs.metrics_columns import CLIENTS, CLOCK, FAILURES, METRICS, SIMILARITY
 
 LEDGER = "ledger.csv"
 COLUMNS = {

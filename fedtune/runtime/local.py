@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from fedtune.config.schema import Experiment
 from fedtune.core.errors import RunFolderError
 from fedtune.core.seeds import fold
-from fedtune.run_folder import settled
+from fedtune.runs.run_folder import settled
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.wire.flower_private import SERVER_NODE, Error, ErrorCode, Run, assume_identity, set_message_id
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedtune.config.schema import Experiment, RuntimeSpec
 from fedtune.core.errors import ConfigError
-from fedtune.run_folder import settled
+from fedtune.runs.run_folder import settled
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.wire.flower_private import simulate
 

@@ -10,7 +10,7 @@ from typing import Any
 from fedtune.config.schema import Experiment
 from fedtune.core.errors import DivergedError
 from fedtune.core.protocol import Peer, Strategy, Tensors, Update
-from fedtune.replies import Updates
+from fedtune.runs.update_store import Updates
 from fedtune.server.plausibility import (
     Weighed,
     attempt,

@@ -25,7 +25,7 @@ import torch
 
 from fedtune.core.errors import ConfigError, QuorumError
 from fedtune.core.protocol import Instruction, Peer, Update
-from fedtune.replies import Buffered
+from fedtune.runs.update_store import Buffered
 from fedtune.server.round import Asked, Round
 from fedtune.server.round_loop import Server
 from fedtune.server.virtual_clock import Timed, Turn

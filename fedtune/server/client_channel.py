@@ -11,8 +11,8 @@ from fedtune.config.compatibility import traits_of
 from fedtune.core.errors import CapacityError, ClientError, FedtuneError
 from fedtune.core.protocol import Instruction, Tensors, Update, is_lossless, same_instruction, same_tensors
 from fedtune.core.seeds import fold
-from fedtune.ledger import Entry, Ledger
 from fedtune.lowrank.residual import VERSION
+from fedtune.runs.ledger import Entry, Ledger
 from fedtune.server.client_registry import Roster
 from fedtune.server.plausibility import check_examples, norm_of_change
 from fedtune.server.progress import View

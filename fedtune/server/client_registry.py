@@ -12,8 +12,8 @@ from flwr.app import Message, MessageType
 from fedtune.config.schema import Experiment
 from fedtune.core.errors import FedtuneError, QuorumError, WireError
 from fedtune.core.protocol import Layout, Peer
-from fedtune.ledger import Entry
 from fedtune.planning.population import equip
+from fedtune.runs.ledger import Entry
 from fedtune.wire import messages as wire
 from fedtune.wire.flower_private import content_bytes, raised_by_client
 from fedtune.wire.transport import POLL_SECONDS, Arrival, Exchange

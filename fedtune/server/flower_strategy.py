@@ -35,7 +35,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
-from fedtune.checkpoint import state_sha256
 from fedtune.core.errors import ClientError, ConfigError, FedtuneError, QuorumError, WireError
 from fedtune.core.protocol import (
     SERVER,
@@ -52,6 +51,7 @@ from fedtune.core.protocol import (
 )
 from fedtune.core.seeds import fold
 from fedtune.planning.population import sample_cohort
+from fedtune.runs.checkpoint import state_sha256
 from fedtune.wire import messages as wire
 
 LOG = logging.getLogger("flwr.fedtune")  # its lines appear where Flower's own do

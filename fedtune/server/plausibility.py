@@ -16,9 +16,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fedtune.checkpoint import flatten
 from fedtune.core.errors import DivergedError, WireError
 from fedtune.core.protocol import Peer, Strategy, Tensors, Update
+from fedtune.runs.checkpoint import flatten
 from fedtune.wire.delta_coding import starts_of, wide
 
 ENOUGH = 3  # updates that changed anything, below which their median says nothing

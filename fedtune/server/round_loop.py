@@ -18,18 +18,18 @@ from typing import Any
 from flwr.app import MessageType
 from flwr.serverapp import Grid
 
-from fedtune.checkpoint import Checkpoint, state_sha256
 from fedtune.config.compatibility import check_client, traits_of
 from fedtune.config.compose import differences
 from fedtune.core.errors import DivergedError, FedtuneError, Interrupted, QuorumError, RunFolderError
 from fedtune.core.protocol import Instruction, Peer, Update
 from fedtune.evaluation.scoring import Score, mean_score
-from fedtune.export import ADAPTER_CONFIG, adapter_files
-from fedtune.ledger import Entry, Ledger, sums
-from fedtune.model_file import TunedModel, dump
 from fedtune.planning.population import server_peer
-from fedtune.replies import Replies
-from fedtune.run_folder import RunFolder, check_vacant
+from fedtune.runs.adapter_files import ADAPTER_CONFIG, adapter_files
+from fedtune.runs.checkpoint import Checkpoint, state_sha256
+from fedtune.runs.ledger import Entry, Ledger, sums
+from fedtune.runs.model_file import TunedModel, dump
+from fedtune.runs.run_folder import RunFolder, check_vacant
+from fedtune.runs.update_store import Replies
 from fedtune.server.aggregation import Aggregator
 from fedtune.server.aggregation_error import aggregation_error
 from fedtune.server.budget import Spent, ended_by

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.checkpoint import Progress
 from fedtune.config.compatibility import tells_its_work, traits_of
 from fedtune.core.costs import Costs, Weight, Work
 from fedtune.core.errors import CapacityError, QuorumError
@@ -31,7 +30,8 @@ from fedtune.core.seeds import bits, fold
 from fedtune.lowrank.algebra import pairs
 from fedtune.planning.client_sampling import PATIENCE, believed, select
 from fedtune.planning.population import server_peer
-from fedtune.replies import size_of
+from fedtune.runs.checkpoint import Progress
+from fedtune.runs.update_store import size_of
 from fedtune.training.apply_instruction import BATCH, BITS, RANK, STEPS, TRAIN
 from fedtune.workspace.party import Party
 

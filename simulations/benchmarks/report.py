@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fedtune.ledger import Entry, sums
-from fedtune.run_folder import RunFolder
 
 from fedtune.config.compose import compose
+from fedtune.runs.ledger import Entry, sums
+from fedtune.runs.run_folder import RunFolder
 from fedtune.server.virtual_clock import Timed, Turn
 
 METHODS = ("fedit", "flora", "ffa_lora", "fedex_lora", "flexlora", "fedsa_lora", "rolora")
@@ -98,9 +98,8 @@ def main(words: Sequence[str]) -> None:
 def _time(parent: Path) -> None:
     # As late as this, so that it is part of what is measured
     begun = _now()
-    from fedtune.report.runs import find, read
-
     from fedtune.report.comparison import compare, curve, protocols, reached, table, target, write_results
+    from fedtune.runs.read import find, read
 
     begun = _say("importing", begun)
     runs = [read(path) for path in find([parent / "runs"])]
