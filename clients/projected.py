@@ -1,6 +1,7 @@
 """First-order local training that answers with coordinates of its update (strategies/ferret.py).
 
-The server's settings: fedtune.training.projection.Projection; `client`, whose directions these are; `share`, of the update, what the
+The server's settings: fedtune.training.projection.Projection; `client`, whose directions these are; `share`, of the
+update, what the
 server rebuilds in the mean. The client's memory is what all clients have answered so far: `turn`, `budget` and `slopes`
 (fedtune/training/projection.py), a row for each answer, and their number.
 """

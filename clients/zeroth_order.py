@@ -1,6 +1,7 @@
 """Zeroth-order local training along directions that are drawn from a pool (strategies/fedkseed.py).
 
-What the server's settings ask for: fedtune.training.zeroth_order.Rules; `each`, to answer with every step as it was taken instead of
+What the server's settings ask for: fedtune.training.zeroth_order.Rules; `each`, to answer with every step as it was
+taken instead of
 with one sum a direction. Its tensors: `slopes`, how far along each direction of the pool the weights are; where there
 are some, `probabilities`, by which directions are drawn.
 """

@@ -12,8 +12,8 @@ R starts at zero. A0 is the layout's own start; B0 is drawn from `basis_seed`, u
 Down and up: R of every adapted layer, bytes per scalar times r^2 a layer, however wide the layer is.
 Exact: B0 R A0 is linear in R.
 Mixed ranks: no.
-The steps: clients/fed_sb.py. The bases: fedtune/training/frozen_basis.py. What the run folder exports is a plain LoRA adapter,
-lora_B = B0 and lora_A = R A0.
+The steps: clients/fed_sb.py. The bases: fedtune/training/frozen_basis.py. What the run folder exports is a plain LoRA
+adapter, lora_B = B0 and lora_A = R A0.
 Departs from the paper, which takes B0, A0 and R's start from the SVD of a first gradient of the full weights: these are
 random, so that nobody needs that gradient or has to be sent them. The paper takes larger ranks than are usual for LoRA.
 """

@@ -7,8 +7,8 @@ The clients are the three rows of a CSV, and take K steps of b = 4 examples each
     mid      5e8          1e9                1e6              2e6
     slow     1e8                             1e5              1e5
 
-With P trained numbers and the printed equations (fedtune/core/costs.py), l = 0 being the lowest block with an adapter and a
-base in 32 bits, which is no slower than in 16,
+With P trained numbers and the printed equations (fedtune/core/costs.py), l = 0 being the lowest block with an adapter
+and a base in 32 bits, which is no slower than in 16,
 
     T         = sum (input_bytes columns_j + inner_bytes r_j)
     flop      = b (forward_flop + backward_flop[0] + 6 typical_tokens P)

@@ -243,7 +243,8 @@ DEVICES = st.builds(
 
 @given(DEVICES)
 def test_a_plan_keeps_to_its_device(device):
-    """Memory and seconds of what a client is told, by the formulas of fedtune/core/costs.py written out once more. Beside a
+    """Memory and seconds of what a client is told, by the formulas of fedtune/core/costs.py written out once more.
+    Beside a
     step's 16 bytes a number there are 8 for its scores; beside 4 bytes a number, what a message has around them."""
     method = fedpipe(deadline=20.0)
     state = method.init(LAYOUT)

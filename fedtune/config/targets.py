@@ -5,8 +5,8 @@ run's config over the wire, a .fedtune file or another's run folder, there is a 
 files of strategies/, clients/ and fedtune/codecs/, and those that conf/*.yaml names. It is read from the files, so a
 method of one's own that is put there is in it, and no class is imported to find out whether it may be.
 
-A name is MODULE.CLASS and is followed no further: `fedtune.models.base.os.system` begins with fedtune, too. Nothing else of
-Hydra's is understood here: no `_args_`, no `_partial_`, no resolvers.
+A name is MODULE.CLASS and is followed no further: `fedtune.models.base.os.system` begins with fedtune, too. Nothing
+else of Hydra's is understood here: no `_args_`, no `_partial_`, no resolvers.
 """
 
 import importlib

@@ -32,8 +32,8 @@ SERVER = -1  # the index under which the server itself installs and evaluates wh
 
 @dataclass(frozen=True)
 class Capability:
-    """What a device can do: as the population assigns it (fedtune/planning/population.py), and as its owner declares it to its
-    SuperNode (`--node-config 'memory-bytes=8e9 ...'`), which goes first. inf: unlimited.
+    """What a device can do: as the population assigns it (fedtune/planning/population.py), and as its owner declares
+    it to its SuperNode (`--node-config 'memory-bytes=8e9 ...'`), which goes first. inf: unlimited.
 
     Attributes:
         device: a label, of at most 64 printable characters.

@@ -34,7 +34,8 @@ class LocalModel:
         layout: names, shapes and starting values of the trainable tensors, in PEFT's own naming, so that an exported
             adapter has the names that PEFT looks for; the base's own names where there is no adapter.
         base_change: what was merged into the base.
-        origin_shift: what is added to the base from the start and for good; nothing for most kinds (fedtune/models/adapter_kinds.py).
+        origin_shift: what is added to the base from the start and for good; nothing for most kinds
+            (fedtune/models/adapter_kinds.py).
         pad: the token that pads.
         quantization: what the base is held in: none, int8, nf4, or what its files say.
         notes: what is to be said of base and adapter when a run starts.

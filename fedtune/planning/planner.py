@@ -11,7 +11,8 @@ of the adapted weights j, l the lowest block of them, and what fedtune/core/cost
 and memory and compute are those of fedtune/core/costs.py.
 
 A plan is feasible if memory <= memory_bytes and compute + transfer <= deadline. Each device gets the feasible plan of
-the largest value (fedtune/planning/knapsack.py); of those the largest b, then the largest q, then the least P. A smaller b is
+the largest value (fedtune/planning/knapsack.py); of those the largest b, then the largest q, then the least P. A
+smaller b is
 never worse, and of two values that differ at all the larger one wins, whatever b. Value never falls when any of a
 device's limits but `max_rank` rises: all devices with the same ranks on offer choose from the same selections, and
 every operation above, as it is rounded, is monotone in the limits.

@@ -2,7 +2,8 @@
 
     w = w0 - 2^-k T        T = SIGMA sum_s n_s z_s,  int32, modulo 2^32        n_s: how far along direction s
 
-z_s comes from fedtune/random_directions/hash_noise.py. A step of -lr g z is n = g / quantum of these, rounded, with quantum = SIGMA 2^-k / lr.
+z_s comes from fedtune/random_directions/hash_noise.py. A step of -lr g z is n = g / quantum of these, rounded, with
+quantum = SIGMA 2^-k / lr.
 Because T is a sum of whole numbers, it is the same in whatever order, blocks and rounds its terms came, on every
 device: w is a function of w0 and the n_s alone. Who knows an older sum adds what changed; one copy of T takes a model
 back to where it was; perturbing and going back leaves no trace, also in bfloat16, for weights are always made from w0

@@ -11,7 +11,8 @@ summary.json    totals, versions, hashes; replaced after each round
 checkpoint/     the strategy's state after the last finished round
 adapter/        the global adapter, for PeftModel.from_pretrained; none where the base itself is trained
 start/          what it was before the first round, for fedtune compress --start
-tracker.json    by which ids trackers know the run (fedtune/server/trackers.py); TensorBoard's and wandb's files lie beside it
+tracker.json    by which ids trackers know the run (fedtune/server/trackers.py); TensorBoard's and wandb's files lie
+                beside it
 model.fedtune   all that makes the model of its base, where that is numbers along seeded directions: a few kB
 """
 

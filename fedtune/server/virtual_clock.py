@@ -3,7 +3,8 @@
     a client's turn = what it is sent / its download rate + its steps at its speed + what it answers / its upload rate
 
 Bytes are those of the real messages' content; the addresses around it are left out, whose length is that of ids which
-Flower draws anew in each run. Seconds of the steps come from the model of fedtune/core/costs.py and the device's profile
+Flower draws anew in each run. Seconds of the steps come from the model of fedtune/core/costs.py and the device's
+profile
 (population.devices, or what its owner declares). So nothing here depends on where a run is played, or how fast.
 
     straggler=wait      a round lasts as long as its slowest client

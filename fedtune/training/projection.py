@@ -5,8 +5,8 @@ elements, what is kept are K_l numbers along directions V_l = (z_1 ... z_K_l) th
 
     gamma_l = share / K_l V_l^T Delta_l        rebuilt as V_l gamma_l
 
-The elements of z are independent, of mean 0, variance 1 and fourth moment kappa (fedtune.random_directions.hash_noise.KURTOSIS), so that with
-share = 1, and with D for Delta_l
+The elements of z are independent, of mean 0, variance 1 and fourth moment kappa
+(fedtune.random_directions.hash_noise.KURTOSIS), so that with share = 1, and with D for Delta_l
 
     E z z^T D = D        E |z z^T D|^2 = sum_i E (z^T D)^2 z_i^2 = sum_i (|D|^2 + (kappa - 1) D_i^2)
     E V gamma = D        E |V gamma - D|^2 = (d - 2 + kappa) / K |D|^2
@@ -14,8 +14,8 @@ share = 1, and with D for Delta_l
 K_l goes with |Delta_l|. Of a given K, that leaves the least error where blocks have about one size; in general it would
 be least with K_l in proportion to sqrt(d_l) |Delta_l|.
 
-What is rebuilt is a sum of whole numbers of directions (fedtune/random_directions/weights.py), so all who know the counts and budgets
-of all answers hold the same weights, to the bit, in whatever order they came to know them.
+What is rebuilt is a sum of whole numbers of directions (fedtune/random_directions/weights.py), so all who know the
+counts and budgets of all answers hold the same weights, to the bit, in whatever order they came to know them.
 """
 
 import math

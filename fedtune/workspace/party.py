@@ -183,7 +183,8 @@ class Party:
         return len(self.data.train[index])
 
     def holds(self, run: str, index: int, round: int) -> tuple[int, int, bool]:
-        """Before `round`, which version of the base (fedtune/lowrank/residual.py) client `index` holds, and which broadcast; and
+        """Before `round`, which version of the base (fedtune/lowrank/residual.py) client `index` holds, and which
+        broadcast; and
         whether it has lost what it kept."""
         try:
             version, lost = installed_version(self.memory.recall(run, index, round)), False
