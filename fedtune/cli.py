@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "methods":
             print_methods()
         elif options.command == "compare":
-            from fedtune.compare.command import compare
+            from fedtune.comparisons.command import compare
 
             with as_ctrl_c():
                 return compare(options.words)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from fedtune.cli import main
-from fedtune.compare.plan import Cell, plan, slug
-from fedtune.compare.play import Outcome, Processes, asked, is_done
+from fedtune.comparisons.plan import Cell, plan, slug
+from fedtune.comparisons.play import Outcome, Processes, asked, is_done
 from fedtune.core.errors import ConfigError, RunFolderError
 from fedtune.runs.run_folder import lock
 

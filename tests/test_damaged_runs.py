@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fedtune.compare.plan import Cell
-from fedtune.compare.play import is_done
-from fedtune.compare.state import now
+from fedtune.comparisons.plan import Cell
+from fedtune.comparisons.play import is_done
+from fedtune.comparisons.state import now
 from fedtune.core.errors import ConfigError, RunFolderError
 from fedtune.report.comparison import load, write_results
 from fedtune.report.page import lay_out, render

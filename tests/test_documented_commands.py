@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import PAIRS
 
-from fedtune.compare.plan import plan
+from fedtune.comparisons.plan import plan
 from fedtune.config.compose import compose
 from fedtune.core.checks import nearest
 from fedtune.runtime.local import run_local

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.compare.state import RECORD
+from fedtune.comparisons.state import RECORD
 from fedtune.config.compose import differences
 from fedtune.config.schema import flat
 from fedtune.core.errors import RunFolderError

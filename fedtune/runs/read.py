@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fedtune.compare.state import RECORD, TRIALS, json_object
+from fedtune.comparisons.state import RECORD, TRIALS, json_object
 from fedtune.config.compose import load
 from fedtune.config.plain_yaml import read_plain
 from fedtune.config.schema import Experiment, SafeDumper

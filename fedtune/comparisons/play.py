@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
-from fedtune.compare.plan import Cell
-from fedtune.compare.state import now
+from fedtune.comparisons.plan import Cell
+from fedtune.comparisons.state import now
 from fedtune.config.compose import compose, differences, load_file
 from fedtune.config.schema import Experiment
 from fedtune.core.errors import FedtuneError, Interrupted, RunFolderError

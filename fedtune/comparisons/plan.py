@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from fedtune.compare.state import TRIALS
+from fedtune.comparisons.state import TRIALS
 from fedtune.config.compose import choices, compose
 from fedtune.core.checks import nearest
 from fedtune.core.errors import ConfigError

@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from fedtune.compare.plan import Cell
-from fedtune.compare.play import Outcome
-from fedtune.compare.state import now
+from fedtune.comparisons.plan import Cell
+from fedtune.comparisons.play import Outcome
+from fedtune.comparisons.state import now
 from fedtune.server.progress import clock, size
 
 MARKS = {

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from fedtune.compare.plan import Cell, Entry, Plan, plan
-from fedtune.compare.play import Outcome, Processes, is_done
-from fedtune.compare.state import RECORD, json_object, now
-from fedtune.compare.view import CompareView
+from fedtune.comparisons.plan import Cell, Entry, Plan, plan
+from fedtune.comparisons.play import Outcome, Processes, is_done
+from fedtune.comparisons.state import RECORD, json_object, now
+from fedtune.comparisons.view import CompareView
 from fedtune.core.atomic import write_atomically
 from fedtune.core.errors import ConfigError, FedtuneError, Interrupted, RunFolderError
 from fedtune.runs.run_folder import lock
@@ -80,7 +80,9 @@ def _play(title: str, cells: Sequence[Cell], processes: Processes, record: "Reco
         for cell in cells:
             try:
                 done = is_done(cell)
-            except ConfigError as error:  # of this entry's words alone: fedtune/compare/plan.py has seen one that works
+            except (
+                ConfigError
+            ) as error:  # of this entry's words alone: fedtune/comparisons/plan.py has seen one that works
                 ends(cell, Outcome("failed", str(error)))
                 continue
             if done:
