@@ -3,10 +3,10 @@
 from dataclasses import dataclass, replace
 
 from clients.first_order import FirstOrder, proximal
-from fedtune.adapters import LocalModel
-from fedtune.frozen_basis import expanded, training_core
-from fedtune.installing import metrics_of
-from fedtune.protocol import Batches, Instruction, Tensors, Update
+from fedtune.core.protocol import Batches, Instruction, Tensors, Update
+from fedtune.models.adapted_model import LocalModel
+from fedtune.training.apply_instruction import metrics_of
+from fedtune.training.frozen_basis import expanded, training_core
 
 
 @dataclass(frozen=True)

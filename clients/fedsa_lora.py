@@ -6,9 +6,9 @@ The client's memory is its B of every layer, under the tensors' own names.
 from dataclasses import dataclass, replace
 
 from clients.first_order import FirstOrder
-from fedtune.adapters import LocalModel
-from fedtune.lowrank import factors
-from fedtune.protocol import Batches, Instruction, Tensors, Update
+from fedtune.core.protocol import Batches, Instruction, Tensors, Update
+from fedtune.lowrank.algebra import factors
+from fedtune.models.adapted_model import LocalModel
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 What the server's settings ask for: `train`, the role that is trained while the others stay frozen (as "lora_B");
 `rank`, how many components B A has; `scaling`, what it is multiplied by; `version`, a change of the base
-(fedtune/merging.py).
+(fedtune/lowrank/residual.py).
 
 With mu > 0 the loss has FedProx's proximal term, (mu / 2) |theta - theta_t|^2, where theta_t is what the server sent
 (Li et al. 2020, arXiv:1812.06127).
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedtune.adapters import LocalModel
-from fedtune.costs import Work
-from fedtune.installing import install, metrics_of
-from fedtune.protocol import Batches, Instruction, Setting, Tensors, Update
-from fedtune.training import fit
+from fedtune.core.costs import Work
+from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
+from fedtune.models.adapted_model import LocalModel
+from fedtune.training.apply_instruction import install, metrics_of
+from fedtune.training.first_order import fit
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
 """First-order training of a LoRA adapter that begins anew at each turn: A drawn by the client's key, B = 0.
 
 The server's settings: `rank` and `scaling` of the adapter where they are this client's own, and the change of the base
-(fedtune/merging.py), which is what the client goes on from.
+(fedtune/lowrank/residual.py), which is what the client goes on from.
 """
 
 from dataclasses import dataclass
 
 from clients.first_order import FirstOrder
-from fedtune.adapters import LocalModel
-from fedtune.base_change import DENSE
-from fedtune.installing import RANK, SCALING
-from fedtune.lowrank import pairs
-from fedtune.protocol import Batches, Instruction, Tensors, Update
+from fedtune.core.protocol import Batches, Instruction, Tensors, Update
+from fedtune.lowrank.algebra import pairs
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base_delta import DENSE
+from fedtune.training.apply_instruction import RANK, SCALING
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from clients.first_order import FirstOrder
-from fedtune.adapters import LocalModel
-from fedtune.averaging import narrowed
-from fedtune.installing import install
-from fedtune.protocol import Batches, Instruction, Tensors, Update
+from fedtune.core.protocol import Batches, Instruction, Tensors, Update
+from fedtune.lowrank.averaging import narrowed
+from fedtune.models.adapted_model import LocalModel
+from fedtune.training.apply_instruction import install
 
 
 @dataclass(frozen=True)

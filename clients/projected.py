@@ -1,19 +1,19 @@
 """First-order local training that answers with coordinates of its update (strategies/ferret.py).
 
-The server's settings: fedtune.blocks.Projection; `client`, whose directions these are; `share`, of the update, what the
+The server's settings: fedtune.training.projection.Projection; `client`, whose directions these are; `share`, of the update, what the
 server rebuilds in the mean. The client's memory is what all clients have answered so far: `turn`, `budget` and `slopes`
-(fedtune/blocks.py), a row for each answer, and their number.
+(fedtune/training/projection.py), a row for each answer, and their number.
 """
 
 from dataclasses import dataclass
 
 from clients.first_order import FirstOrder, proximal
-from fedtune.adapters import LocalModel
-from fedtune.blocks import BUDGET, SLOPES, TURN, Projection, blocks_of, coordinates, records_of, seeds_of
-from fedtune.history import caught_up
-from fedtune.merging import VERSION
-from fedtune.protocol import Batches, Instruction, Tensors, Update
-from fedtune.zeroth import as_told
+from fedtune.core.protocol import Batches, Instruction, Tensors, Update
+from fedtune.lowrank.residual import VERSION
+from fedtune.models.adapted_model import LocalModel
+from fedtune.training.catch_up import caught_up
+from fedtune.training.projection import BUDGET, SLOPES, TURN, Projection, blocks_of, coordinates, records_of, seeds_of
+from fedtune.training.zeroth_order import as_told
 
 
 @dataclass(frozen=True)

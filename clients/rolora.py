@@ -6,9 +6,9 @@ The client's memory is the adapter as it was last sent, under the tensors' own n
 from dataclasses import dataclass, replace
 
 from clients.first_order import FirstOrder
-from fedtune.adapters import LocalModel
-from fedtune.merging import FROM, KEPT
-from fedtune.protocol import Instruction, Tensors
+from fedtune.core.protocol import Instruction, Tensors
+from fedtune.lowrank.residual import FROM, KEPT
+from fedtune.models.adapted_model import LocalModel
 
 
 @dataclass(frozen=True)

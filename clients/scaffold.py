@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedtune.adapters import LocalModel
-from fedtune.control import CHANGE, CONTROL, own_control, settle, tag
-from fedtune.costs import Work
-from fedtune.installing import install, metrics_of
-from fedtune.protocol import Batches, Instruction, Setting, Tensors, Update
-from fedtune.training import fit
+from fedtune.core.costs import Work
+from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
+from fedtune.models.adapted_model import LocalModel
+from fedtune.training.apply_instruction import install, metrics_of
+from fedtune.training.control_variates import CHANGE, CONTROL, own_control, settle, tag
+from fedtune.training.first_order import fit
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from clients.first_order import FirstOrder, proximal
-from fedtune.adapters import LocalModel
-from fedtune.costs import Work
-from fedtune.installing import SCORE, SCORE_BYTES, SCORES, install, metrics_of
-from fedtune.lowrank import pairs
-from fedtune.protocol import Batches, Instruction, Setting, Tensors, Update
+from fedtune.core.costs import Work
+from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
+from fedtune.lowrank.algebra import pairs
+from fedtune.models.adapted_model import LocalModel
+from fedtune.training.apply_instruction import SCORE, SCORE_BYTES, SCORES, install, metrics_of
 
 
 @dataclass(frozen=True)

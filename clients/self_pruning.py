@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from clients.first_order import FirstOrder, proximal
-from fedtune.adapters import LocalModel
-from fedtune.averaging import narrowed
-from fedtune.installing import metrics_of
-from fedtune.lowrank import pairs
-from fedtune.protocol import Batches, Instruction, Tensors, Update
+from fedtune.core.protocol import Batches, Instruction, Tensors, Update
+from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.averaging import narrowed
+from fedtune.models.adapted_model import LocalModel
+from fedtune.training.apply_instruction import metrics_of
 
 
 @dataclass(frozen=True)

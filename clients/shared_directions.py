@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from clients.zeroth_order import ZerothOrder
-from fedtune.adapters import LocalModel
-from fedtune.history import caught_up
-from fedtune.keys import bits, fold
-from fedtune.merging import VERSION
-from fedtune.protocol import Batches, Instruction, Tensors, Update
-from fedtune.zeroth import Rules, descend, rules_of
+from fedtune.core.protocol import Batches, Instruction, Tensors, Update
+from fedtune.core.seeds import bits, fold
+from fedtune.lowrank.residual import VERSION
+from fedtune.models.adapted_model import LocalModel
+from fedtune.training.catch_up import caught_up
+from fedtune.training.zeroth_order import Rules, descend, rules_of
 
 
 @dataclass(frozen=True)

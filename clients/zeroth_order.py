@@ -1,6 +1,6 @@
 """Zeroth-order local training along directions that are drawn from a pool (strategies/fedkseed.py).
 
-What the server's settings ask for: fedtune.zeroth.Rules; `each`, to answer with every step as it was taken instead of
+What the server's settings ask for: fedtune.training.zeroth_order.Rules; `each`, to answer with every step as it was taken instead of
 with one sum a direction. Its tensors: `slopes`, how far along each direction of the pool the weights are; where there
 are some, `probabilities`, by which directions are drawn.
 """
@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune.adapters import LocalModel
-from fedtune.costs import Work
-from fedtune.errors import ClientError, ConfigError
-from fedtune.keys import bits, fold
-from fedtune.protocol import Batches, Instruction, Setting, Tensors, Update, describe
-from fedtune.seeded import pool
-from fedtune.zeroth import descend, rules_of
+from fedtune.core.costs import Work
+from fedtune.core.errors import ClientError, ConfigError
+from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update, describe
+from fedtune.core.seeds import bits, fold
+from fedtune.models.adapted_model import LocalModel
+from fedtune.random_directions.weights import pool
+from fedtune.training.zeroth_order import descend, rules_of
 
-STATE_BYTES = 10.0  # a weight in 16 bits, besides the one in the base: fedtune/seeded.py
+STATE_BYTES = 10.0  # a weight in 16 bits, besides the one in the base: fedtune/random_directions/weights.py
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedtune import __version__, cli_evaluate
-from fedtune.endings import as_ctrl_c
-from fedtune.errors import ConfigError, FedtuneError, Interrupted
-from fedtune.outlet import outlast_readers
+from fedtune.core.broken_pipe import outlast_readers
+from fedtune.core.errors import ConfigError, FedtuneError, Interrupted
+from fedtune.core.signals import as_ctrl_c
 from fedtune.report.command import COMMANDS, add_parsers, handle
 
 SUMMARY = """\
@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "methods":
             print_methods()
         elif options.command == "compare":
-            from fedtune.compare.command import compare
+            from fedtune.comparisons.command import compare
 
             with as_ctrl_c():
                 return compare(options.words)
@@ -255,8 +255,8 @@ def run(overrides: Sequence[str]) -> None:
     Raises:
         FedtuneError: if it can't be set up or can't go on.
     """
-    from fedtune.config import check_words, compose, differences, load_file
-    from fedtune.owner import check_targets, user
+    from fedtune.config.compose import check_words, compose, differences, load_file
+    from fedtune.device.owner import check_targets, user
     from fedtune.runtime.start import start
 
     resume = [word.removeprefix("resume=") for word in overrides if word.startswith("resume=")]
@@ -292,9 +292,9 @@ def export(source: str, out: str, base: str | None) -> None:
     Raises:
         FedtuneError: if it can't be.
     """
-    from fedtune.folder import export
-    from fedtune.progress import size
-    from fedtune.schema import FULL
+    from fedtune.config.schema import FULL
+    from fedtune.export.model_folder import export
+    from fedtune.server.progress import size
 
     done = export(source, out, base)
     of = done.experiment
@@ -311,8 +311,8 @@ def compress(source: str, out: str, codec: str, words: Sequence[str], start: str
     Raises:
         FedtuneError: if it can't be.
     """
-    from fedtune.compress import compress
-    from fedtune.progress import size
+    from fedtune.export.compressed_adapter import compress
+    from fedtune.server.progress import size
 
     done = compress(source, out, codec, words, start)
     settings = "".join(f" {name}={value}" for name, value in vars(done.codec).items() if value is not None)
@@ -332,7 +332,7 @@ def decompress(source: str, out: str, start: str | None) -> None:
     Raises:
         FedtuneError: if it can't be.
     """
-    from fedtune.compress import decompress
+    from fedtune.export.compressed_adapter import decompress
 
     path = decompress(source, out, start)
     print(f"wrote    {path}")
@@ -357,7 +357,7 @@ def print_methods() -> None:
     """What `method=` can be: the name, and what its file's docstring opens with."""
     import yaml
 
-    from fedtune.config import CONF, choices
+    from fedtune.config.compose import CONF, choices
 
     names = choices("method")
     width = max(map(len, names))
@@ -373,7 +373,7 @@ def print_methods() -> None:
 
 def print_run_help() -> None:
     """Usage, the groups with their choices, and every setting with its default."""
-    from fedtune.config import choices, describe_keys, groups
+    from fedtune.config.compose import choices, describe_keys, groups
 
     print(RUN)
     print("Groups: swap a whole section")

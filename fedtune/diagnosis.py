@@ -12,13 +12,14 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from fedtune import bandwidth, doctor
-from fedtune.available import MemoryFound, memory_of
-from fedtune.devices import write_devices
-from fedtune.errors import ConfigError, ModelError
-from fedtune.memory import home
-from fedtune.models import pick_device, pick_dtype
-from fedtune.protocol import Capability
+from fedtune.config.devices import write_devices
+from fedtune.core.errors import ConfigError, ModelError
+from fedtune.core.protocol import Capability
+from fedtune.device import bandwidth
+from fedtune.device import benchmark as doctor
+from fedtune.device.memory import MemoryFound, memory_of
+from fedtune.models.base import pick_device, pick_dtype
+from fedtune.training.client_state import home
 
 BUSY = 0.5  # load per core from which other programs get in the way of measuring
 MISSED = 0.4  # of a step's time: more than idle devices show

@@ -11,18 +11,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.adapters import LocalModel
-from fedtune.atomic import write_atomically
-from fedtune.data import load_examples
-from fedtune.errors import ConfigError, DataError, ExportError
-from fedtune.evaluate import FIGURES, Score, mean_score
-from fedtune.federated_data import FederatedData
-from fedtune.folder import check_one_model, party_for, source_of, tuned
-from fedtune.harness import check_installed, run_tasks
-from fedtune.model_checks import check_tokens
-from fedtune.party import Party
-from fedtune.row_counts import describe
-from fedtune.tokenisation import tokenise
+from fedtune.core.atomic import write_atomically
+from fedtune.core.errors import ConfigError, DataError, ExportError
+from fedtune.data.federated_data import FederatedData
+from fedtune.data.row_counts import describe
+from fedtune.data.sources import load_examples
+from fedtune.data.tokenisation import tokenise
+from fedtune.evaluation.lm_eval_harness import check_installed, run_tasks
+from fedtune.evaluation.scoring import FIGURES, Score, mean_score
+from fedtune.export.model_folder import check_one_model, party_for, source_of, tuned
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.model_checks import check_tokens
+from fedtune.workspace.party import Party
 
 COLUMNS = ("loss", "accuracy", "exact match", "ROUGE-L", "choices")  # of FIGURES
 

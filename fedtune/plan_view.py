@@ -14,18 +14,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.atomic import write_atomically
-from fedtune.clock import Clock, Turn
-from fedtune.config import compose
-from fedtune.errors import QuorumError
-from fedtune.formulas import guarded
-from fedtune.lowrank import pairs
-from fedtune.memory import home
-from fedtune.party import Party
-from fedtune.population import equip, profile_of
-from fedtune.progress import method_of, size
-from fedtune.protocol import Peer
-from fedtune.traits import traits_of
+from fedtune.config.compatibility import traits_of
+from fedtune.config.compose import compose
+from fedtune.core.atomic import write_atomically
+from fedtune.core.csv_cells import guarded
+from fedtune.core.errors import QuorumError
+from fedtune.core.protocol import Peer
+from fedtune.lowrank.algebra import pairs
+from fedtune.planning.population import equip, profile_of
+from fedtune.server.progress import method_of, size
+from fedtune.server.virtual_clock import Clock, Turn
+from fedtune.training.client_state import home
+from fedtune.workspace.party import Party
 
 BAR = 12  # characters
 WIDE = 140

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import choices
+from fedtune.config.compose import choices
 
 
 @dataclass(frozen=True)

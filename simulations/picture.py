@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedtune.progress import cells, closing, rounds_table
+from fedtune.server.progress import cells, closing, rounds_table
 
 
 def draw(folder: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from fedtune.cli import main as fedtune
-from fedtune.config import choices
+from fedtune.config.compose import choices
 
 # A step along a seeded direction costs two forward passes and moves one number: it takes more of them
 FORWARD_ONLY = {

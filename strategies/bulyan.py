@@ -12,7 +12,7 @@ because in many dimensions an attacker can be near in distance and far off in on
 
 Down and up: A and B of every adapted layer, bytes per scalar times r (in + out) a layer.
 Inexact: as FedIT, and what is left out is lost.
-The steps: clients/first_order.py. The maths: fedtune/robust.py.
+The steps: clients/first_order.py. The maths: fedtune/server/robust.py.
 Departs from the paper, as Flower does: whole adapters are compared after several local steps, not gradients; the theta
 are taken by one ranking, where the paper runs Krum theta times, each time on what is left; and the median of an even
 count is the mean of the middle two. Of fewer than 4f + 3 replies Flower keeps the old model with a warning; here that
@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
-from fedtune.robust import State, bulyan, check_count, tolerated
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
+from fedtune.server.robust import State, bulyan, check_count, tolerated
 
 
 @dataclass(frozen=True)

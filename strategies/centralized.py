@@ -10,7 +10,7 @@ The union is exactly the rows that the N clients would train on, and the server'
 Down and up: one client's adapter, bytes per scalar times r (in + out) a layer, which counts what moving the adapter to
 the data costs; the data itself was moved for nothing.
 Exact: one client's B A as it trained it. One rank. On the client: nothing.
-The steps: clients/first_order.py. How the clients become one: `pooled` in the YAML, fedtune/schema.py.
+The steps: clients/first_order.py. How the clients become one: `pooled` in the YAML, fedtune/config/schema.py.
 Departs from plain training: the optimizer begins anew in each round, as it does in the federated methods.
 """
 

@@ -14,7 +14,7 @@ Down: the means of the rounds since the client last took part, at most 4 T P byt
 Directions never travel: they follow from pool_seed, r, t and p.
 Exact: the mean of the clients' weights is what the mean of their slopes gives, to the rounding of the mean to quanta.
 On the client: all means so far. With them it is where the server is, to the bit, however long it was away.
-The steps: fedtune/zeroth.py. Directions and weights: fedtune/noise.py, fedtune/seeded.py.
+The steps: fedtune/training/zeroth_order.py. Directions and weights: fedtune/random_directions/hash_noise.py, fedtune/random_directions/weights.py.
 Departs from the paper: two-sided slopes unless rules.two_sided=false (the paper's are one-sided, the code has both);
 noise that is equal on every device; whole quanta. Quantum and lr: as in strategies/fedkseed.py.
 method=mezo is this with one client that holds all data (MeZO, Malladi et al. 2023, arXiv:2305.17333).
@@ -27,10 +27,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.errors import WireError
-from fedtune.history import lacking
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update
-from fedtune.zeroth import Rules, check_counts, check_length, told
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update
+from fedtune.training.catch_up import lacking
+from fedtune.training.zeroth_order import Rules, check_counts, check_length, told
 
 
 @dataclass(frozen=True)

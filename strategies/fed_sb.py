@@ -12,7 +12,7 @@ R starts at zero. A0 is the layout's own start; B0 is drawn from `basis_seed`, u
 Down and up: R of every adapted layer, bytes per scalar times r^2 a layer, however wide the layer is.
 Exact: B0 R A0 is linear in R.
 Mixed ranks: no.
-The steps: clients/fed_sb.py. The bases: fedtune/frozen_basis.py. What the run folder exports is a plain LoRA adapter,
+The steps: clients/fed_sb.py. The bases: fedtune/training/frozen_basis.py. What the run folder exports is a plain LoRA adapter,
 lora_B = B0 and lora_A = R A0.
 Departs from the paper, which takes B0, A0 and R's start from the SVD of a first gradient of the full weights: these are
 random, so that nobody needs that gradient or has to be sent them. The paper takes larger ranks than are usual for LoRA.
@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.averaging import average
-from fedtune.errors import ConfigError
-from fedtune.frozen_basis import SEED, zero_core
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.lowrank.averaging import average
+from fedtune.training.frozen_basis import SEED, zero_core
 
 
 @dataclass(frozen=True)

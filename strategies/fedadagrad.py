@@ -16,7 +16,7 @@ v_-1 = 0; its own lr is 0.1.
 Down and up: what the method inside sends, nothing more. m and v stay at the server.
 Inexact by intent: the server goes elsewhere than to the mean of its clients, and aggregation_error says how far.
 Mixed ranks, and what lives on the client: as the method inside.
-method=fedadagrad is around FedIT, server_optimizer=fedadagrad around any other; fedtune/server_optimizer.py does both.
+method=fedadagrad is around FedIT, server_optimizer=fedadagrad around any other; fedtune/server/server_optimizer.py does both.
 Departs from the paper: both sides' rates are tuned for each task there; lr here suits adapters that clients train by
 AdamW at about 1e-3. A tensor that nobody trained in a round (RoLoRA's frozen factor) neither moves nor changes its m
 and v in it.
@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedtune.protocol import Tensors
-from fedtune.server_optimizer import ServerOptimizer
+from fedtune.core.protocol import Tensors
+from fedtune.server.server_optimizer import ServerOptimizer
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.averaging import average
-from fedtune.checks import at_least, one_of
-from fedtune.errors import ConfigError
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
+from fedtune.core.checks import at_least, one_of
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
+from fedtune.lowrank.averaging import average
 from strategies.fedit import State
 
 __all__ = ["FedAsync", "State"]

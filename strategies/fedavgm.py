@@ -12,7 +12,7 @@ A steady delta is thus taken lr / (1 - momentum) times. momentum = 0 and lr = 1 
 Down and up: what the method inside sends, nothing more. m stays at the server.
 Inexact by intent: the server goes elsewhere than to the mean of its clients, and aggregation_error says how far.
 Mixed ranks, and what lives on the client: as the method inside.
-method=fedavgm is around FedIT, server_optimizer=fedavgm around any other; fedtune/server_optimizer.py does both.
+method=fedavgm is around FedIT, server_optimizer=fedavgm around any other; fedtune/server/server_optimizer.py does both.
 Departs from the paper: lr is 1 there, with the clients' own rate tuned instead. A tensor that nobody trained in a round
 (RoLoRA's frozen factor) neither moves nor loses momentum in it.
 """
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedtune.protocol import Tensors
-from fedtune.server_optimizer import ServerOptimizer
+from fedtune.core.protocol import Tensors
+from fedtune.server.server_optimizer import ServerOptimizer
 
 
 @dataclass(frozen=True)

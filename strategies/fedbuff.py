@@ -24,9 +24,9 @@ from typing import ClassVar
 
 import torch
 
-from fedtune.checks import above_zero
-from fedtune.errors import ConfigError
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
+from fedtune.core.checks import above_zero
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
 from strategies.fedit import State
 
 __all__ = ["FedBuff", "State"]

@@ -13,7 +13,7 @@ Exact: W + s B A is the base before the round plus dW* = s sum_k p_k B_k A_k. Th
 quantized base takes it up too; when its rank passes twice `residual_rank`, it is cut back to that and sent whole:
 metrics.csv has what this loses as merge_error.
 Mixed ranks: no, factors of unlike shapes have no average. A client keeps the residual and its version.
-The steps: clients/first_order.py. The residual: fedtune/merging.py.
+The steps: clients/first_order.py. The residual: fedtune/lowrank/residual.py.
 Departs from the authors' code: the residual is sent as factors rather than as a matrix, and added beside the weights
 rather than into them. Weights p_k = n_k / sum(n); the paper's are equal.
 """
@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedtune.averaging import average
-from fedtune.checks import at_least
-from fedtune.lowrank import LowRank, pairs, stack
-from fedtune.merging import Merged
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like, share
+from fedtune.core.checks import at_least
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like, share
+from fedtune.lowrank.algebra import LowRank, pairs, stack
+from fedtune.lowrank.averaging import average
+from fedtune.lowrank.residual import Merged
 
 
 @dataclass(frozen=True)

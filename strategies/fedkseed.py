@@ -13,7 +13,7 @@ Down: G, at most 4 K bytes; seeds never travel.
 Up: the directions that it went along and how far, at most min(steps, K) times log2(K) bits and 4 bytes.
 Exact: the mean of the clients' weights is w with the mean of their slopes, up to the rounding of G to whole quanta.
 On the client: nothing by name. A process that stays adds what changed in G, where that is less than all of it.
-The steps: fedtune/zeroth.py. Directions and weights: fedtune/noise.py, fedtune/seeded.py.
+The steps: fedtune/training/zeroth_order.py. Directions and weights: fedtune/random_directions/hash_noise.py, fedtune/random_directions/weights.py.
 Departs from the authors' code: noise is a counter-based hash (theirs is the device's own, so that a CPU and a GPU
 disagree); slopes are whole multiples of a quantum of 2^-16 or less; no weight decay, which would make w depend on the
 order of the steps.
@@ -26,10 +26,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.checks import at_least
-from fedtune.errors import WireError
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, share
-from fedtune.zeroth import Rules, check_counts, check_length, told
+from fedtune.core.checks import at_least
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, share
+from fedtune.training.zeroth_order import Rules, check_counts, check_length, told
 
 
 @dataclass(frozen=True)

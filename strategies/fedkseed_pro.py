@@ -20,9 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.checks import at_least
-from fedtune.protocol import Instruction, Layout, Peer, Setting, Traits, Update
-from fedtune.zeroth import Rules, told
+from fedtune.core.checks import at_least
+from fedtune.core.protocol import Instruction, Layout, Peer, Setting, Traits, Update
+from fedtune.training.zeroth_order import Rules, told
 from strategies import fedkseed
 
 

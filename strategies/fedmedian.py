@@ -11,7 +11,7 @@ which fewer than half of them can't push beyond what the others sent.
 
 Down and up: A and B of every adapted layer, bytes per scalar times r (in + out) a layer.
 Inexact: the product of two medians is not the median of the products, and a median is not a mean.
-The steps: clients/first_order.py. The maths: fedtune/robust.py.
+The steps: clients/first_order.py. The maths: fedtune/server/robust.py.
 Departs from the paper, as Flower does: the paper takes the median of gradients at every step; here, of adapters after
 several local steps (the median of w_k is w plus the median of w_k - w). There are no weights p_k = n_k / sum(n) in
 either: a client with more examples counts no more.
@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
-from fedtune.robust import State, median
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
+from fedtune.server.robust import State, median
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ chose.
    that what costs nothing is always worth doing.
 2. Value. Layer j at rank r is worth score_j c_j(r). Before anything is known all scores and all S are 1.
 3. Plan. Of all (layers, ranks, batch, bits) that fit the device's memory and the round's deadline, those worth most;
-   of these the largest batch, then the most bits (fedtune/planner.py, which has the model of memory and time).
+   of these the largest batch, then the most bits (fedtune/planning/planner.py, which has the model of memory and time).
 4. Train. A client is sent its layers alone, the others are as in the base; it trains them on a base in its bits.
 5. Aggregate. Layer j over those K_j who trained it, p renormalised:
 
@@ -42,15 +42,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from fedtune.averaging import parts
-from fedtune.checks import at_least
-from fedtune.costs import Costs, Weight
-from fedtune.errors import CapacityError, ConfigError, WireError
-from fedtune.installing import BATCH, BITS, SCORE, SCORE_BYTES, SCORES
-from fedtune.lowrank import LowRank, pairs, principal, stack, unpair, widened
-from fedtune.offers import Offer, offer
-from fedtune.planner import Plan, Rules
-from fedtune.protocol import (
+from fedtune.core.checks import at_least
+from fedtune.core.costs import Costs, Weight
+from fedtune.core.errors import CapacityError, ConfigError, WireError
+from fedtune.core.protocol import (
     SERVER,
     Capability,
     Instruction,
@@ -62,7 +57,12 @@ from fedtune.protocol import (
     expect_like,
     share,
 )
-from fedtune.stacking import each_layer
+from fedtune.lowrank.algebra import LowRank, pairs, principal, stack, unpair, widened
+from fedtune.lowrank.averaging import parts
+from fedtune.lowrank.stacking import each_layer
+from fedtune.planning.plan_cache import Offer, offer
+from fedtune.planning.planner import Plan, Rules
+from fedtune.training.apply_instruction import BATCH, BITS, SCORE, SCORE_BYTES, SCORES
 
 LEAST = 1e-3  # of the mean score, that every layer counts
 # What messages have around their numbers, at most: a safetensors header's line of each tensor, and Flower's own framing
@@ -103,7 +103,7 @@ class FedPipe:
         if layout.costs is None or not layout.weights:
             raise ConfigError(
                 "method=fedpipe plans by what training costs, and this layout doesn't say (Layout.costs and .weights, "
-                "fedtune/probe.py): run it with fedtune run, which measures that, or take another method"
+                "fedtune/planning/cost_probe.py): run it with fedtune run, which measures that, or take another method"
             )
         if not layout.starts_at_zero:
             raise ConfigError(

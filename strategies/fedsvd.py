@@ -8,7 +8,7 @@ Up: B of every adapted layer, bytes per scalar times r out a layer.
 Down: A and B, r (in + out) a layer.
 Exact: at one A the product is linear in B, and the SVD of a matrix of rank r keeps it whole.
 Mixed ranks: no. Clients keep nothing.
-The steps: clients/first_order.py. The SVD: fedtune/lowrank.py.
+The steps: clients/first_order.py. The SVD: fedtune/lowrank/algebra.py.
 Where the text is silent: A's first value. Here its rows are orthonormal from the start, those of the layout's A by QR;
 B is 0, so the product doesn't change.
 Departs from the paper: no noise is added to gradients and none is clipped by example, which is what it is made for.
@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.averaging import average
-from fedtune.errors import ConfigError
-from fedtune.installing import TRAIN
-from fedtune.lowrank import LowRank, factors, pairs, truncated, unpair, widened
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.lowrank.algebra import LowRank, factors, pairs, truncated, unpair, widened
+from fedtune.lowrank.averaging import average
+from fedtune.training.apply_instruction import TRAIN
 
 
 @dataclass(frozen=True)

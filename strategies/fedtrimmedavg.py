@@ -12,7 +12,7 @@ which up to c attackers can't push beyond what the others sent: beta is to be at
 
 Down and up: A and B of every adapted layer, bytes per scalar times r (in + out) a layer.
 Inexact: as FedIT, and what is cut off is lost.
-The steps: clients/first_order.py. The maths: fedtune/robust.py.
+The steps: clients/first_order.py. The maths: fedtune/server/robust.py.
 Departs from the paper, as Flower does: the paper trims gradients at every step; here, adapters after several local
 steps. c is rounded down, so fewer than 1 / beta replies are a plain mean that guards against nobody (with the default,
 fewer than five). There are no weights p_k = n_k / sum(n) in either.
@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.errors import ConfigError
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
-from fedtune.robust import State, trimmed_mean
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
+from fedtune.server.robust import State, trimmed_mean
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ Exact: in the mean over directions with scaling=unbiased. Of one Delta, |V gamma
 |Delta|^2 (kappa 2.875 for noise=normal, 1 for rademacher), so more of it is noise than not, unless K is near d.
 On the client: all coordinates and budgets so far. With them it is where the server is, to the bit, however long it was
 away; each p_k gamma_k is rounded to whole quanta once, by the server, after its weight, and all parties use that.
-The steps: clients/projected.py. Projection, blocks and budgets: fedtune/blocks.py. Weights: fedtune/seeded.py.
+The steps: clients/projected.py. Projection, blocks and budgets: fedtune/training/projection.py. Weights: fedtune/random_directions/weights.py.
 rho is the variance of z, which is 1 here. scaling=official rebuilds Delta / 3, as the authors' code does: its z have a
 variance of 1 / (3 d), and it divides by 1 / d. Its recipe goes with it: rules.server_lr=10, plain SGD at 1e-4.
 Departs from the authors' code: K is what all blocks have together (theirs is the budget of the block that moved most);
@@ -31,11 +31,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.blocks import BUDGET, FEWEST, SLOPES, Projection, blocks_of, check_answer, check_room
-from fedtune.checks import at_least, one_of
-from fedtune.history import lacking
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update
-from fedtune.zeroth import told
+from fedtune.core.checks import at_least, one_of
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update
+from fedtune.training.catch_up import lacking
+from fedtune.training.projection import BUDGET, FEWEST, SLOPES, Projection, blocks_of, check_answer, check_room
+from fedtune.training.zeroth_order import told
 
 SHARE = {"unbiased": 1.0, "official": 1 / 3}  # of Delta, what is rebuilt in the mean
 

@@ -10,7 +10,7 @@ Down and up: A and B of every adapted layer, bytes per scalar times r_k (in + ou
 Inexact: |dW* - s B A|_F^2 = sum_{i>r} S_i^2, the least possible at rank r (Eckart and Young); 0 where r >= sum_k r_k.
 r is the widest client's. Components come in order of S, so the first r_k of r are the best of rank r_k too.
 Mixed ranks: yes, and mixed s_k. Clients keep nothing.
-The steps: clients/first_order.py. The SVD: fedtune/lowrank.py.
+The steps: clients/first_order.py. The SVD: fedtune/lowrank/algebra.py.
 Departs from the authors' code: the SVD is that of the small core between the stacked factors' QR decompositions, in
 float64, instead of dW* itself, which is never formed. Where dW* has less than rank r, A goes on in orthonormal rows
 made of those it had, and B in zeros.
@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedtune.averaging import for_peer, narrowed
-from fedtune.lowrank import LowRank, pairs, truncated, unpair, widened
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
-from fedtune.stacking import each_layer, stacked
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.lowrank.algebra import LowRank, pairs, truncated, unpair, widened
+from fedtune.lowrank.averaging import for_peer, narrowed
+from fedtune.lowrank.stacking import each_layer, stacked
 
 
 @dataclass(frozen=True)

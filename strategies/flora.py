@@ -13,7 +13,7 @@ Exact: B A = sum_k p_k s_k B_k A_k, because p_k s_k stands in one factor only, n
 one residual beside the base, W = W0 + B A, so a quantized base takes it up too; when its rank passes twice
 `residual_rank`, it is cut back to that and sent whole: metrics.csv has what this loses as merge_error.
 Mixed ranks: yes, and mixed s_k. A client keeps the residual and its version, and draws a new A at each turn.
-The steps: clients/fresh.py. The residual: fedtune/merging.py.
+The steps: clients/fresh.py. The residual: fedtune/lowrank/residual.py.
 Departs from the authors' code: they merge into the weights themselves, which a quantized base would round away, and
 send every stack to everybody, whoever was there.
 """
@@ -24,9 +24,9 @@ from typing import ClassVar
 
 import torch
 
-from fedtune.checks import at_least
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update
-from fedtune.stacking import State, begin, check_factors, each_layer, instruct, stacked
+from fedtune.core.checks import at_least
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update
+from fedtune.lowrank.stacking import State, begin, check_factors, each_layer, instruct, stacked
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ Down: r* (in + out) a layer; to a client that missed rounds, all that it lacks. 
 Inexact below energy = 1: it loses a share sqrt(1 - energy) of the update's norm at most. At 1 it keeps the numerical
 rank and is exact, as far as the residual's rank allows (see FLoRA, strategies/flora.py).
 Mixed ranks: yes, and mixed s_k. A client keeps the residual and its version, and draws a new A at each turn.
-The steps: clients/fresh.py. The SVD: fedtune/lowrank.py. The residual: fedtune/merging.py.
+The steps: clients/fresh.py. The SVD: fedtune/lowrank/algebra.py. The residual: fedtune/lowrank/residual.py.
 Where the text is silent: what clients do with B and A (here FLoRA's: merge, and begin anew), the place of s_k (here in
 the sum, with p_k), the scope of the threshold (here each layer by itself).
 Departs from the paper: QR of the stacks instead of their SVDs, which gives the same core up to a rotation.
@@ -24,11 +24,11 @@ from typing import ClassVar
 
 import torch
 
-from fedtune.checks import at_least
-from fedtune.errors import ConfigError
-from fedtune.lowrank import LowRank, by_energy
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update
-from fedtune.stacking import State, begin, check_factors, each_layer, instruct, stacked
+from fedtune.core.checks import at_least
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update
+from fedtune.lowrank.algebra import LowRank, by_energy
+from fedtune.lowrank.stacking import State, begin, check_factors, each_layer, instruct, stacked
 
 
 @dataclass(frozen=True)

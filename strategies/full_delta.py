@@ -18,10 +18,10 @@ from typing import ClassVar
 
 import torch
 
-from fedtune.averaging import average, own_width
-from fedtune.base_change import DENSE
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
-from fedtune.stacking import fresh_layers
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.lowrank.averaging import average, own_width
+from fedtune.lowrank.stacking import fresh_layers
+from fedtune.models.base_delta import DENSE
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from fedtune.averaging import Replies, average, for_peer, narrowed
-from fedtune.errors import ConfigError, WireError
-from fedtune.lowrank import name_of, norm, pairs
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like, share
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like, share
+from fedtune.lowrank.algebra import name_of, norm, pairs
+from fedtune.lowrank.averaging import Replies, average, for_peer, narrowed
 
 
 @dataclass(frozen=True)

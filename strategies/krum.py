@@ -9,7 +9,7 @@ Of the n clients that replied, f of them perhaps malicious, with all numbers of 
 
 Down and up: A and B of every adapted layer, bytes per scalar times r (in + out) a layer.
 Exact: one client's B A as it trained it. All others' work of the round is lost.
-The steps: clients/first_order.py. The maths: fedtune/robust.py.
+The steps: clients/first_order.py. The maths: fedtune/server/robust.py.
 Departs from the paper, as Flower does: whole adapters are compared after several local steps, not gradients. Flower
 does not check the paper's bound n >= 2f + 3; here it is checked. A tie, which the paper gives to the smallest index,
 falls as rounding has it: with three replies and f = 0 the two nearest to each other always tie. There are no weights
@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
-from fedtune.robust import State, check_count, krum, tolerated
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
+from fedtune.server.robust import State, check_count, krum, tolerated
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.averaging import own_width
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.lowrank.averaging import own_width
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ rules.local_steps times the cohort's size steps, as many as the cohort would hav
 Down and up: the slopes, at most 4 bytes a step, which counts what moving the model to the data would cost; the data
 itself was moved for nothing.
 Exact: one client's weights as it trained them.
-The steps: fedtune/zeroth.py.
+The steps: fedtune/training/zeroth_order.py.
 Departs from the authors' code: weights are made anew from w0 for each forward pass instead of being moved by +1, -2 and
 +1 times eps z, which in 16 bits doesn't lead back; no weight decay.
 """

@@ -10,7 +10,7 @@ Of the n clients that replied, f of them perhaps malicious, with all numbers of 
 
 Down and up: A and B of every adapted layer, bytes per scalar times r (in + out) a layer.
 Inexact: as FedIT among the m, and the others' work of the round is lost. m = 1 is Krum.
-The steps: clients/first_order.py. The maths: fedtune/robust.py.
+The steps: clients/first_order.py. The maths: fedtune/server/robust.py.
 Departs from the paper, as Flower does: whole adapters are compared after several local steps, not gradients, and the m
 are weighted by the examples that they claim, where the paper takes their plain mean: an attacker among them weighs more
 by claiming more (the engine caps a claim at what the client said at the handshake). Flower does not check the bounds
@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.errors import QuorumError
-from fedtune.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
-from fedtune.robust import State, check_count, krum, tolerated
+from fedtune.core.errors import QuorumError
+from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
+from fedtune.server.robust import State, check_count, krum, tolerated
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ Down and up: A and B of rank r_k of every adapted layer, bytes per scalar times 
 Inexact on purpose: dW is not sum_k p_k s_k B_k A_k unless all ranks are equal, and the SVD, or averaging the factors
 apart, loses more.
 Mixed ranks: yes. With equal ranks, "product" is FlexLoRA and "factors" is FedIT.
-The steps: clients/first_order.py. The algebra: fedtune/lowrank.py; dW is never formed.
+The steps: clients/first_order.py. The algebra: fedtune/lowrank/algebra.py; dW is never formed.
 Departs from the papers, of which the abstracts and RB-LoRA's code were seen: components one by one rather than in
 blocks between the ranks that occur, which comes to the same; the SVD's singular values go into B alone, where A keeps
 its scale from round to round; what nobody trained is kept rather than dropped.
@@ -33,10 +33,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.averaging import average, carried, cast_like, for_peer, narrowed
-from fedtune.errors import ConfigError
-from fedtune.lowrank import LowRank, name_of, pairs, stack, truncated, unpair
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like, share
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like, share
+from fedtune.lowrank.algebra import LowRank, name_of, pairs, stack, truncated, unpair
+from fedtune.lowrank.averaging import average, carried, cast_like, for_peer, narrowed
 
 
 @dataclass(frozen=True)

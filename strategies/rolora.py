@@ -25,11 +25,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from fedtune.averaging import average, for_peer, narrowed
-from fedtune.installing import TRAIN
-from fedtune.lowrank import factors
-from fedtune.merging import FROM, VERSION
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.lowrank.algebra import factors
+from fedtune.lowrank.averaging import average, for_peer, narrowed
+from fedtune.lowrank.residual import FROM, VERSION
+from fedtune.training.apply_instruction import TRAIN
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ Up: y_i and c_i+ - c_i. Down: x and c. Either is twice bytes per scalar times r 
 Inexact, as FedIT is: A and B are averaged apart. One rank for all.
 On the client: c_i, and its last change until that is known to have counted. A turn whose reply is lost or refused never
 happened, so c stays the mean of the c_i; only with a device's memory its part of c is lost, and its c_i begins at 0.
-The steps: clients/scaffold.py. Who believes what counted: fedtune/control.py.
+The steps: clients/scaffold.py. Who believes what counted: fedtune/training/control_variates.py.
 Departs from the paper: x is weighted by samples, c as there by clients. The paper's global rate is
 server_optimizer=fedavgm with server_optimizer.momentum=0.
 """
@@ -27,11 +27,11 @@ from typing import ClassVar
 
 import torch
 
-from fedtune.averaging import cast_like
-from fedtune.checks import at_least
-from fedtune.control import CHANGE, CONTROL, COUNTED, tag
-from fedtune.merging import FROM, VERSION
-from fedtune.protocol import Instruction, Layout, Peer, Setting, Tensors, Traits, Update, expect_like, share
+from fedtune.core.checks import at_least
+from fedtune.core.protocol import Instruction, Layout, Peer, Setting, Tensors, Traits, Update, expect_like, share
+from fedtune.lowrank.averaging import cast_like
+from fedtune.lowrank.residual import FROM, VERSION
+from fedtune.training.control_variates import CHANGE, CONTROL, COUNTED, tag
 
 
 @dataclass(frozen=True)

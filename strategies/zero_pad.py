@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.averaging import average, for_peer, narrowed
-from fedtune.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.lowrank.averaging import average, for_peer, narrowed
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedtune.schema import ModelSpec
-from fedtune.tiny import tiny_tokenizer
+from fedtune.config.schema import ModelSpec
+from fedtune.models.tiny import tiny_tokenizer
 
 _TOKENS = {"vocab_size": 260, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
 _LLAMA = _TOKENS | {

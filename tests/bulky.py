@@ -6,8 +6,8 @@ from functools import cache
 
 import torch
 
-from fedtune.errors import WireError
-from fedtune.protocol import Instruction, Update
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Instruction, Update
 
 WORDS = ("method.strategy._target_=bulky.Bulky", "method.client._target_=bulky.BulkyClient")
 

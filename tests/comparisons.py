@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from conftest import small
 
+from fedtune.config.schema import Experiment
 from fedtune.report.comparison import Comparison, compare
-from fedtune.report.runs import Clients, Run
-from fedtune.schema import Experiment
+from fedtune.runs.read import Clients, Run
 
 
 @cache

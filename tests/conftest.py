@@ -28,11 +28,11 @@ from flwr.clientapp import ClientApp
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from fedtune.config import CONF, compose
-from fedtune.protocol import Traits
+from fedtune.config.compose import CONF, compose
+from fedtune.config.schema import Experiment
+from fedtune.core.protocol import Traits
 from fedtune.runtime.app import make_server_app
 from fedtune.runtime.local import LocalGrid, run_local, server_context
-from fedtune.schema import Experiment
 
 hypothesis.settings.register_profile("fedtune", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("fedtune")

@@ -2,8 +2,8 @@
 
 import torch
 
-from fedtune.lowrank import name_of, pairs
-from fedtune.protocol import Layout, Peer, Slot, Update
+from fedtune.core.protocol import Layout, Peer, Slot, Update
+from fedtune.lowrank.algebra import name_of, pairs
 
 SHAPES = {"one": (5, 3), "two": (4, 7)}  # module: (out, in)
 RANK, SCALING = 4, 2.0

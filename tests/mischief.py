@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from remembering import Remembering
 
-from fedtune.keys import fold
-from fedtune.protocol import Update
+from fedtune.core.protocol import Update
+from fedtune.core.seeds import fold
 
 WORDS = ("method.client._target_=mischief.Mischief",)
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from clients.first_order import FirstOrder
-from fedtune.control import CHANGE, CONTROL
-from fedtune.installing import SCORE, SCORES
-from fedtune.protocol import Update
+from fedtune.core.protocol import Update
+from fedtune.training.apply_instruction import SCORE, SCORES
+from fedtune.training.control_variates import CHANGE, CONTROL
 
 WORDS = ("method.client._target_=moving.Moving",)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from clients.first_order import FirstOrder
-from fedtune.protocol import Update
+from fedtune.core.protocol import Update
 
 WORDS = ("method.client._target_=remembering.Remembering",)
 

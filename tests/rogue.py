@@ -25,10 +25,10 @@ from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_f
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_connection import http_request_response
 
-from fedtune import wire
 from fedtune.codecs.raw import Raw
-from fedtune.flower import content_from_bytes
-from fedtune.protocol import Update
+from fedtune.core.protocol import Update
+from fedtune.wire import messages as wire
+from fedtune.wire.flower_private import content_from_bytes
 
 
 def main() -> None:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fedtune.adapters import LocalModel
-from fedtune.errors import ModelError
-from fedtune.lowrank import name_of, pairs
-from fedtune.models import load_base, pick_device
-from fedtune.schema import AdapterSpec, ModelSpec
+from fedtune.config.schema import AdapterSpec, ModelSpec
+from fedtune.core.errors import ModelError
+from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import load_base, pick_device
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.config import choices, compose
-from fedtune.party import Party
-from fedtune.traits import traits_of
+from fedtune.config.compatibility import traits_of
+from fedtune.config.compose import choices, compose
+from fedtune.workspace.party import Party
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = sorted((ROOT / "fedtune").rglob("*.py"))

@@ -12,22 +12,22 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Gemma3Config, LlavaConfig, PreTrainedTokenizerFast, Qwen2VLConfig
 
-from fedtune.adapters import LocalModel
-from fedtune.config import compose
-from fedtune.errors import ClientError, ConfigError, ExportError, ModelError
-from fedtune.export import adapter_files
-from fedtune.folder import export
-from fedtune.lowrank import pairs
-from fedtune.model_checks import positions_of
-from fedtune.models import load_base
-from fedtune.party import Party
-from fedtune.probe import base_bytes
-from fedtune.protocol import Batch
+from fedtune.config.compose import compose
+from fedtune.config.schema import AdapterSpec, ModelSpec
+from fedtune.core.errors import ClientError, ConfigError, ExportError, ModelError
+from fedtune.core.protocol import Batch
+from fedtune.export.model_folder import export
+from fedtune.lowrank.algebra import pairs
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import load_base
+from fedtune.models.model_checks import positions_of
+from fedtune.models.tiny import tiny_tokenizer
+from fedtune.planning.cost_probe import base_bytes
+from fedtune.runs.adapter_files import adapter_files
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
-from fedtune.schema import AdapterSpec, ModelSpec
-from fedtune.tiny import tiny_tokenizer
-from fedtune.training import fit, loss_of
+from fedtune.training.first_order import fit, loss_of
+from fedtune.workspace.party import Party
 
 CPU = torch.device("cpu")
 FUSED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")
@@ -278,7 +278,7 @@ def test_how_much_is_quantized_is_said_counted_and_refused_below_a_half(name, sh
 
 
 def test_an_int8_base_is_as_before_its_first_use_when_it_was_examined(bases):
-    """Copies of it (fedtune/sharing.py) take the scales from where they were loaded to."""
+    """Copies of it (fedtune/models/shared_base.py) take the scales from where they were loaded to."""
     base = load_base(ModelSpec(path=bases("llama")[1].path, quantization="int8"), CPU)
     layers = [module for module in base.model.modules() if type(module).__name__ == "Linear8bitLt"]
     assert len(layers) == 14

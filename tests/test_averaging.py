@@ -18,13 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, dense, factors, layout, reply
 
-from fedtune.averaging import average, for_peer, narrowed
-from fedtune.config import compose
-from fedtune.errors import WireError
-from fedtune.installing import install
-from fedtune.lowrank import pairs
-from fedtune.party import Party
-from fedtune.protocol import Instruction, Peer, Update, same_instruction, share
+from fedtune.config.compose import compose
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Instruction, Peer, Update, same_instruction, share
+from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.averaging import average, for_peer, narrowed
+from fedtune.training.apply_instruction import install
+from fedtune.workspace.party import Party
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 LIKE = {A: torch.zeros(2, 2), B: torch.zeros(3, 2)}
@@ -63,7 +63,7 @@ def test_portions_change_nothing(monkeypatch, room):
     """Updates of 4 * 19 or 2 * 19 float64 numbers: one at a time, or several."""
     replies = [reply(k, 4 - k % 2 * 2, 1.0 + k, 1 + k) for k in range(7)]
     expected = average(replies, layout().initial, scaling=SCALING)
-    monkeypatch.setattr("fedtune.averaging.PORTION_BYTES", room)
+    monkeypatch.setattr("fedtune.lowrank.averaging.PORTION_BYTES", room)
     found = average(replies, layout().initial, scaling=SCALING)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -83,7 +83,7 @@ def test_updates_are_looked_up_once_and_no_more_at_a_time_than_there_is_room_for
                 del fresh
 
     size = sum(t.nbytes for t in reply(0)[1].tensors.values())
-    monkeypatch.setattr("fedtune.averaging.PORTION_BYTES", 2 * size)
+    monkeypatch.setattr("fedtune.lowrank.averaging.PORTION_BYTES", 2 * size)
     replies = [reply(k) for k in range(6)]
     average(Stored(replies), layout().initial, [1 / 6] * 6)
     assert looked_up == list(range(6))

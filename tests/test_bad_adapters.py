@@ -8,15 +8,15 @@ from conftest import run_on, summary_of, traits_of_method
 from flwr.app import MetricRecord
 from flwr.clientapp import ClientApp
 
-from fedtune import wire
 from fedtune.cli import main
 from fedtune.codecs.raw import Raw
-from fedtune.config import choices, compose
-from fedtune.errors import ConfigError, DataError
-from fedtune.party import Party
-from fedtune.protocol import Update
+from fedtune.config.compose import choices, compose
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.protocol import Update
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
+from fedtune.wire import messages as wire
+from fedtune.workspace.party import Party
 
 FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples
 NOWHERE = "model.path=/nowhere/at/all"  # loading it is another error

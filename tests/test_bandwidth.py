@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from fedtune.bandwidth import CHUNK, MAGIC, Limits, measure, open_listener, parse_address, serve_one
-from fedtune.errors import ConfigError, DeploymentError, FedtuneError, WireError
+from fedtune.core.errors import ConfigError, DeploymentError, FedtuneError, WireError
+from fedtune.device.bandwidth import CHUNK, MAGIC, Limits, measure, open_listener, parse_address, serve_one
 
 SHORT = Limits(connect=2.0, turn=2.0, line=0.3)
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fedtune.adapters import LocalModel
-from fedtune.base_change import DENSE
-from fedtune.installing import install
-from fedtune.lowrank import LowRank, pairs
-from fedtune.merging import Merged, as_residual
-from fedtune.models import load_base
-from fedtune.protocol import Peer, Update
-from fedtune.schema import AdapterSpec, ModelSpec
-from fedtune.tiny import tiny_tokenizer
+from fedtune.config.schema import AdapterSpec, ModelSpec
+from fedtune.core.protocol import Peer, Update
+from fedtune.lowrank.algebra import LowRank, pairs
+from fedtune.lowrank.residual import Merged, as_residual
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import load_base
+from fedtune.models.base_delta import DENSE
+from fedtune.models.tiny import tiny_tokenizer
+from fedtune.training.apply_instruction import install
 from strategies.fedex_lora import FedExLoRA
 from strategies.flora import FLoRA
 

@@ -11,19 +11,19 @@ from conftest import SMALL, rows, summary_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.broadcast import Sent, hear
-from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.codecs.compeft import ComPEFT
 from fedtune.codecs.int8 import Int8
 from fedtune.codecs.packed import varint
 from fedtune.codecs.stc import STC
 from fedtune.codecs.topk import TopK
-from fedtune.config import compose
-from fedtune.errors import ClientError, WireError
-from fedtune.memory import Memory
-from fedtune.party import Party
-from fedtune.protocol import Instruction
+from fedtune.config.compose import compose
+from fedtune.core.errors import ClientError, WireError
+from fedtune.core.protocol import Instruction
+from fedtune.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.runtime.local import run_local
+from fedtune.training.client_state import Memory
+from fedtune.wire.broadcast_chain import Sent, hear
+from fedtune.workspace.party import Party
 from strategies.fedit import FedIT
 
 RUN = "0123456789abcdef"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.budget import Spent, ended_by
 from fedtune.cli import main
-from fedtune.errors import ConfigError
-from fedtune.schema import BudgetSpec
+from fedtune.config.schema import BudgetSpec
+from fedtune.core.errors import ConfigError
+from fedtune.server.budget import Spent, ended_by
 
 RUN = (
     "run",

@@ -9,17 +9,17 @@ import pytest
 import torch
 from conftest import SMALL, summary_of
 
-from fedtune.config import compose, from_run_config, load
-from fedtune.errors import ConfigError
-from fedtune.federated_data import load_data
-from fedtune.keys import fold
-from fedtune.party import Party
-from fedtune.population_spec import PopulationSpec
-from fedtune.protocol import Peer
+from fedtune.config.compose import compose, from_run_config, load
+from fedtune.config.population import PopulationSpec
+from fedtune.config.schema import Experiment, MethodSpec
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Peer
+from fedtune.core.seeds import fold
+from fedtune.data.federated_data import load_data
+from fedtune.models.tiny import tiny_tokenizer
 from fedtune.runtime.local import run_local
-from fedtune.schema import Experiment, MethodSpec
-from fedtune.tiny import tiny_tokenizer
-from fedtune.training import fit
+from fedtune.training.first_order import fit
+from fedtune.workspace.party import Party
 
 RUN = "0" * 16
 

@@ -11,15 +11,15 @@ from test_data import load, write
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fedtune.config import compose
-from fedtune.data import Example
-from fedtune.errors import ConfigError, DataError
-from fedtune.federated_data import load_data
-from fedtune.progress import headline
-from fedtune.row_counts import describe
-from fedtune.schema import DataSpec
-from fedtune.tiny import CHAT_TEMPLATE, tiny_tokenizer
-from fedtune.tokenisation import tokenise
+from fedtune.config.compose import compose
+from fedtune.config.schema import DataSpec
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.data.federated_data import load_data
+from fedtune.data.row_counts import describe
+from fedtune.data.sources import Example
+from fedtune.data.tokenisation import tokenise
+from fedtune.models.tiny import CHAT_TEMPLATE, tiny_tokenizer
+from fedtune.server.progress import headline
 
 END = 256  # <|end|> of the tiny tokenizer
 ALPHABET = "stone glas?:[]/AQINT.\n"
@@ -355,8 +355,8 @@ def test_the_console_and_the_summary_say_so(tmp_path, run_on_rows):
 @pytest.fixture
 def run_on_rows(tmp_path):
     """A run's headline and summary, on these rows."""
-    from fedtune.party import Party
-    from fedtune.summary import summarise
+    from fedtune.server.summary import summarise
+    from fedtune.workspace.party import Party
 
     def made(rows, *words):
         path = write(tmp_path / "rows.jsonl", rows)

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from test_data import TOKENIZER, load, spoken, write
 from test_generation import PAD, local
 
-from fedtune.choices import read_choices
-from fedtune.corpus import Corpus, Question
-from fedtune.data import load_examples
-from fedtune.errors import DataError
-from fedtune.evaluate import appraise, choose
-from fedtune.schema import DataSpec, EvaluateSpec
-from fedtune.tiny import tiny_tokenizer
-from fedtune.tokenisation import tokenise
+from fedtune.config.schema import DataSpec, EvaluateSpec
+from fedtune.core.errors import DataError
+from fedtune.data.corpus import Corpus, Question
+from fedtune.data.multiple_choice import read_choices
+from fedtune.data.sources import load_examples
+from fedtune.data.tokenisation import tokenise
+from fedtune.evaluation.scoring import appraise, choose
+from fedtune.models.tiny import tiny_tokenizer
 
 LIST = ["red", "green", "7", "C"]
 ARC = {"text": ["red", "green", "7"], "label": ["1", "2", "3"]}
@@ -132,7 +132,7 @@ def test_templates_keep_what_they_put_before_and_after_a_choice():
 
 
 def questions(tokenizer, asked, choices, **spec):
-    from fedtune.data import Example
+    from fedtune.data.sources import Example
 
     turns = ({"role": "user", "content": asked}, {"role": "assistant", "content": choices[0]})
     return tokenise([Example(turns, "", {}, tuple(choices), 0)], tokenizer, DataSpec(**spec))[0].questions

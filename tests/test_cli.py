@@ -3,7 +3,7 @@
 import pytest
 
 from fedtune.cli import main
-from fedtune.config import choices
+from fedtune.config.compose import choices
 
 
 def said(capsys, *words):

@@ -7,7 +7,7 @@ The clients are the three rows of a CSV, and take K steps of b = 4 examples each
     mid      5e8          1e9                1e6              2e6
     slow     1e8                             1e5              1e5
 
-With P trained numbers and the printed equations (fedtune/costs.py), l = 0 being the lowest block with an adapter and a
+With P trained numbers and the printed equations (fedtune/core/costs.py), l = 0 being the lowest block with an adapter and a
 base in 32 bits, which is no slower than in 16,
 
     T         = sum (input_bytes columns_j + inner_bytes r_j)
@@ -36,14 +36,14 @@ from hypothesis import strategies as st
 from test_contract import CapturingGrid, tampering_app
 
 from clients.first_order import FirstOrder
-from fedtune.checkpoint import load_checkpoint
-from fedtune.clock import Clock
-from fedtune.errors import ConfigError, QuorumError
-from fedtune.keys import bits, fold
-from fedtune.party import Party
-from fedtune.protocol import Capability, Instruction, Peer
+from fedtune.core.errors import ConfigError, QuorumError
+from fedtune.core.protocol import Capability, Instruction, Peer
+from fedtune.core.seeds import bits, fold
+from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
+from fedtune.server.virtual_clock import Clock
+from fedtune.workspace.party import Party
 from strategies.fedit import FedIT
 
 THREE = "fast,1e9,,1e6,1e6,,,\nmid,5e8,1e9,1e6,2e6,,,\nslow,1e8,,1e5,1e5,,,\n"

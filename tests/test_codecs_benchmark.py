@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from fedtune.codecs.compeft import ComPEFT
-from fedtune.config import choices
+from fedtune.config.compose import choices
 from simulations.benchmarks import codecs
 
 

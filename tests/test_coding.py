@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from fedtune.codecs.packed import Packed
 from fedtune.codecs.stc import STC
 from fedtune.codecs.topk import TopK
-from fedtune.coding import decode, encode, left_out, with_feedback
-from fedtune.config import compose
-from fedtune.errors import ConfigError, WireError
-from fedtune.protocol import Peer, Update
-from fedtune.replies import Replies
+from fedtune.config.compose import compose
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import Peer, Update
+from fedtune.runs.update_store import Replies
 from fedtune.runtime.local import run_local
+from fedtune.wire.delta_coding import decode, encode, left_out, with_feedback
 
 EXACT = TopK(density=1, values="float32")  # of the lossy codecs the one that loses nothing
 # How many times smaller than raw at least, with these settings
@@ -219,7 +219,7 @@ def test_what_does_not_go_together_is_said_at_start(tmp_path, words, said):
 
 
 def test_another_apps_clients_take_no_lossy_codec():
-    from fedtune.flower_strategy import as_flower_strategy
+    from fedtune.server.flower_strategy import as_flower_strategy
     from strategies.fedit import FedIT
 
     with pytest.raises(ConfigError, match="codec=STC"):

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from fedtune.cli import main
-from fedtune.compare.plan import Cell, plan, slug
-from fedtune.compare.play import Outcome, Processes, asked, is_done
-from fedtune.errors import ConfigError, RunFolderError
-from fedtune.run_folder import lock
+from fedtune.comparisons.plan import Cell, plan, slug
+from fedtune.comparisons.play import Outcome, Processes, asked, is_done
+from fedtune.core.errors import ConfigError, RunFolderError
+from fedtune.runs.run_folder import lock
 
 SMALL = (
     "model=tiny", "rounds=2", "population.clients=3", "population.cohort=2", "train.steps=1", "evaluate.examples=8",

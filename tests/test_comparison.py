@@ -15,8 +15,8 @@ from conftest import rows, small
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fedtune.config import compose
-from fedtune.errors import ConfigError, RunFolderError
+from fedtune.config.compose import compose
+from fedtune.core.errors import ConfigError, RunFolderError
 from fedtune.report.comparison import (
     Entry,
     Protocol,
@@ -32,7 +32,7 @@ from fedtune.report.comparison import (
 )
 from fedtune.report.intervals import paired_p
 from fedtune.report.labels import labels
-from fedtune.report.runs import Clients, read
+from fedtune.runs.read import Clients, read
 from fedtune.runtime.local import run_local
 
 METHODS, SEEDS = ("fedit", "ffa_lora"), (0, 1, 2)

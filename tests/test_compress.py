@@ -15,9 +15,20 @@ from safetensors.torch import load_file, save_file
 from fedtune.cli import main
 from fedtune.codecs.packed import Packed
 from fedtune.codecs.raw import Raw
-from fedtune.compress import BEGIN, MAGIC, MAX_FILE, MAX_HEAD, MAX_VALUES, PACKED, WEIGHTS, compress, decompress, read
-from fedtune.errors import ConfigError, ExportError, FedtuneError
-from fedtune.tiny import tiny_model
+from fedtune.core.errors import ConfigError, ExportError, FedtuneError
+from fedtune.export.compressed_adapter import (
+    BEGIN,
+    MAGIC,
+    MAX_FILE,
+    MAX_HEAD,
+    MAX_VALUES,
+    PACKED,
+    WEIGHTS,
+    compress,
+    decompress,
+    read,
+)
+from fedtune.models.tiny import tiny_model
 
 CONFIG = "adapter_config.json"
 LOSSY = ("compeft", "topk", "stc")
@@ -308,7 +319,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(trained, tmp_path, mon
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedtune.compress.save_file", full)
+    monkeypatch.setattr("fedtune.export.compressed_adapter.save_file", full)
     with pytest.raises(ExportError, match="No space left"):
         decompress(str(tmp_path / "small"), str(tmp_path / "again"))
     assert {path.name for path in tmp_path.iterdir()} == {"trained", "small"}
@@ -429,7 +440,7 @@ def test_a_lying_head_ends_in_one_message(small, capsys, change, part):
 
 CODECS = {
     "code": ({"_target_": "os.system", "command": "touch owned"}, "'os.system' is not known"),
-    "code behind our name": ({"_target_": "fedtune.models.os.system"}, "is not known"),
+    "code behind our name": ({"_target_": "fedtune.models.base.os.system"}, "is not known"),
     "a class of ours that is no codec": ({"_target_": "strategies.fedit.FedIT"}, "is not known"),
     "no class": ({}, "'None' is not known"),
     "a class that is a list": ({"_target_": ["os.system"]}, "is not known"),

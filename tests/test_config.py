@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.cli import main
-from fedtune.config import (
+from fedtune.config.compose import (
     CONF,
     TEXTS,
     _expand,
@@ -23,9 +23,9 @@ from fedtune.config import (
     from_run_config,
     load,
 )
-from fedtune.errors import ConfigError
-from fedtune.schema import Experiment
-from fedtune.targets import table
+from fedtune.config.schema import Experiment
+from fedtune.config.targets import table
+from fedtune.core.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", choices("experiment"))
@@ -252,7 +252,7 @@ def test_what_was_typed_is_kept_and_not_looked_up(monkeypatch):
 def test_the_table_has_our_files_and_what_conf_names():
     assert {target.split(".")[0] for target in table()} == {"strategies", "clients", "fedtune"}
     core = {target for target in table() if target.startswith("fedtune.") and ".codecs." not in target}
-    assert core == {"fedtune.zeroth.Rules", "fedtune.blocks.Projection"}
+    assert core == {"fedtune.training.zeroth_order.Rules", "fedtune.training.projection.Projection"}
 
 
 def test_a_class_of_ones_own_is_made_from_ones_own_words_and_wants_a_word_from_a_folder(tmp_path, monkeypatch, capsys):

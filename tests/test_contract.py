@@ -12,18 +12,18 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
 
-from fedtune import wire
-from fedtune.base_change import DENSE
-from fedtune.checkpoint import state_sha256
-from fedtune.config import choices
-from fedtune.errors import QuorumError
-from fedtune.lowrank import pairs
-from fedtune.merging import from_residual
-from fedtune.party import Party
-from fedtune.protocol import SERVER, Peer, Update
+from fedtune.config.compatibility import traits_of
+from fedtune.config.compose import choices
+from fedtune.core.errors import QuorumError
+from fedtune.core.protocol import SERVER, Peer, Update
+from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.residual import from_residual
+from fedtune.models.base_delta import DENSE
+from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
-from fedtune.traits import traits_of
+from fedtune.wire import messages as wire
+from fedtune.workspace.party import Party
 
 METHODS = choices("method")
 pytestmark = pytest.mark.parametrize("method", METHODS)

@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 
 from fedtune.codecs.int8 import Int8
 from fedtune.codecs.sparse import shapes_of
-from fedtune.coding import build_codec
-from fedtune.config import CONF, choices, compose
-from fedtune.errors import ConfigError
-from fedtune.party import Party
-from fedtune.protocol import is_lossless
+from fedtune.config.compose import CONF, choices, compose
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import is_lossless
+from fedtune.wire.delta_coding import build_codec
+from fedtune.workspace.party import Party
 
 SPARSE = [{"density": 0.05}, {"density": 0.5}, {"density": 1}]
 OPTIONS = {

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fedtune.compare.plan import Cell
-from fedtune.compare.play import is_done
-from fedtune.compare.state import now
-from fedtune.errors import ConfigError, RunFolderError
+from fedtune.comparisons.plan import Cell
+from fedtune.comparisons.play import is_done
+from fedtune.comparisons.state import now
+from fedtune.core.errors import ConfigError, RunFolderError
 from fedtune.report.comparison import load, write_results
 from fedtune.report.page import lay_out, render
-from fedtune.report.runs import read
 from fedtune.report.serve import Watch
+from fedtune.runs.read import read
 
 CELLS = (
     "", "nan", "-1", "1e308", "-1e308", "inf", "1e20", "9" * 20, "9" * 5000, "abc", "=1+1", "\0", "é", "1e-320", '"',

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.config import compose
-from fedtune.data import load_examples
-from fedtune.errors import ConfigError, DataError, FedtuneError
-from fedtune.federated_data import load_data
-from fedtune.schema import DataSpec
-from fedtune.tiny import tiny_tokenizer
-from fedtune.tokenisation import tokenise
+from fedtune.config.compose import compose
+from fedtune.config.schema import DataSpec
+from fedtune.core.errors import ConfigError, DataError, FedtuneError
+from fedtune.data.federated_data import load_data
+from fedtune.data.sources import load_examples
+from fedtune.data.tokenisation import tokenise
+from fedtune.models.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 ROWS = {

@@ -14,13 +14,13 @@ import torch
 from conftest import rows, summary_of
 
 from clients.shared_directions import seeds_of
-from fedtune.config import compose
-from fedtune.errors import ClientError, ConfigError, WireError
-from fedtune.merging import FROM, VERSION
-from fedtune.noise import values
-from fedtune.party import Party
-from fedtune.protocol import Instruction, Layout, Peer, Update
-from fedtune.zeroth import Rules
+from fedtune.config.compose import compose
+from fedtune.core.errors import ClientError, ConfigError, WireError
+from fedtune.core.protocol import Instruction, Layout, Peer, Update
+from fedtune.lowrank.residual import FROM, VERSION
+from fedtune.random_directions.hash_noise import values
+from fedtune.training.zeroth_order import Rules
+from fedtune.workspace.party import Party
 from strategies.decomfl import DeComFL, State
 from strategies.mezo import MeZO
 

@@ -19,9 +19,9 @@ from fedtune.codecs.blob import LARGEST
 from fedtune.codecs.int8 import MOST, Int8
 from fedtune.codecs.nf4 import MIDPOINTS, TABLE, Nf4
 from fedtune.codecs.signsgd import SignSGD
-from fedtune.config import compose
-from fedtune.errors import ConfigError, WireError
-from fedtune.party import Party
+from fedtune.config.compose import compose
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.workspace.party import Party
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -154,7 +154,7 @@ def test_int8_adds_its_draws_by_hand(monkeypatch):
     """Four of a word, from its lowest bits, as (j + 1/2) / 2^16, at a scale of 1: 127 + 1 - 2^-17 stays 127;
     1/2 + 1/2 - 2^-17 is 0 and 1/2 + 1/2 + 2^-17 is 1; 1/2 + 2^-17 and 1/2 - 2^-17 are just 1."""
     word = 0xFFFF | 0x7FFF << 16 | 0x8000 << 32 | 0x7FFF << 48
-    monkeypatch.setattr("fedtune.keys.bits", lambda key, count: np.full(count, word, np.uint64))
+    monkeypatch.setattr("fedtune.core.seeds.bits", lambda key, count: np.full(count, word, np.uint64))
     x = torch.tensor([127, 0.5, 0.5, 0.5 + 2**-17, -127])
     assert through(Int8(), {"x": x})["x"].tolist() == [127, 0, 1, 1, -127]
 

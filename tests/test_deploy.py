@@ -12,8 +12,8 @@ import pytest
 from conftest import SMALL, rows, summary_of
 from deployed import CALMLY, call, failures, run
 
-from fedtune.config import compose
-from fedtune.errors import DeploymentError, QuorumError, RunFolderError
+from fedtune.config.compose import compose
+from fedtune.core.errors import DeploymentError, QuorumError, RunFolderError
 from fedtune.runtime.local import run_local
 from simulations.fleet import Fleet, Site
 from simulations.fleet.processes import marked, wait_until

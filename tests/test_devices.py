@@ -12,13 +12,14 @@ from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune import turns, wire
-from fedtune.config import choices, compose, load
-from fedtune.devices import CATALOGUE, apportion, read_devices, table, write_devices
-from fedtune.errors import ConfigError, WireError
-from fedtune.population import profile_of
-from fedtune.population_spec import PopulationSpec
-from fedtune.protocol import Capability, Peer
+from fedtune.config.compose import choices, compose, load
+from fedtune.config.devices import CATALOGUE, apportion, read_devices, table, write_devices
+from fedtune.config.population import PopulationSpec
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import Capability, Peer
+from fedtune.planning.population import profile_of
+from fedtune.wire import messages as wire
+from fedtune.workspace import client_handler as turns
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = "device,memory_bytes,flop_per_s,up_bytes_per_s,down_bytes_per_s"

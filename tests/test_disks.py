@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from remembering import WORDS as REMEMBERING
 
-from fedtune.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
-from fedtune.config import load_file
-from fedtune.errors import ClientError, ConfigError, RunFolderError
-from fedtune.memory import Memory
-from fedtune.run_folder import RunFolder
+from fedtune.config.compose import load_file
+from fedtune.core.errors import ClientError, ConfigError, RunFolderError
+from fedtune.runs.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
+from fedtune.runs.run_folder import RunFolder
 from fedtune.runtime.local import run_local
+from fedtune.training.client_state import Memory
 from strategies.fedit import State
 
 RUN = "0" * 16

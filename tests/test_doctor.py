@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedtune.available import MemoryFound, host_memory
 from fedtune.cli import main
-from fedtune.devices import read_devices
-from fedtune.doctor import (
+from fedtune.config.devices import read_devices
+from fedtune.device.benchmark import (
     Step,
     _int8,
     _nf4,
@@ -29,6 +28,7 @@ from fedtune.doctor import (
     training_steps,
     usual_seconds,
 )
+from fedtune.device.memory import MemoryFound, host_memory
 
 CPU = torch.device("cpu")
 TOKENS = (32, 128, 1024)

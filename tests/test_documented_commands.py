@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import PAIRS
 
-from fedtune.checks import nearest
-from fedtune.compare.plan import plan
-from fedtune.config import compose
+from fedtune.comparisons.plan import plan
+from fedtune.config.compose import compose
+from fedtune.core.checks import nearest
 from fedtune.runtime.local import run_local
 from simulations import results
 from simulations.benchmarks import engine
@@ -115,8 +115,8 @@ def test_what_else_the_pages_call_is_there():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The toy as a Hugging Face folder, for what loads a base by its path."""
-    from fedtune.models import load_base
-    from fedtune.schema import ModelSpec
+    from fedtune.config.schema import ModelSpec
+    from fedtune.models.base import load_base
 
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # those of the other tests stay
     base = load_base(ModelSpec(name="tiny"), torch.device("cpu"))

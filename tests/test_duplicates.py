@@ -10,19 +10,19 @@ from conftest import rows, small, summary_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.config import CONF, compose
-from fedtune.corpus import Corpus
-from fedtune.data import Example, load_examples
-from fedtune.duplicates import distinct, groups, hold_out, texts
-from fedtune.errors import ConfigError, DataError, FedtuneError
-from fedtune.federated_data import FederatedData, load_data
+from fedtune.config.compose import CONF, compose
+from fedtune.config.schema import DataSpec
+from fedtune.core.errors import ConfigError, DataError, FedtuneError
+from fedtune.data.corpus import Corpus
+from fedtune.data.duplicates import distinct, groups, hold_out, texts
+from fedtune.data.federated_data import FederatedData, load_data
+from fedtune.data.sources import Example, load_examples
 from fedtune.judging import Request, evaluate
-from fedtune.party import Party
+from fedtune.models.shared_base import sharing
+from fedtune.models.tiny import tiny_tokenizer
 from fedtune.plan_view import plans
 from fedtune.runtime.local import run_local
-from fedtune.schema import DataSpec
-from fedtune.sharing import sharing
-from fedtune.tiny import tiny_tokenizer
+from fedtune.workspace.party import Party
 
 TOKENIZER = tiny_tokenizer()
 

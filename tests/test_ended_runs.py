@@ -12,14 +12,14 @@ import time
 import pytest
 from conftest import SMALL
 
-from fedtune.endings import ENDINGS, as_ctrl_c
-from fedtune.errors import RunFolderError
-from fedtune.locks import LOCK, is_held
+from fedtune.core.errors import RunFolderError
+from fedtune.core.locks import LOCK, is_held
+from fedtune.core.signals import ENDINGS, as_ctrl_c
 from fedtune.report.comparison import load
 from fedtune.report.page import render
-from fedtune.report.runs import read
 from fedtune.report.serve import Watch
-from fedtune.run_folder import RunFolder, lock
+from fedtune.runs.read import read
+from fedtune.runs.run_folder import RunFolder, lock
 
 
 @pytest.fixture

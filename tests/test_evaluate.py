@@ -10,12 +10,12 @@ from flwr.app import MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune import wire
 from fedtune.cli import main
-from fedtune.config import compose
-from fedtune.errors import ConfigError, WireError
-from fedtune.evaluate import Score, mean_score
+from fedtune.config.compose import compose
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.evaluation.scoring import Score, mean_score
 from fedtune.runtime.local import run_local
+from fedtune.wire import messages as wire
 
 MORE = ("exact_match", "rouge_l", "choice_accuracy")
 FULL = Score(1.5, 0.25, 8, 0.5, 0.75, 4, 1.0, 2)

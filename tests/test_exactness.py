@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import RANK, SCALING, dense, distance, factors, ideal, layout, reply
 
-from fedtune.exactness import aggregation_error
-from fedtune.lowrank import pairs
-from fedtune.merging import from_residual
-from fedtune.protocol import SERVER, Peer, Update
+from fedtune.core.protocol import SERVER, Peer, Update
+from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.residual import from_residual
+from fedtune.server.aggregation_error import aggregation_error
 from strategies.fedex_lora import FedExLoRA
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA

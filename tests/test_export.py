@@ -19,20 +19,20 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.adapters import LocalModel
-from fedtune.checkpoint import load_checkpoint
 from fedtune.cli import main
-from fedtune.config import compose
-from fedtune.errors import ConfigError, ExportError
-from fedtune.export import adapter_files
-from fedtune.folder import PROMPTS, export
-from fedtune.model_file import KEY, LONGEST, dump, read
-from fedtune.models import load_base
-from fedtune.party import Party
-from fedtune.peft_fields import FIELDS, OLDEST, readable
-from fedtune.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
-from fedtune.targets import check
-from fedtune.tiny import tiny_model, tiny_tokenizer
+from fedtune.config.compose import compose
+from fedtune.config.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
+from fedtune.config.targets import check
+from fedtune.core.errors import ConfigError, ExportError
+from fedtune.export.model_folder import PROMPTS, export
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import load_base
+from fedtune.models.peft_fields import FIELDS, OLDEST, readable
+from fedtune.models.tiny import tiny_model, tiny_tokenizer
+from fedtune.runs.adapter_files import adapter_files
+from fedtune.runs.checkpoint import load_checkpoint
+from fedtune.runs.model_file import KEY, LONGEST, dump, read
+from fedtune.workspace.party import Party
 
 K = 64
 SEEDED = (
@@ -333,10 +333,13 @@ HOSTILE = {
     "a hub id that is a number": (setting("base", "hub_id", value=7), "expected a base of float32"),
     "a round that is none": (setting("round", value=True), "'round' should be int"),
     "code": (config(TARGET, "_target_: os.system\n    command: touch /tmp/owned"), "wants 'os.system' made"),
-    "code behind our name": (config(TARGET, "_target_: fedtune.models.os.system"), "wants 'fedtune.models.os.system'"),
+    "code behind our name": (
+        config(TARGET, "_target_: fedtune.models.base.os.system"),
+        "wants 'fedtune.models.base.os.system'",
+    ),
     "code deeper down": (config(TARGET, f"{TARGET}\n    x: [{{_target_: builtins.eval}}]"), "should be a plain value"),
     "a class that takes other words": (config(TARGET, "_target_: strategies.fedit.FedIT"), "can't be made"),
-    "a method that is no method": (config("clients.zeroth_order.ZerothOrder", "fedtune.protocol.Peer"), "Peer"),
+    "a method that is no method": (config("clients.zeroth_order.ZerothOrder", "fedtune.core.protocol.Peer"), "Peer"),
 }
 
 
@@ -352,11 +355,11 @@ def test_a_strangers_metadata_ends_in_one_message(file, tmp_path, change, part):
     "target",
     [
         "os.system",
-        "fedtune.models.os.system",
-        "fedtune.models.shutil",
-        "fedtune.models.Path",
-        "fedtune.checkpoint.write_atomically",
-        "fedtune.run_folder.RunFolder",
+        "fedtune.models.base.os.system",
+        "fedtune.models.base.shutil",
+        "fedtune.models.base.Path",
+        "fedtune.runs.checkpoint.write_atomically",
+        "fedtune.runs.run_folder.RunFolder",
         "fedtune",
         "fedtuned.x.Y",
         "strategies.nothing.Nothing",
@@ -375,7 +378,7 @@ def test_every_class_that_our_methods_name_may_be_made():
     for target in (
         "strategies.mezo.MeZO",
         "fedtune.codecs.raw.Raw",
-        "fedtune.zeroth.Rules",
+        "fedtune.training.zeroth_order.Rules",
         "clients.rolora.KeepsAdapter",
     ):
         check({"_target_": target}, "method.client")

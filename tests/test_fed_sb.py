@@ -14,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, SHAPES, dense, distance, layout
 
-from fedtune.checkpoint import state_sha256
-from fedtune.config import compose
-from fedtune.errors import ConfigError, WireError
-from fedtune.frozen_basis import expanded, left_basis, training_core, zero_core
-from fedtune.keys import bits, fold
-from fedtune.lowrank import name_of, pairs
-from fedtune.models import load_base, pick_device
-from fedtune.party import Party
-from fedtune.protocol import SERVER, Instruction, Layout, Peer, Update
-from fedtune.training import loss_of
+from fedtune.config.compose import compose
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import SERVER, Instruction, Layout, Peer, Update
+from fedtune.core.seeds import bits, fold
+from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.models.base import load_base, pick_device
+from fedtune.runs.checkpoint import state_sha256
+from fedtune.training.first_order import loss_of
+from fedtune.training.frozen_basis import expanded, left_basis, training_core, zero_core
+from fedtune.workspace.party import Party
 from strategies.fed_sb import FedSB
 
 RUN = "0" * 16

@@ -21,8 +21,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.errors import ConfigError, WireError
-from fedtune.protocol import Layout, Peer, Slot, Traits, Update
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import Layout, Peer, Slot, Traits, Update
 from strategies.fedasync import FedAsync, State
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, dense, distance, factors, ideal, layout, reply
 
-from fedtune.errors import ConfigError, WireError
-from fedtune.lowrank import pairs
-from fedtune.merging import from_residual
-from fedtune.protocol import Layout, Peer, Slot, Update, share
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import Layout, Peer, Slot, Update, share
+from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.residual import from_residual
 from strategies.fedex_lora import FedExLoRA, spread
 from strategies.fedit import FedIT
 from strategies.fedit import State as FedITState

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.errors import WireError
-from fedtune.protocol import Layout, Peer, Slot, Update, share
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Layout, Peer, Slot, Update, share
 from strategies.fedit import FedIT, State
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"

@@ -14,15 +14,15 @@ import torch
 from conftest import rows, summary_of
 
 from clients.zeroth_order import drawn
-from fedtune.checkpoint import load_checkpoint
 from fedtune.codecs.packed import Packed
-from fedtune.config import compose
-from fedtune.errors import ConfigError, DivergedError, WireError
-from fedtune.noise import values
-from fedtune.party import Party
-from fedtune.protocol import SERVER, Layout, Peer, Update
-from fedtune.seeded import pool
-from fedtune.zeroth import Rules
+from fedtune.config.compose import compose
+from fedtune.core.errors import ConfigError, DivergedError, WireError
+from fedtune.core.protocol import SERVER, Layout, Peer, Update
+from fedtune.random_directions.hash_noise import values
+from fedtune.random_directions.weights import pool
+from fedtune.runs.checkpoint import load_checkpoint
+from fedtune.training.zeroth_order import Rules
+from fedtune.workspace.party import Party
 from strategies import fedkseed_pro
 from strategies.fedkseed import FedKSeed, State
 from strategies.fedkseed_pro import FedKSeedPro, probabilities

@@ -14,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import RANK, SCALING, SHAPES, dense, factors, layout
 
-import fedtune.offers
-from fedtune.averaging import parts
-from fedtune.checkpoint import flatten, state_sha256, unflatten
-from fedtune.costs import Costs, Weight
-from fedtune.errors import CapacityError, ConfigError, WireError
-from fedtune.exactness import aggregation_error
-from fedtune.flower_strategy import as_flower_strategy
-from fedtune.installing import BATCH, BITS, SCORE, SCORES
-from fedtune.lowrank import name_of, pairs
-from fedtune.protocol import SERVER, Capability, Instruction, Peer, Update
+import fedtune.planning.plan_cache
+from fedtune.core.costs import Costs, Weight
+from fedtune.core.errors import CapacityError, ConfigError, WireError
+from fedtune.core.protocol import SERVER, Capability, Instruction, Peer, Update
+from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.lowrank.averaging import parts
+from fedtune.runs.checkpoint import flatten, state_sha256, unflatten
+from fedtune.server.aggregation_error import aggregation_error
+from fedtune.server.flower_strategy import as_flower_strategy
+from fedtune.training.apply_instruction import BATCH, BITS, SCORE, SCORES
 from strategies.fedpipe import LEAST, FedPipe, halves
 
 WEIGHTS = (Weight("one", 0, 5, 3), Weight("two", 1, 4, 7))
@@ -243,7 +243,7 @@ DEVICES = st.builds(
 
 @given(DEVICES)
 def test_a_plan_keeps_to_its_device(device):
-    """Memory and seconds of what a client is told, by the formulas of fedtune/costs.py written out once more. Beside a
+    """Memory and seconds of what a client is told, by the formulas of fedtune/core/costs.py written out once more. Beside a
     step's 16 bytes a number there are 8 for its scores; beside 4 bytes a number, what a message has around them."""
     method = fedpipe(deadline=20.0)
     state = method.init(LAYOUT)
@@ -287,7 +287,7 @@ def test_plans_are_made_once_and_not_kept_for_ever():
     assert method.plan(state, device) is first  # a round's replies are checked after the next state is there
     for number in range(10):
         method.plan(replace(state, scores={"one": 1.0 + number}), device)
-    assert len(fedtune.offers._kept) <= 2
+    assert len(fedtune.planning.plan_cache._kept) <= 2
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,17 @@ import torch
 from conftest import rows, run_on, small, summary_of
 from flwr.clientapp import ClientApp
 
-from fedtune import wire
 from fedtune.codecs.raw import Raw
-from fedtune.coding import decode, starts_of
-from fedtune.devices import read_devices, write_devices
-from fedtune.errors import ConfigError
-from fedtune.installing import SCORES
-from fedtune.lowrank import name_of, pairs
-from fedtune.party import Party
-from fedtune.protocol import SERVER, Capability, Instruction, Peer
+from fedtune.config.devices import read_devices, write_devices
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import SERVER, Capability, Instruction, Peer
+from fedtune.lowrank.algebra import name_of, pairs
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
+from fedtune.training.apply_instruction import SCORES
+from fedtune.wire import messages as wire
+from fedtune.wire.delta_coding import decode, starts_of
+from fedtune.workspace.party import Party
 
 RUN = "0" * 16
 WORDS = ("method=fedpipe", "method.strategy.refresh=2", "population.cohort=4", "evaluate.exactness=true")

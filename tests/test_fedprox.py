@@ -17,10 +17,10 @@ from conftest import SMALL, summary_of
 from toy import SHAPES, A, B, Endless, Toy, drawn, quadratic
 
 from clients.first_order import FirstOrder, proximal
-from fedtune.checkpoint import state_sha256
-from fedtune.config import compose
-from fedtune.party import Party
-from fedtune.protocol import Instruction, Peer, Update
+from fedtune.config.compose import compose
+from fedtune.core.protocol import Instruction, Peer, Update
+from fedtune.runs.checkpoint import state_sha256
+from fedtune.workspace.party import Party
 from strategies.fedit import FedIT
 from strategies.fedit import State as FedITState
 from strategies.fedprox import FedProx, State

@@ -11,12 +11,12 @@ import torch
 from conftest import SMALL, summary_of
 from layers import layout, reply
 
-from fedtune.checkpoint import state_sha256
-from fedtune.config import compose
-from fedtune.errors import WireError
-from fedtune.party import Party
-from fedtune.protocol import SERVER, Peer
+from fedtune.config.compose import compose
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import SERVER, Peer
+from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
+from fedtune.workspace.party import Party
 from strategies.fedsa_lora import FedSALoRA
 
 RUN = "0" * 16

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, dense, distance, ideal, layout, reply
 
-from fedtune.config import compose
-from fedtune.errors import ConfigError, WireError
-from fedtune.lowrank import pairs
-from fedtune.party import Party
-from fedtune.protocol import Peer
+from fedtune.config.compose import compose
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import Peer
+from fedtune.lowrank.algebra import pairs
+from fedtune.workspace.party import Party
 from strategies.fedsvd import FedSVD
 
 NARROW = {"one": (5, 6), "two": (2, 7)}  # rank 4 of the second is more than its 2 outputs

@@ -22,7 +22,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedtune.blocks import (
+from fedtune.config.compose import compose
+from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
+from fedtune.core.protocol import SERVER, Layout, Peer, Slot, Update
+from fedtune.lowrank.residual import FROM, VERSION, installed_version
+from fedtune.random_directions.hash_noise import KURTOSIS, values
+from fedtune.random_directions.weights import SeededWeights
+from fedtune.runs.checkpoint import state_sha256
+from fedtune.runtime.local import run_local
+from fedtune.training.projection import (
     BUDGET,
     SLOPES,
     TURN,
@@ -33,15 +41,7 @@ from fedtune.blocks import (
     records_of,
     seeds_of,
 )
-from fedtune.checkpoint import state_sha256
-from fedtune.config import compose
-from fedtune.errors import ClientError, ConfigError, DivergedError, WireError
-from fedtune.merging import FROM, VERSION, installed_version
-from fedtune.noise import KURTOSIS, values
-from fedtune.party import Party
-from fedtune.protocol import SERVER, Layout, Peer, Slot, Update
-from fedtune.runtime.local import run_local
-from fedtune.seeded import SeededWeights
+from fedtune.workspace.party import Party
 from strategies.ferret import SHARE, Ferret, State
 
 RUN = "0" * 16

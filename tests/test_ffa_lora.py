@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, dense, distance, ideal, layout, reply
 
-from fedtune.config import compose
-from fedtune.errors import WireError
-from fedtune.lowrank import pairs
-from fedtune.party import Party
-from fedtune.protocol import Instruction, Peer
+from fedtune.config.compose import compose
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Instruction, Peer
+from fedtune.lowrank.algebra import pairs
+from fedtune.workspace.party import Party
 from strategies.ffa_lora import FFALoRA
 
 RUN = "0" * 16

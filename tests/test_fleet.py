@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedtune.errors import DeploymentError, RunFolderError
+from fedtune.core.errors import DeploymentError, RunFolderError
 from simulations.fleet import Fleet, Site, processes
 from simulations.fleet.credentials import make_certificates
 from simulations.fleet.processes import MARK, cut, marked, wait_until

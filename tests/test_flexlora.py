@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import RANK, SCALING, dense, distance, factors, ideal, layout, reply
 
-from fedtune.config import compose
-from fedtune.errors import WireError
-from fedtune.lowrank import pairs
-from fedtune.party import Party
-from fedtune.protocol import Peer, Update
+from fedtune.config.compose import compose
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Peer, Update
+from fedtune.lowrank.algebra import pairs
+from fedtune.workspace.party import Party
 from strategies.flexlora import FlexLoRA
 
 CLIENTS = st.lists(st.tuples(st.integers(1, RANK), st.sampled_from([0.5, 1.0, 3.0]), st.integers(1, 99)), min_size=1)

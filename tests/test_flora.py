@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from layers import SCALING, SHAPES, dense, distance, factors, ideal, layout, reply
 
 from clients.fresh import Fresh
-from fedtune.checkpoint import state_sha256
-from fedtune.config import compose
-from fedtune.errors import ConfigError, WireError
-from fedtune.lowrank import pairs
-from fedtune.merging import from_residual
-from fedtune.party import Party
-from fedtune.protocol import Layout, Peer, Slot, Update
-from fedtune.stacking import State, stacked
+from fedtune.config.compose import compose
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import Layout, Peer, Slot, Update
+from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.residual import from_residual
+from fedtune.lowrank.stacking import State, stacked
+from fedtune.runs.checkpoint import state_sha256
+from fedtune.workspace.party import Party
 from strategies.flora import FLoRA
 from strategies.florist import FLoRIST
 from strategies.full_delta import FullDelta

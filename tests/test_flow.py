@@ -31,11 +31,11 @@ from conftest import rows, run_on, small, summary_of
 from test_clock import bytes_of, unit, without_real_seconds
 from test_contract import tampering_app
 
-from fedtune.checkpoint import load_checkpoint, state_sha256
-from fedtune.errors import ConfigError, QuorumError
-from fedtune.party import Party
-from fedtune.protocol import Peer
+from fedtune.core.errors import ConfigError, QuorumError
+from fedtune.core.protocol import Peer
+from fedtune.runs.checkpoint import load_checkpoint, state_sha256
 from fedtune.runtime.local import LocalGrid, run_local
+from fedtune.workspace.party import Party
 
 SLOWER = (1, 2.7, 4.2)
 THREE = "".join(f"{name},{1e9 / times!r},,,,,,\n" for name, times in zip(("fast", "mid", "slow"), SLOWER, strict=True))

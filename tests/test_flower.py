@@ -6,7 +6,7 @@ from threading import Thread
 import httpx
 import pytest
 
-from fedtune.flower import outlast
+from fedtune.wire.flower_private import outlast
 
 
 @pytest.fixture

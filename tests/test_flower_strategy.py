@@ -24,15 +24,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from fedtune import wire
 from fedtune.codecs.raw import Raw
-from fedtune.config import compose
-from fedtune.errors import ConfigError, QuorumError, WireError
-from fedtune.flower_strategy import as_flower_strategy
-from fedtune.keys import fold
-from fedtune.party import Party
-from fedtune.protocol import Instruction, Layout, Slot, Update
+from fedtune.config.compose import compose
+from fedtune.core.errors import ConfigError, QuorumError, WireError
+from fedtune.core.protocol import Instruction, Layout, Slot, Update
+from fedtune.core.seeds import fold
 from fedtune.runtime.local import LocalGrid, run_local, server_context
+from fedtune.server.flower_strategy import as_flower_strategy
+from fedtune.wire import messages as wire
+from fedtune.workspace.party import Party
 from strategies.fedit import FedIT, State
 from strategies.krum import Krum
 
@@ -384,7 +384,7 @@ def test_it_waits_for_enough_nodes(monkeypatch):
             self.looks = getattr(self, "looks", 0) + 1
             return list(super().get_node_ids())[: self.looks]
 
-    monkeypatch.setattr("fedtune.flower_strategy.POLL_SECONDS", 0)
+    monkeypatch.setattr("fedtune.server.flower_strategy.POLL_SECONDS", 0)
     strategy = as_flower_strategy(FedIT(), min_available_nodes=3, fraction_evaluate=0.0)
     assert level(start(strategy, state_dict_app(), grid_class=Late, num_rounds=1)) == pytest.approx(7 / 3)
 

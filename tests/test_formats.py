@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import TOKENIZER, load, write
 
-from fedtune.config import compose
-from fedtune.config import load as load_config
-from fedtune.data import describe_source, load_examples
-from fedtune.errors import ConfigError, DataError, FedtuneError
-from fedtune.federated_data import load_data
-from fedtune.schema import DataSpec
+from fedtune.config.compose import compose
+from fedtune.config.compose import load as load_config
+from fedtune.config.schema import DataSpec
+from fedtune.core.errors import ConfigError, DataError, FedtuneError
+from fedtune.data.federated_data import load_data
+from fedtune.data.sources import describe_source, load_examples
 
 ROWS = [{"prompt": f"{n}+{n}?", "completion": str(2 * n)} for n in range(4)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)

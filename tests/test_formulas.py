@@ -12,11 +12,11 @@ from conftest import small
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.formulas import guarded, unguarded
-from fedtune.party import Party
+from fedtune.core.csv_cells import guarded, unguarded
+from fedtune.core.protocol import Peer
 from fedtune.plan_view import Planned, table_of
-from fedtune.protocol import Peer
 from fedtune.report.comparison import load, write_results
+from fedtune.workspace.party import Party
 
 FORMULAS = ("=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "'=1", "''@x")
 BEGINNINGS = tuple("=+-@\t\r\n")

@@ -34,11 +34,11 @@ from flwr.superlink.grid import HttpGrid
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedtune import framing
-from fedtune.flower import set_message_id
-from fedtune.framing import Crossing, Line, Link, link_of, objects_of
 from fedtune.runtime.local import LocalGrid
-from fedtune.wire import wire_bytes
+from fedtune.wire import http_overhead as framing
+from fedtune.wire.flower_private import set_message_id
+from fedtune.wire.http_overhead import Crossing, Line, Link, link_of, objects_of
+from fedtune.wire.messages import wire_bytes
 
 RUN, NODE, TASK = 1426442086723440585, 16654270556861581583, 8153456012136620559
 SIZES = (0, 1_000, 18_000, 400_000, 5_242_880, 12_000_000)

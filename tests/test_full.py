@@ -8,21 +8,21 @@ from conftest import SMALL, rows, strategy_of, summary_of, traits_of_method
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fedtune.adapters import LocalModel
-from fedtune.config import choices, compose
-from fedtune.errors import ConfigError, ModelError, WireError
-from fedtune.export import adapter_files
-from fedtune.keys import fold, uniform
-from fedtune.kinds import adaptable
-from fedtune.models import load_base
-from fedtune.party import Party
-from fedtune.progress import closing
-from fedtune.protocol import Batch, Layout, Peer, Slot, Update
+from fedtune.config.compose import choices, compose
+from fedtune.config.schema import FULL, AdapterSpec, ModelSpec
+from fedtune.core.errors import ConfigError, ModelError, WireError
+from fedtune.core.protocol import Batch, Layout, Peer, Slot, Update
+from fedtune.core.seeds import fold, uniform
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.adapter_kinds import adaptable
+from fedtune.models.base import load_base
+from fedtune.models.tiny import tiny_model, tiny_tokenizer
+from fedtune.runs.adapter_files import adapter_files
 from fedtune.runtime.local import run_local
-from fedtune.schema import FULL, AdapterSpec, ModelSpec
-from fedtune.tiny import tiny_model, tiny_tokenizer
-from fedtune.training import fit
-from fedtune.wire import pack_greeting, unpack_greeting
+from fedtune.server.progress import closing
+from fedtune.training.first_order import fit
+from fedtune.wire.messages import pack_greeting, unpack_greeting
+from fedtune.workspace.party import Party
 from strategies.fedit import FedIT
 
 CPU = torch.device("cpu")

@@ -8,16 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.adapters import LocalModel
-from fedtune.config import compose
-from fedtune.data import Example
-from fedtune.errors import ConfigError
-from fedtune.generation import Answer, answerable, answers, exact, greedy, rouge_l
-from fedtune.keys import fold, uniform
-from fedtune.models import load_base
-from fedtune.schema import ADAPTERS, AdapterSpec, DataSpec, ModelSpec
-from fedtune.tiny import tiny_tokenizer
-from fedtune.tokenisation import tokenise
+from fedtune.config.compose import compose
+from fedtune.config.schema import ADAPTERS, AdapterSpec, DataSpec, ModelSpec
+from fedtune.core.errors import ConfigError
+from fedtune.core.seeds import fold, uniform
+from fedtune.data.sources import Example
+from fedtune.data.tokenisation import tokenise
+from fedtune.evaluation.generation import Answer, answerable, answers, exact, greedy, rouge_l
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import load_base
+from fedtune.models.tiny import tiny_tokenizer
 
 NEW = 20
 PAD = 256

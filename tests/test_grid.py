@@ -9,8 +9,8 @@ from conftest import SMALL, run_on, summary_of
 from flwr.app import Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.config import compose
-from fedtune.errors import ClientError, ClientTimeout, QuorumError, WireError
+from fedtune.config.compose import compose
+from fedtune.core.errors import ClientError, ClientTimeout, QuorumError, WireError
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
 
@@ -171,7 +171,7 @@ def test_one_node_that_is_set_up_wrongly_is_left_out(tmp_path, capsys, change, s
 
 def test_a_node_that_is_too_slow_at_first_is_asked_again(tmp_path, capsys, monkeypatch):
     """A device whose worker has to load the base first may take longer than it is given; that is no wrong setup."""
-    monkeypatch.setattr("fedtune.roster.AGAIN_SECONDS", 0.2)
+    monkeypatch.setattr("fedtune.server.client_registry.AGAIN_SECONDS", 0.2)
     tries = []
 
     def change(greeting):
@@ -220,7 +220,7 @@ def test_a_message_to_nobody_is_answered_with_an_error():
 
 def test_what_a_client_does_to_its_instruction_reaches_nobody_else(tmp_path):
     """Every client is handed tensors and settings of its own, whatever it does to them."""
-    from fedtune.party import Party
+    from fedtune.workspace.party import Party
 
     run(LocalGrid, tmp_path / "plain")
     original = Party.turn

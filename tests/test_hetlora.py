@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 from layers import SCALING, dense, factors, layout, reply
 
 from clients.self_pruning import tail
-from fedtune.checkpoint import load_checkpoint
-from fedtune.config import compose
-from fedtune.errors import ConfigError, WireError
-from fedtune.lowrank import name_of, pairs
-from fedtune.party import Party
-from fedtune.protocol import SERVER, Layout, Peer, Slot, Update
+from fedtune.config.compose import compose
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import SERVER, Layout, Peer, Slot, Update
+from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.local import run_local
+from fedtune.workspace.party import Party
 from strategies.hetlora import HetLoRA, State, _weights, rank_of
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"

@@ -14,14 +14,14 @@ from conftest import rows, run_on, small, summary_of
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune import wire
-from fedtune.errors import MAX_TEXT
-from fedtune.party import Party
-from fedtune.plausibility import not_finite
-from fedtune.protocol import Update
-from fedtune.run_folder import RunFolder
+from fedtune.core.errors import MAX_TEXT
+from fedtune.core.protocol import Update
+from fedtune.runs.run_folder import RunFolder
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
+from fedtune.server.plausibility import not_finite
+from fedtune.wire import messages as wire
+from fedtune.workspace.party import Party
 
 LONG = "A" * 300_000
 SCREEN = "\x1b[2J\x1b]0;all is well\x07\r"  # clears a terminal, names its window, and writes over the line

@@ -15,16 +15,16 @@ import yaml
 from conftest import PAIRS, SMALL
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from fedtune import wire
 from fedtune.codecs.packed import Packed
 from fedtune.codecs.raw import Raw
-from fedtune.config import compose
-from fedtune.errors import ClientError, FedtuneError
-from fedtune.flower import assume_identity
-from fedtune.party import party_of
-from fedtune.privacy import for_the_server
-from fedtune.protocol import Instruction
+from fedtune.config.compose import compose
+from fedtune.core.errors import ClientError, FedtuneError
+from fedtune.core.protocol import Instruction
+from fedtune.device.privacy import for_the_server
 from fedtune.runtime.app import make_device_app
+from fedtune.wire import messages as wire
+from fedtune.wire.flower_private import assume_identity
+from fedtune.workspace.party import party_of
 
 SECRET = "hunter2-of-this-device"
 RUN = "0" * 16
@@ -118,9 +118,9 @@ CONFIGS = {
     "fetches": (client(_target_="urllib.request.urlretrieve", url="file:///etc/passwd", filename="x"), "made"),
     "opens a log": (client(_target_="logging.FileHandler", filename="log"), "wants 'logging.FileHandler' made"),
     "a shell": (client(_target_="os.system", command="touch owned"), "wants 'os.system' made"),
-    "a shell behind our name": (client(_target_="fedtune.models.os.system", command="touch owned"), "made"),
-    "a class of ours that makes folders": (client(_target_="fedtune.run_folder.RunFolder", path="x"), "made"),
-    "a function of ours": (client(_target_="fedtune.atomic.write_atomically", path="x", content="y"), "made"),
+    "a shell behind our name": (client(_target_="fedtune.models.base.os.system", command="touch owned"), "made"),
+    "a class of ours that makes folders": (client(_target_="fedtune.runs.run_folder.RunFolder", path="x"), "made"),
+    "a function of ours": (client(_target_="fedtune.core.atomic.write_atomically", path="x", content="y"), "made"),
     "a target that is a list": (client(_target_=["os.system"]), "made"),
     "no target": (client(lr=1.0), "wants None made"),
     "a client that is none": (client(_target_="strategies.fedit.FedIT"), "it has no 'receive'"),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.keys import bits, fold, permutation, uniform
+from fedtune.core.seeds import bits, fold, permutation, uniform
 
 
 def test_golden_values():

@@ -13,17 +13,17 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from fedtune.adapters import LocalModel
-from fedtune.config import choices, compose
-from fedtune.errors import ConfigError, ModelError
-from fedtune.export import adapter_files
-from fedtune.keys import bits, fold, uniform
-from fedtune.models import load_base
-from fedtune.protocol import Batch, Peer, Traits, Update
-from fedtune.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
-from fedtune.tiny import tiny_model, tiny_tokenizer
-from fedtune.training import fit, learnt_logits
-from fedtune.traits import LOW_RANK, check_traits
+from fedtune.config.compatibility import LOW_RANK, check_traits
+from fedtune.config.compose import choices, compose
+from fedtune.config.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
+from fedtune.core.errors import ConfigError, ModelError
+from fedtune.core.protocol import Batch, Peer, Traits, Update
+from fedtune.core.seeds import bits, fold, uniform
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import load_base
+from fedtune.models.tiny import tiny_model, tiny_tokenizer
+from fedtune.runs.adapter_files import adapter_files
+from fedtune.training.first_order import fit, learnt_logits
 from strategies.fedit import FedIT
 
 CPU = torch.device("cpu")

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune import knapsack
-from fedtune.costs import Weight
-from fedtune.errors import ConfigError
-from fedtune.knapsack import _unbeaten, selections
+from fedtune.core.costs import Weight
+from fedtune.core.errors import ConfigError
+from fedtune.planning import knapsack
+from fedtune.planning.knapsack import _unbeaten, selections
 
 RANKS = [1, 2, 4, 8, 16]
 SIDES = [(8, 8), (4, 8), (16, 8), (8, 16)]

@@ -9,13 +9,13 @@ import torch
 from conftest import SMALL, rows, summary_of
 from safetensors.torch import load_file
 
-from fedtune.checkpoint import state_sha256
-from fedtune.config import compose
-from fedtune.errors import ConfigError, WireError
-from fedtune.lowrank import pairs
-from fedtune.party import Party
-from fedtune.protocol import SERVER, Peer, Update
+from fedtune.config.compose import compose
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import SERVER, Peer, Update
+from fedtune.lowrank.algebra import pairs
+from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
+from fedtune.workspace.party import Party
 from strategies.local_only import LocalOnly, State
 
 RUN = "0" * 16

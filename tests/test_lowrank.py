@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.lowrank import (
+from fedtune.lowrank.algebra import (
     LowRank,
     Sum,
     by_energy,

@@ -16,19 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fedtune import wire
 from fedtune.codecs import sparse
 from fedtune.codecs.compeft import MAGIC, ComPEFT
 from fedtune.codecs.raw import Raw
 from fedtune.codecs.topk import TopK
-from fedtune.coding import decode, encode
-from fedtune.config import compose
-from fedtune.errors import WireError
-from fedtune.masks import cosine, dot, masks_of, similarity, weighted_sum
-from fedtune.party import Party
+from fedtune.config.compose import compose
+from fedtune.core.errors import WireError
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
-from fedtune.similarity import every_two, signs_of
+from fedtune.server.sign_masks import cosine, dot, masks_of, similarity, weighted_sum
+from fedtune.server.update_similarity import every_two, signs_of
+from fedtune.wire import messages as wire
+from fedtune.wire.delta_coding import decode, encode
+from fedtune.workspace.party import Party
 
 WORDS = ("evaluate.similarity=true", "population.cohort=3", "train.lr=0.01")
 

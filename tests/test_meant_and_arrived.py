@@ -11,12 +11,12 @@ import torch
 from conftest import SMALL, rows, small, traits_of_method
 from moving import move
 
-from fedtune.checkpoint import load_checkpoint
-from fedtune.config import choices, compose
-from fedtune.errors import ConfigError
-from fedtune.memory import Memory
-from fedtune.party import Party
+from fedtune.config.compose import choices, compose
+from fedtune.core.errors import ConfigError
+from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.local import run_local
+from fedtune.training.client_state import Memory
+from fedtune.workspace.party import Party
 
 TOLD_LOSSILY = [name for name in choices("method") if name != "local_only" and traits_of_method(name).lossy_down]
 EVERYBODY = ("population.cohort=4", "evaluate.every=0", "evaluate.exactness=false")

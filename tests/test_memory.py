@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from remembering import WORDS
 
-from fedtune.config import compose
-from fedtune.errors import ClientError
-from fedtune.memory import Memory
+from fedtune.config.compose import compose
+from fedtune.core.errors import ClientError
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
+from fedtune.training.client_state import Memory
 
 RUN = "0123456789abcdef"
 

@@ -15,14 +15,14 @@ from layers import distance
 from peft import PeftModel
 from safetensors.torch import load, load_file
 
-from fedtune import wire
-from fedtune.checkpoint import load_checkpoint
-from fedtune.merging import FROM, VERSION, from_residual, installed_version, size_of
-from fedtune.party import Party
-from fedtune.protocol import SERVER, Peer
+from fedtune.core.protocol import SERVER, Peer
+from fedtune.lowrank.residual import FROM, VERSION, from_residual, installed_version, size_of
+from fedtune.models.tiny import tiny_model
+from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
-from fedtune.tiny import tiny_model
+from fedtune.wire import messages as wire
+from fedtune.workspace.party import Party
 from strategies.fedex_lora import FedExLoRA
 from strategies.flora import FLoRA
 

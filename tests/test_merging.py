@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import SHAPES, distance, factors
 
-from fedtune.checkpoint import state_sha256
-from fedtune.errors import ClientError
-from fedtune.lowrank import pairs
-from fedtune.merging import FROM, VERSION, Merged, from_residual, installed_version, size_of, update_residual
-from fedtune.protocol import Instruction
+from fedtune.core.errors import ClientError
+from fedtune.core.protocol import Instruction
+from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.residual import FROM, VERSION, Merged, from_residual, installed_version, size_of, update_residual
+from fedtune.runs.checkpoint import state_sha256
 
 WIDE = {"one": (30, 20), "two": (16, 24)}
 

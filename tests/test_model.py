@@ -7,15 +7,15 @@ import torch
 from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
 
-from fedtune.adapters import LocalModel
-from fedtune.errors import ClientError, ModelError
-from fedtune.export import adapter_files
-from fedtune.kinds import adaptable
-from fedtune.models import PACKAGED, _packaged_file, converted, load_base, pick_device, pick_dtype
-from fedtune.protocol import Batch
-from fedtune.schema import AdapterSpec, ModelSpec
-from fedtune.tiny import tiny_model, tiny_tokenizer
-from fedtune.training import fit, learnt_logits
+from fedtune.config.schema import AdapterSpec, ModelSpec
+from fedtune.core.errors import ClientError, ModelError
+from fedtune.core.protocol import Batch
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.adapter_kinds import adaptable
+from fedtune.models.base import PACKAGED, _packaged_file, converted, load_base, pick_device, pick_dtype
+from fedtune.models.tiny import tiny_model, tiny_tokenizer
+from fedtune.runs.adapter_files import adapter_files
+from fedtune.training.first_order import fit, learnt_logits
 
 CPU = torch.device("cpu")
 TINY = ModelSpec(name="tiny", dtype="float32")

@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune import kernels, noise
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
+from fedtune.random_directions import hash_noise as noise
+from fedtune.random_directions import kernels
 
 KINDS = sorted(noise.SIGMA)
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -285,7 +286,7 @@ def test_coefficients_have_20_bits(c):
 def test_one_sha256_whatever_the_threads_and_the_compiler():
     """Two processes, with 1 and 2 threads, and a third without a compiler."""
     script = (
-        "import hashlib, sys, torch; from fedtune import noise; torch.set_num_threads(int(sys.argv[1]))\n"
+        "import hashlib, sys, torch; from fedtune.random_directions import hash_noise as noise; torch.set_num_threads(int(sys.argv[1]))\n"
         "w = torch.ones(300_001, dtype=torch.bfloat16); noise.add_(w, 5, 'w', 0.01)\n"
         "table = noise.Table({'w': 300_001}); t = table.sums()\n"
         "noise.accumulate_(table, t, range(4), [1, -2, 3, 9])\n"

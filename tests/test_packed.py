@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune import wire
 from fedtune.codecs.packed import CHUNK, DTYPES, FREE, Packed
 from fedtune.codecs.raw import Raw
-from fedtune.config import build, compose
-from fedtune.errors import WireError
-from fedtune.protocol import Instruction
+from fedtune.config.compose import build, compose
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Instruction
+from fedtune.wire import messages as wire
 
 BOOL, U8, I8, I16, I32, I64, F16, BF16, F32, F64 = range(10)
 HEAD = b"fp\x01"

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from fedtune.cli import main
-from fedtune.errors import ConfigError, RunFolderError
+from fedtune.core.errors import ConfigError, RunFolderError
 from fedtune.report import axes, page, text
 from fedtune.report.comparison import Estimate, Failure, compare, protocols, reached, table, target
 from fedtune.report.figures import columns, figures

@@ -4,13 +4,13 @@ import pytest
 from conftest import SMALL, rows, run_on, summary_of
 from flwr.clientapp import ClientApp
 
-from fedtune import wire
-from fedtune.config import compose
-from fedtune.errors import ConfigError, WireError
-from fedtune.evaluate import Score, mean_score
-from fedtune.party import Party
+from fedtune.config.compose import compose
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.evaluation.scoring import Score, mean_score
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
+from fedtune.wire import messages as wire
+from fedtune.workspace.party import Party
 
 WORDS = ("method=fedsa_lora", "population.cohort=2")
 

@@ -7,12 +7,12 @@ import pytest
 from conftest import rows, small
 
 from fedtune.cli import main
-from fedtune.devices import write_devices
-from fedtune.errors import QuorumError
-from fedtune.party import Party
+from fedtune.config.devices import write_devices
+from fedtune.core.errors import QuorumError
+from fedtune.core.protocol import Capability
 from fedtune.plan_view import COLUMNS, plans, table_of
-from fedtune.protocol import Capability
 from fedtune.runtime.local import run_local
+from fedtune.workspace.party import Party
 
 MB = 1e6
 

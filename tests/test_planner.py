@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune import planner
-from fedtune.checkpoint import flatten, unflatten
-from fedtune.costs import Costs, Weight
-from fedtune.errors import ConfigError
-from fedtune.knapsack import selections
-from fedtune.planner import Plan, Rules, memory_of, plan
-from fedtune.protocol import Capability
+from fedtune.core.costs import Costs, Weight
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Capability
+from fedtune.planning import planner
+from fedtune.planning.knapsack import selections
+from fedtune.planning.planner import Plan, Rules, memory_of, plan
+from fedtune.runs.checkpoint import flatten, unflatten
 from simulations.benchmarks import planner as benchmark
 
 COSTS = Costs(

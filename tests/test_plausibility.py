@@ -20,11 +20,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_hostile_client import Told, extreme
 
-from fedtune import wire
-from fedtune.errors import MAX_TEXT, ClientError, DivergedError, WireError, of_peer, short
-from fedtune.framing import KEY_BYTES, Link, Objects, _pushed, _remembered
-from fedtune.party import Party
-from fedtune.plausibility import (
+from fedtune.core.errors import MAX_TEXT, ClientError, DivergedError, WireError, of_peer, short
+from fedtune.core.protocol import Peer, Update, share
+from fedtune.runtime.app import make_client_app
+from fedtune.runtime.local import LocalGrid, run_local
+from fedtune.server.plausibility import (
     Weighed,
     effective_examples,
     norm_of_change,
@@ -32,9 +32,9 @@ from fedtune.plausibility import (
     out_of_proportion,
     outlier,
 )
-from fedtune.protocol import Peer, Update, share
-from fedtune.runtime.app import make_client_app
-from fedtune.runtime.local import LocalGrid, run_local
+from fedtune.wire import messages as wire
+from fedtune.wire.http_overhead import KEY_BYTES, Link, Objects, _pushed, _remembered
+from fedtune.workspace.party import Party
 
 COUNTS = st.lists(st.integers(1, 10**9), min_size=1, max_size=20)
 

@@ -21,7 +21,7 @@ from fedtune.codecs.positions import (
     range_decode,
     range_encode,
 )
-from fedtune.errors import WireError
+from fedtune.core.errors import WireError
 
 CODES = {"golomb": (golomb_encode, golomb_decode), "range": (range_encode, range_decode)}
 NAMES = {"golomb": "Golomb", "range": "range"}

@@ -6,17 +6,17 @@ from conftest import rows, run_on, small, summary_of
 from safetensors.torch import load_file
 from test_probe import llama
 
-import fedtune.sharing
-from fedtune.checkpoint import state_sha256
-from fedtune.devices import write_devices
-from fedtune.errors import ModelError
-from fedtune.installing import BATCH, BITS, SCORES
-from fedtune.lowrank import pairs
-from fedtune.models import load_base
-from fedtune.party import Party
-from fedtune.protocol import SERVER, Capability, Instruction, Peer
+import fedtune.models.shared_base
+from fedtune.config.devices import write_devices
+from fedtune.core.errors import ModelError
+from fedtune.core.protocol import SERVER, Capability, Instruction, Peer
+from fedtune.lowrank.algebra import pairs
+from fedtune.models.base import load_base
+from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
+from fedtune.training.apply_instruction import BATCH, BITS, SCORES
+from fedtune.workspace.party import Party
 
 RUN = "0" * 16
 

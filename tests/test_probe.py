@@ -14,16 +14,16 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fedtune.adapters import LocalModel
-from fedtune.config import compose
-from fedtune.corpus import Corpus
-from fedtune.federated_data import FederatedData
-from fedtune.lowrank import pairs
-from fedtune.models import load_base, pick_device
-from fedtune.party import Party
-from fedtune.probe import ALLOCATOR, LOGIT_BYTES, NF4_BYTES, base_bytes, blocks_of, costs_of, weights_of
-from fedtune.schema import AdapterSpec, ModelSpec
-from fedtune.tiny import tiny_tokenizer
+from fedtune.config.compose import compose
+from fedtune.config.schema import AdapterSpec, ModelSpec
+from fedtune.data.corpus import Corpus
+from fedtune.data.federated_data import FederatedData
+from fedtune.lowrank.algebra import pairs
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import load_base, pick_device
+from fedtune.models.tiny import tiny_tokenizer
+from fedtune.planning.cost_probe import ALLOCATOR, LOGIT_BYTES, NF4_BYTES, base_bytes, blocks_of, costs_of, weights_of
+from fedtune.workspace.party import Party
 
 TINY = ModelSpec(name="tiny", dtype="float32")
 BLOCK, REST = 20_736, 12_720

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from fedtune import rounds
-from fedtune.progress import LineView, LiveView, clock, make_view, size
+from fedtune.server import round_loop as rounds
+from fedtune.server.progress import LineView, LiveView, clock, make_view, size
 
 
 def test_a_terminal_shows_a_bar_a_table_and_what_came_of_it(small_run, monkeypatch):

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, SHAPES, dense, distance, factors, ideal, layout, reply
 
-from fedtune.errors import ConfigError, WireError
-from fedtune.lowrank import pairs
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.lowrank.algebra import pairs
 from strategies.raflora import RaFLoRA, State
 
 OLD = State(factors(3, 50), SCALING)

@@ -13,7 +13,8 @@ import torch
 from scipy import fft
 from scipy.stats import chi2, norm
 
-from fedtune import kernels, noise
+from fedtune.random_directions import hash_noise as noise
+from fedtune.random_directions import kernels
 
 COUNT = 1 << 21  # words, of two elements each
 LAGS = 4096  # words

@@ -13,8 +13,8 @@ import pytest
 import remembering
 from conftest import SMALL, summary_of
 
-from fedtune.config import compose
-from fedtune.errors import ConfigError, QuorumError
+from fedtune.config.compose import compose
+from fedtune.core.errors import ConfigError, QuorumError
 from fedtune.runtime.ray import backend_config, run_ray
 
 ON_RAY = ("runtime=ray", "runtime.wait=200")

@@ -13,12 +13,12 @@ from conftest import rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedtune.columns import METRICS
-from fedtune.config import load
-from fedtune.errors import RunFolderError
+from fedtune.config.compose import load
+from fedtune.core.errors import RunFolderError
 from fedtune.report import tables
-from fedtune.report.runs import find, read
-from fedtune.run_folder import CLOCK, RunFolder
+from fedtune.runs.metrics_columns import METRICS
+from fedtune.runs.read import find, read
+from fedtune.runs.run_folder import CLOCK, RunFolder
 from simulations.benchmarks import report as benchmark
 
 FILES = ("metrics.csv", "ledger.csv", "clock.csv", "clients.csv", "summary.json")

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.base_change import BaseChange
-from fedtune.lowrank import LowRank
-from fedtune.merging import as_residual
-from fedtune.requantize import dequantized
+from fedtune.lowrank.algebra import LowRank
+from fedtune.lowrank.residual import as_residual
+from fedtune.models.base_delta import BaseChange
+from fedtune.models.requantize import dequantized
 
 OUT, IN = 96, 64
 

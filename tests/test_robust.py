@@ -30,14 +30,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from fedtune import wire
 from fedtune.codecs.raw import Raw
-from fedtune.config import build, compose
-from fedtune.errors import ConfigError, QuorumError
-from fedtune.protocol import Layout, Peer, Update
-from fedtune.robust import tolerated
+from fedtune.config.compose import build, compose
+from fedtune.core.errors import ConfigError, QuorumError
+from fedtune.core.protocol import Layout, Peer, Update
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
+from fedtune.server.robust import tolerated
+from fedtune.wire import messages as wire
 from strategies.bulyan import Bulyan
 from strategies.fedmedian import FedMedian
 from strategies.fedtrimmedavg import FedTrimmedAvg

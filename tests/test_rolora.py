@@ -20,14 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import SCALING, dense, distance, ideal, layout, reply
 
-from fedtune.averaging import for_peer
-from fedtune.checkpoint import state_sha256
-from fedtune.config import compose
-from fedtune.errors import ClientError, WireError
-from fedtune.merging import FROM, VERSION, installed_version
-from fedtune.party import Party
-from fedtune.protocol import SERVER, Peer
+from fedtune.config.compose import compose
+from fedtune.core.errors import ClientError, WireError
+from fedtune.core.protocol import SERVER, Peer
+from fedtune.lowrank.averaging import for_peer
+from fedtune.lowrank.residual import FROM, VERSION, installed_version
+from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
+from fedtune.workspace.party import Party
 from strategies.rolora import RoLoRA, active
 
 RUN = "0" * 16

@@ -17,18 +17,18 @@ from conftest import SMALL, summary_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.checkpoint import Checkpoint, flatten, load_checkpoint, save_checkpoint, state_sha256, unflatten
-from fedtune.config import compose, load
-from fedtune.errors import Interrupted, RunFolderError
-from fedtune.federated_data import load_data
-from fedtune.ledger import COLUMNS, Entry, Ledger, parse
-from fedtune.population_spec import PopulationSpec
-from fedtune.protocol import Peer, Update
-from fedtune.replies import Replies
-from fedtune.roster import Roster
-from fedtune.run_folder import METRICS, RunFolder
+from fedtune.config.compose import compose, load
+from fedtune.config.population import PopulationSpec
+from fedtune.core.errors import Interrupted, RunFolderError
+from fedtune.core.protocol import Peer, Update
+from fedtune.data.federated_data import load_data
+from fedtune.models.tiny import tiny_tokenizer
+from fedtune.runs.checkpoint import Checkpoint, flatten, load_checkpoint, save_checkpoint, state_sha256, unflatten
+from fedtune.runs.ledger import COLUMNS, Entry, Ledger, parse
+from fedtune.runs.run_folder import METRICS, RunFolder
+from fedtune.runs.update_store import Replies
 from fedtune.runtime.local import run_local
-from fedtune.tiny import tiny_tokenizer
+from fedtune.server.client_registry import Roster
 from strategies.fedit import State
 
 LONG = [*SMALL, "rounds=40", "train.steps=1", "population.cohort=4"]
@@ -338,7 +338,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
 
 MEASURE = """
 import sys
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.runtime.local import run_local
 clients, out = sys.argv[1:]
 run_local(compose(["model=tiny", "data.partition=iid", f"population.clients={clients}", f"population.cohort={clients}",

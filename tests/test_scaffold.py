@@ -21,17 +21,17 @@ from safetensors.torch import load_file
 from toy import SHAPES, A, B, Endless, Toy, drawn, quadratic
 
 from clients.scaffold import Scaffold as ScaffoldClient
-from fedtune.config import compose
-from fedtune.control import CHANGE, CONTROL, settle, tag
-from fedtune.errors import ConfigError, WireError
-from fedtune.keys import fold
-from fedtune.merging import VERSION
-from fedtune.party import Party
-from fedtune.protocol import Instruction, Layout, Peer, Slot, Update
-from fedtune.rounds import Server
+from fedtune.config.compose import compose
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import Instruction, Layout, Peer, Slot, Update
+from fedtune.core.seeds import fold
+from fedtune.lowrank.residual import VERSION
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
-from fedtune.training import loss_of
+from fedtune.server.round_loop import Server
+from fedtune.training.control_variates import CHANGE, CONTROL, settle, tag
+from fedtune.training.first_order import loss_of
+from fedtune.workspace.party import Party
 from strategies.scaffold import Scaffold, State
 
 RUN = "0" * 16

@@ -18,14 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import A, B, Endless, Toy, drawn, quadratic
 
-import fedtune.training
+import fedtune.training.first_order
 from clients.scoring import Scoring, Sensitivity
-from fedtune.adapters import LocalModel
-from fedtune.installing import SCORE, SCORE_BYTES, SCORES
-from fedtune.lowrank import name_of, pairs
-from fedtune.models import load_base, pick_device
-from fedtune.protocol import Batch, Instruction
-from fedtune.schema import AdapterSpec, ModelSpec
+from fedtune.config.schema import AdapterSpec, ModelSpec
+from fedtune.core.protocol import Batch, Instruction
+from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import load_base, pick_device
+from fedtune.training.apply_instruction import SCORE, SCORE_BYTES, SCORES
 
 
 def parameters(**shapes):
@@ -147,7 +147,7 @@ class Fixed(Endless):
 def test_a_score_costs_no_pass(model, monkeypatch, asked):
     """As many passes with scores as without, both ways, the same adapter in the end, and one number a layer."""
     passes = []
-    backward, loss_of = torch.Tensor.backward, fedtune.training.loss_of
+    backward, loss_of = torch.Tensor.backward, fedtune.training.first_order.loss_of
     monkeypatch.setattr(torch.Tensor, "backward", lambda *words: (passes.append("back"), backward(*words))[1])
     monkeypatch.setattr(fedtune.training, "loss_of", lambda *words: (passes.append("forth"), loss_of(*words))[1])
     client, plain = Scoring(steps=3), {}

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedtune.errors import ConfigError, DivergedError
-from fedtune.noise import SIGMA, coefficient, values
-from fedtune.seeded import SeededWeights, Space, pool, steps_record
+from fedtune.core.errors import ConfigError, DivergedError
+from fedtune.random_directions.hash_noise import SIGMA, coefficient, values
+from fedtune.random_directions.weights import SeededWeights, Space, pool, steps_record
 
 SHAPES = {"a.weight": (5, 7), "b": (3,), "c.weight": (40, 51)}
 KINDS = sorted(SIGMA)

@@ -27,11 +27,11 @@ from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.errors import ConfigError, QuorumError
-from fedtune.population import sample_cohort
+from fedtune.core.errors import ConfigError, QuorumError
+from fedtune.planning.client_sampling import BELIEVED, PATIENCE, RULES, believed, select
+from fedtune.planning.population import sample_cohort
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
-from fedtune.selection import BELIEVED, PATIENCE, RULES, believed, select
 
 SECONDS = {0: 3.0, 1: 1.0, 2: 2.0, 3: 9.0, 4: 1.0, 5: math.inf, 6: 5.0}
 TIERS = ({1, 2, 4}, {0, 6}, {3, 5})

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from fedtune.errors import DeploymentError
+from fedtune.core.errors import DeploymentError
 from fedtune.report.comparison import load
 from fedtune.report.serve import Server, Watch
 

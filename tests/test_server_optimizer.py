@@ -42,12 +42,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.checkpoint import flatten, state_sha256, unflatten
-from fedtune.config import build, choices, compose
-from fedtune.errors import ConfigError
-from fedtune.party import Party
-from fedtune.protocol import Layout, Peer, Slot, Traits, Update
+from fedtune.config.compose import build, choices, compose
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Layout, Peer, Slot, Traits, Update
+from fedtune.runs.checkpoint import flatten, state_sha256, unflatten
 from fedtune.runtime.local import run_local
+from fedtune.workspace.party import Party
 from strategies.fedadagrad import FedAdagrad
 from strategies.fedadam import FedAdam
 from strategies.fedavgm import FedAvgM

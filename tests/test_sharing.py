@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedtune.cli import main
-from fedtune.models import pick_device
-from fedtune.schema import DataSpec, ModelSpec
-from fedtune.sharing import base_for, once, sharing
+from fedtune.config.schema import DataSpec, ModelSpec
+from fedtune.models.base import pick_device
+from fedtune.models.shared_base import base_for, once, sharing
 
 RUN = ("model=tiny", "rounds=1", "population.clients=2", "train.steps=1", "runtime.threads=1", "evaluate.examples=8")
 WORDS = (
@@ -69,8 +69,8 @@ def test_what_is_made_once_is_made_once():
 
 
 def test_data_are_read_once_however_they_are_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from fedtune import federated_data
-    from fedtune.tiny import tiny_tokenizer
+    from fedtune.data import federated_data
+    from fedtune.models.tiny import tiny_tokenizer
 
     read = []
     path = tmp_path / "data.jsonl"

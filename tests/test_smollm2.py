@@ -6,7 +6,7 @@ from conftest import rows, summary_of
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.config import compose
+from fedtune.config.compose import compose
 from fedtune.runtime.local import run_local
 
 

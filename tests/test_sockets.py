@@ -17,13 +17,13 @@ from conftest import SMALL, rows, summary_of
 from deployed import PATHS, failures, run
 from flwr.cli.build import build_fab_from_disk
 
-from fedtune.config import compose
-from fedtune.flower import Run, content_to_bytes
-from fedtune.framing import Link
-from fedtune.party import Party
-from fedtune.protocol import Peer
+from fedtune.config.compose import compose
+from fedtune.core.protocol import Peer
 from fedtune.runtime.local import run_local
-from fedtune.wire import pack_greeting
+from fedtune.wire.flower_private import Run, content_to_bytes
+from fedtune.wire.http_overhead import Link
+from fedtune.wire.messages import pack_greeting
+from fedtune.workspace.party import Party
 from simulations.fleet import Fleet, Site
 from simulations.fleet.credentials import make_node_key
 from simulations.fleet.processes import wait_until

@@ -14,7 +14,7 @@ from fedtune.codecs.compeft import ComPEFT
 from fedtune.codecs.sparse import largest, shapes_of
 from fedtune.codecs.stc import STC
 from fedtune.codecs.topk import TopK
-from fedtune.errors import ConfigError, WireError
+from fedtune.core.errors import ConfigError, WireError
 
 CODERS = ["golomb", "range"]
 CODECS = [

@@ -10,15 +10,15 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune import token_cache
-from fedtune.corpus import Corpus, Question
-from fedtune.data import Example, load_examples
-from fedtune.keys import fold
-from fedtune.partition import _partitioner, divide
-from fedtune.schema import DataSpec
-from fedtune.tiny import tiny_tokenizer
-from fedtune.token_cache import kept_or
-from fedtune.tokenisation import tokenise
+from fedtune.config.schema import DataSpec
+from fedtune.core.seeds import fold
+from fedtune.data import token_cache
+from fedtune.data.corpus import Corpus, Question
+from fedtune.data.partition import _partitioner, divide
+from fedtune.data.sources import Example, load_examples
+from fedtune.data.token_cache import kept_or
+from fedtune.data.tokenisation import tokenise
+from fedtune.models.tiny import tiny_tokenizer
 
 
 @pytest.fixture

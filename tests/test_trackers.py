@@ -19,12 +19,12 @@ from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedtune.cli import main
-from fedtune.config import load
-from fedtune.errors import ConfigError
-from fedtune.run_folder import METRICS
+from fedtune.config.compose import load
+from fedtune.config.schema import TrackerSpec
+from fedtune.core.errors import ConfigError
+from fedtune.runs.run_folder import METRICS
 from fedtune.runtime.local import run_local
-from fedtune.schema import TrackerSpec
-from fedtune.trackers import Tracking, check_installed, figures, hyper_parameters
+from fedtune.server.trackers import Tracking, check_installed, figures, hyper_parameters
 
 ROW = {"round": 0, "eval_loss": 2.5, "eval_accuracy": None, "seconds": 0.25, "up_wire_bytes": 7}
 
@@ -125,7 +125,7 @@ def test_a_tracker_that_comes_later_is_told_of_the_rounds_before(tracker, small_
 TWO_RUNS = """
 import os, sys
 from pathlib import Path
-import fedtune.rounds, torch.utils.tensorboard
+import fedtune.server.round_loop, torch.utils.tensorboard
 from conftest import small
 from fedtune.runtime.local import run_local
 
@@ -165,7 +165,7 @@ def test_killed_runs_lose_no_round_and_tell_none_twice(tmp_path):
 
 
 def test_an_interrupted_run_is_called_that(small_run, tmp_path, monkeypatch):
-    from fedtune.rounds import Server
+    from fedtune.server.round_loop import Server
 
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -10,11 +10,11 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune import wire
 from fedtune.codecs.raw import Raw
-from fedtune.errors import WireError
-from fedtune.flower import assume_identity, set_message_id
-from fedtune.protocol import Capability, Instruction, Peer, Update
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Capability, Instruction, Peer, Update
+from fedtune.wire import messages as wire
+from fedtune.wire.flower_private import assume_identity, set_message_id
 
 RUN = "0123456789abcdef"
 

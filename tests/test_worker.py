@@ -18,15 +18,15 @@ import pytest
 from conftest import PAIRS, SMALL
 from flwr.app import Context, Message, RecordDict
 
-from fedtune import wire
 from fedtune.codecs.raw import Raw
-from fedtune.config import compose
-from fedtune.errors import ClientError
-from fedtune.flower import assume_identity
-from fedtune.party import party_of
-from fedtune.protocol import Instruction
+from fedtune.config.compose import compose
+from fedtune.core.errors import ClientError
+from fedtune.core.protocol import Instruction
 from fedtune.runtime import worker
 from fedtune.runtime.worker import ask, place_of
+from fedtune.wire import messages as wire
+from fedtune.wire.flower_private import assume_identity
+from fedtune.workspace.party import party_of
 
 NODE = 4711
 RUN = "0" * 16

@@ -4,9 +4,9 @@ import pytest
 import torch
 from layers import SCALING, dense, distance, ideal, layout, reply
 
-from fedtune.errors import WireError
-from fedtune.lowrank import name_of, pairs
-from fedtune.protocol import Peer, Update
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Peer, Update
+from fedtune.lowrank.algebra import name_of, pairs
 from strategies.fedit import FedIT
 from strategies.zero_pad import ZeroPad
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from fedtune.adapters import LocalModel
-from fedtune.errors import ClientError, ConfigError, WireError
-from fedtune.models import load_base
-from fedtune.noise import coefficient, values
-from fedtune.protocol import Batch
-from fedtune.schema import AdapterSpec, ModelSpec
-from fedtune.seeded import SeededWeights, Space
-from fedtune.training import fit, loss_of
-from fedtune.zeroth import Rules, check_counts, descend, rules_of, slopes_along, told
+from fedtune.config.schema import AdapterSpec, ModelSpec
+from fedtune.core.errors import ClientError, ConfigError, WireError
+from fedtune.core.protocol import Batch
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import load_base
+from fedtune.random_directions.hash_noise import coefficient, values
+from fedtune.random_directions.weights import SeededWeights, Space
+from fedtune.training.first_order import fit, loss_of
+from fedtune.training.zeroth_order import Rules, check_counts, descend, rules_of, slopes_along, told
 
 RULES = Rules(lr=1e-3, local_steps=4, eps=1e-2)
 TOKENS = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -143,14 +143,14 @@ def test_steps_lower_the_loss():
 def test_a_loss_that_is_not_finite_or_jumps_costs_its_step(monkeypatch):
     model, _ = ready(RULES)
     losses = iter([math.nan, 1.0, 5.0, 5.2, 9.0, 1.0, math.inf, 2.0])
-    monkeypatch.setattr("fedtune.zeroth._loss", lambda *arguments: next(losses))
+    monkeypatch.setattr("fedtune.training.zeroth_order._loss", lambda *arguments: next(losses))
     steps = descend(model, repeat(batch()), RULES, [[1], [2], [3], [4]], clip=1.0)
     assert steps.skipped == 3
     assert (steps.counts[:, 0] != 0).tolist() == [False, True, False, False]
     slope = (5.0 - 5.2) / (2 * coefficient(RULES.eps))
     assert steps.counts[1, 0] == RULES.space.counts(np.array([slope]))[0]
     assert steps.loss == pytest.approx(5.1)
-    monkeypatch.setattr("fedtune.zeroth._loss", lambda *arguments: math.nan)
+    monkeypatch.setattr("fedtune.training.zeroth_order._loss", lambda *arguments: math.nan)
     with pytest.raises(ClientError, match="all 2 steps were skipped: the loss isn't finite"):
         descend(model, repeat(batch()), RULES, [[1], [2]])
 
@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_or_jumps_costs_its_step(monkeypatch):
 def test_a_slope_beyond_what_can_be_written_down_says_what_to_lower(monkeypatch):
     model, _ = ready(RULES)
     losses = iter([1e8, 1.0])
-    monkeypatch.setattr("fedtune.zeroth._loss", lambda *arguments: next(losses))
+    monkeypatch.setattr("fedtune.training.zeroth_order._loss", lambda *arguments: next(losses))
     with pytest.raises(ClientError, match=r"the slope became 5e\+09 at step 1 of 1: lower method.strategy.rules.lr"):
         descend(model, repeat(batch()), RULES, [[1]])
 

@@ -8,7 +8,7 @@
 import numpy as np
 import torch
 
-from fedtune.protocol import Batch
+from fedtune.core.protocol import Batch
 
 # Non-square: in = 3, out = 2, r = 1
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
@@ -63,7 +63,7 @@ def quadratic(monkeypatch, h, at):
         ]
         return torch.stack(terms).sum()
 
-    monkeypatch.setattr("fedtune.training.loss_of", loss_of)
+    monkeypatch.setattr("fedtune.training.first_order.loss_of", loss_of)
 
 
 def drawn(seed, low=-1.0, high=1.0):

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from fedtune.codecs.blob import Array, Shape, join, little, split
-from fedtune.errors import WireError
-from fedtune.protocol import Tensors
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Tensors
 
 OWN = b"fb"
 LARGEST = torch.finfo(torch.bfloat16).max

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.errors import WireError
-from fedtune.protocol import Tensors, describe
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Tensors, describe
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]

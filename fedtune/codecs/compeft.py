@@ -28,8 +28,8 @@ import numpy as np
 
 from fedtune.codecs import sparse
 from fedtune.codecs.sparse import Array, Shapes
-from fedtune.errors import ConfigError
-from fedtune.protocol import Tensors
+from fedtune.core.errors import ConfigError
+from fedtune.core.protocol import Tensors
 
 MAGIC = b"fc"
 LARGEST = np.finfo(np.float32).max

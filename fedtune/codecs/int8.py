@@ -30,10 +30,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedtune import keys
 from fedtune.codecs.blob import LARGEST, Array, Shape, as_scales, divisors, join, largest, little, split
-from fedtune.errors import WireError
-from fedtune.protocol import Tensors
+from fedtune.core import seeds as keys
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Tensors
 
 OWN = b"fi"
 LEVELS = 127

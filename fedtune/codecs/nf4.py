@@ -25,8 +25,8 @@ from typing import ClassVar
 import numpy as np
 
 from fedtune.codecs.blob import Array, Shape, as_scales, divisors, join, largest, little, split
-from fedtune.errors import ConfigError, WireError
-from fedtune.protocol import Tensors
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import Tensors
 
 OWN = b"fn"
 TABLE = np.array(

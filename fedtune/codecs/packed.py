@@ -35,8 +35,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedtune.errors import WireError
-from fedtune.protocol import Tensors, describe
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Tensors, describe
 
 Array = npt.NDArray[Any]
 

@@ -40,7 +40,7 @@ import constriction  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.errors import WireError
+from fedtune.core.errors import WireError
 
 Array = npt.NDArray[Any]
 Positions = npt.NDArray[np.int64]

@@ -10,8 +10,8 @@ from typing import ClassVar
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fedtune.errors import WireError
-from fedtune.protocol import Tensors
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Tensors
 
 
 @dataclass(frozen=True)

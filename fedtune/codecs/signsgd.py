@@ -21,8 +21,8 @@ from typing import ClassVar
 import numpy as np
 
 from fedtune.codecs.blob import Array, Shape, as_scales, join, little, split
-from fedtune.errors import WireError
-from fedtune.protocol import Tensors
+from fedtune.core.errors import WireError
+from fedtune.core.protocol import Tensors
 
 OWN = b"fs"
 # What each byte holds

@@ -22,8 +22,8 @@ import torch
 
 from fedtune.codecs import positions as at
 from fedtune.codecs.packed import Reader, varint
-from fedtune.errors import ConfigError, WireError
-from fedtune.protocol import Tensors
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import Tensors
 
 Array = npt.NDArray[Any]
 Shapes = Mapping[str, tuple[int, ...]]

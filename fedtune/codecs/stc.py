@@ -11,7 +11,7 @@ import numpy as np
 
 from fedtune.codecs import sparse
 from fedtune.codecs.sparse import Shapes
-from fedtune.protocol import Tensors
+from fedtune.core.protocol import Tensors
 
 MAGIC = b"ft"
 

@@ -10,8 +10,8 @@ import torch
 
 from fedtune.codecs import sparse
 from fedtune.codecs.sparse import Shapes
-from fedtune.errors import ConfigError, WireError
-from fedtune.protocol import Tensors
+from fedtune.core.errors import ConfigError, WireError
+from fedtune.core.protocol import Tensors
 
 MAGIC = b"fk"
 VALUES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

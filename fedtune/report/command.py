@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 
 REPORT = """\
 Put runs side by side on one page: report.html, which opens in any browser without a network, with its figures as SVG

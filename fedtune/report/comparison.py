@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.compare.state import RECORD
-from fedtune.config import differences
-from fedtune.errors import RunFolderError
+from fedtune.comparisons.state import RECORD
+from fedtune.config.compose import differences
+from fedtune.config.schema import flat
+from fedtune.core.errors import RunFolderError
 from fedtune.report.intervals import estimate
 from fedtune.report.labels import alike, labels, told_apart, unique
 from fedtune.report.plan import read_plan
 from fedtune.report.results import write_results
-from fedtune.report.runs import Run, find, read
 from fedtune.report.shapes import (
     Comparison,
     Curve,
@@ -35,7 +35,7 @@ from fedtune.report.shapes import (
 )
 from fedtune.report.standings import curve, protocols, reached, table, target
 from fedtune.report.tasks import common, tasks, title
-from fedtune.schema import flat
+from fedtune.runs.read import Run, find, read
 
 __all__ = [
     "Comparison",

@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from fedtune.report.runs import Floats
 from fedtune.report.shapes import Estimate
+from fedtune.runs.read import Floats
 
 LEVEL = 0.95
 SIGNIFICANT = 0.05

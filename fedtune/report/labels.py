@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from fedtune.config import CONF
-from fedtune.schema import Experiment, flat, to_dict
+from fedtune.config.compose import CONF
+from fedtune.config.schema import Experiment, flat, to_dict
 
 # What differs between runs of one entry, or says where it ran and what was measured beside it
 BESIDE = ("seed", "out", "overrides", "name", "tracker", "rounds", "budget", "runtime")

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from fedtune.report.intervals import paired_p
-from fedtune.report.runs import Floats
+from fedtune.runs.read import Floats
 
 
 def step_down(losses: Floats, reference: int) -> Floats:

@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from fedtune import __version__
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.report import comparison as compared
 from fedtune.report.comparison import Comparison
 from fedtune.report.figures import ALL_ROWS, Figure

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.compare.state import RECORD, json_object
+from fedtune.comparisons.state import RECORD, json_object
 from fedtune.report.shapes import Failure
 
 LONGEST = 80  # characters of a label

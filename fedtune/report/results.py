@@ -12,13 +12,13 @@ import pyarrow.compute as pa_compute
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pa_parquet
 
-from fedtune.atomic import write_atomically
-from fedtune.columns import METRICS
-from fedtune.formulas import FORMULA, guarded
+from fedtune.core.atomic import write_atomically
+from fedtune.core.csv_cells import FORMULA, guarded
 from fedtune.report.labels import module
-from fedtune.report.runs import Run
 from fedtune.report.shapes import Comparison, Estimate, Group, Standing, Table
 from fedtune.report.standings import protocols, table
+from fedtune.runs.metrics_columns import METRICS
+from fedtune.runs.read import Run
 
 WHOLE = ("clients", "failed")  # columns of counts, beside those of bytes
 WORDS = ("group", "label", "method", "codec_up", "codec_down")

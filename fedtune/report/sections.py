@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from fedtune.config import CONF
+from fedtune.config.compose import CONF
 from fedtune.report import comparison as compared
 from fedtune.report.comparison import Entry, Estimate, Group, Protocol, Reached, Standing, Table
 from fedtune.report.figures import Figure, columns, figures
-from fedtune.report.runs import Run
 from fedtune.report.specs import SLOTS
 from fedtune.report.text import (
     NOTHING,
@@ -28,6 +27,7 @@ from fedtune.report.text import (
     title_of,
     within,
 )
+from fedtune.runs.read import Run
 
 LONGEST = 100_000  # characters of a config that are shown
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedtune.report.runs import Floats, Run
+from fedtune.runs.read import Floats, Run
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Protocol:
         if self.kind == "rounds":
             return f"after {self.limit:g} round{'' if self.limit == 1 else 's'}"
         if self.kind == "bytes":
-            from fedtune.progress import size
+            from fedtune.server.progress import size
 
             return f"within {size(round(self.limit))}"
         return f"within {self.limit:.6g} s"

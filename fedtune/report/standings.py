@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.report.intervals import SIGNIFICANT, estimate, means
 from fedtune.report.multiple_comparisons import step_down
-from fedtune.report.runs import Floats, Run
 from fedtune.report.shapes import Curve, Entry, Estimate, Group, Protocol, Reached, Standing, Table
+from fedtune.runs.read import Floats, Run
 
 KINDS = ("rounds", "bytes", "seconds")
 # Columns of metrics.csv that are no scores

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.schema import flat, to_dict
 from fedtune.report.labels import module, settings, shown
-from fedtune.report.runs import Run
-from fedtune.schema import flat, to_dict
+from fedtune.runs.read import Run
 
 # Which settings a partition looks at; the others would tell equal divisions apart
 _LOOKS_AT = {

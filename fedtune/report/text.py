@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from fedtune.progress import size as size_of
 from fedtune.report.comparison import Estimate, Reached, Standing, Table
+from fedtune.server.progress import size as size_of
 
 NOTHING = "\N{EN DASH}"  # where there is no number
 NAMED = 6  # entries in a sentence; the rest are counted

@@ -21,7 +21,7 @@ def make_client_app(config: str | None = None) -> ClientApp:
     """
 
     def answer(message: Message, context: Context) -> RecordDict:
-        from fedtune.turns import take_turn
+        from fedtune.workspace.client_handler import take_turn
 
         run_config = {"config": config} if config else context.run_config
         at = message.metadata
@@ -74,9 +74,9 @@ def make_server_app(
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        from fedtune.owner import user
-        from fedtune.party import party_of
-        from fedtune.rounds import run
+        from fedtune.device.owner import user
+        from fedtune.server.round_loop import run
+        from fedtune.workspace.party import party_of
 
         run_config = {"config": config} if config else context.run_config
         folder = resume or str(context.run_config.get("resume", "")) or None

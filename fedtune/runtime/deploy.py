@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from fedtune.config import CONF
-from fedtune.errors import ConfigError, DeploymentError, Interrupted
-from fedtune.schema import Experiment
+from fedtune.config.compose import CONF
+from fedtune.config.schema import Experiment
+from fedtune.core.errors import ConfigError, DeploymentError, Interrupted
 
 ROOT = CONF.parent
 

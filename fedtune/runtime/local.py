@@ -12,12 +12,12 @@ from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedtune.errors import RunFolderError
-from fedtune.flower import SERVER_NODE, Error, ErrorCode, Run, assume_identity, set_message_id
-from fedtune.keys import fold
-from fedtune.run_folder import settled
+from fedtune.config.schema import Experiment
+from fedtune.core.errors import RunFolderError
+from fedtune.core.seeds import fold
+from fedtune.runs.run_folder import settled
 from fedtune.runtime.app import make_client_app, make_server_app
-from fedtune.schema import Experiment
+from fedtune.wire.flower_private import SERVER_NODE, Error, ErrorCode, Run, assume_identity, set_message_id
 
 RUN_ID = fold(0, "local run")  # as long as Flower's own, so that a message here is as long as one there
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from threading import Event, current_thread, main_thread
 from typing import Any
 
-from fedtune.errors import ConfigError
-from fedtune.flower import simulate
-from fedtune.run_folder import settled
+from fedtune.config.schema import Experiment, RuntimeSpec
+from fedtune.core.errors import ConfigError
+from fedtune.runs.run_folder import settled
 from fedtune.runtime.app import make_client_app, make_server_app
-from fedtune.schema import Experiment, RuntimeSpec
+from fedtune.wire.flower_private import simulate
 
 
 def run_ray(experiment: Experiment, resume: str | None = None) -> None:
@@ -25,7 +25,7 @@ def run_ray(experiment: Experiment, resume: str | None = None) -> None:
 
     Raises:
         ConfigError: if Ray can't give a client what `runtime.cpus` and `runtime.gpus` ask for.
-        FedtuneError: as `fedtune.rounds.run`.
+        FedtuneError: as `fedtune.server.round_loop.run`.
     """
     stop = Event()
     with settled(experiment, resume) as experiment, ctrl_c_sets(stop):

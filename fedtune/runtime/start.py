@@ -2,7 +2,7 @@
 
 import os
 
-from fedtune.schema import Experiment
+from fedtune.config.schema import Experiment
 
 
 def start(experiment: Experiment, resume: str | None) -> None:
@@ -11,7 +11,7 @@ def start(experiment: Experiment, resume: str | None) -> None:
     Raises:
         FedtuneError: if it can't be set up or can't go on.
     """
-    from fedtune.trackers import check_installed
+    from fedtune.server.trackers import check_installed
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if experiment.runtime.name != "flower":  # else that is for the machine of the SuperLink, where the server runs

@@ -32,8 +32,8 @@ from typing import Any, NoReturn
 from flwr.app import Context, Message, RecordDict
 
 import fedtune
-from fedtune.errors import ClientError, ClientTimeout
-from fedtune.flower import content_from_bytes, content_to_bytes
+from fedtune.core.errors import ClientError, ClientTimeout
+from fedtune.wire.flower_private import content_from_bytes, content_to_bytes
 
 CODE = Path(fedtune.__file__).resolve().parent.parent  # a worker serves the app that it was started from
 START_SECONDS = 120.0  # for a worker to import torch, answer hello, and read its instructions
@@ -71,18 +71,18 @@ def ask(message: Message, context: Context) -> RecordDict:
 
     Raises:
         ClientError: what the worker raised, or that it died twice, in words that say no more of this device than the
-            server has to know (fedtune/owner.py). The whole stands in the device's own log.
+            server has to know (fedtune/device/owner.py). The whole stands in the device's own log.
         ClientTimeout: if it took too long.
     """
     if _is_ray():  # a simulation, whose processes stay by themselves
-        from fedtune.turns import take_turn
+        from fedtune.workspace.client_handler import take_turn
 
         at = message.metadata
         return take_turn(at.message_type, at.group_id, message.content, context.run_config, context.node_config)
     try:
         return _ask(message, context)
     except Exception as error:
-        from fedtune.privacy import for_the_server
+        from fedtune.device.privacy import for_the_server
 
         said = str(error) if isinstance(error, ClientError) else f"{type(error).__name__}: {error}"
         kind = ClientTimeout if isinstance(error, ClientTimeout) else ClientError
@@ -94,9 +94,9 @@ def _ask(message: Message, context: Context) -> RecordDict:
     at = message.metadata
     run_config, node_config = dict(context.run_config), dict(context.node_config)
     if node_config.get("worker", True) is False:
-        from fedtune.owner import device_owner
-        from fedtune.party import party_of
-        from fedtune.turns import take_turn
+        from fedtune.device.owner import device_owner
+        from fedtune.workspace.client_handler import take_turn
+        from fedtune.workspace.party import party_of
 
         owner = device_owner()
         content = take_turn(at.message_type, at.group_id, message.content, run_config, node_config, owner)
@@ -287,7 +287,7 @@ def _is_ray() -> bool:
 
 def main() -> NoReturn:
     """The worker's own process."""
-    from fedtune.runtime.work import serve
+    from fedtune.runtime.worker_process import serve
 
     folder, name, parent, idle = sys.argv[1:]
     serve(Place(Path(folder), name), int(parent), float(idle))

@@ -26,10 +26,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.averaging import average
-from fedtune.lowrank import name_of, truncated
-from fedtune.protocol import Layout, Peer, Slot, Tensors, Update, share
-from fedtune.stacking import stacked
+from fedtune.core.protocol import Layout, Peer, Slot, Tensors, Update, share
+from fedtune.lowrank.algebra import name_of, truncated
+from fedtune.lowrank.averaging import average
+from fedtune.lowrank.stacking import stacked
 from strategies.fedex_lora import FedExLoRA
 from strategies.flexlora import FlexLoRA
 from strategies.flora import FLoRA

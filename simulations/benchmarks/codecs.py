@@ -31,10 +31,10 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from fedtune.codecs.sparse import CODERS
-from fedtune.coding import build_codec
-from fedtune.config import CONF, choices
-from fedtune.lowrank import name_of
-from fedtune.protocol import Codec, Tensors, is_lossless
+from fedtune.config.compose import CONF, choices
+from fedtune.core.protocol import Codec, Tensors, is_lossless
+from fedtune.lowrank.algebra import name_of
+from fedtune.wire.delta_coding import build_codec
 from simulations.benchmarks.seeded import best
 
 COMPEFT = "compeft"

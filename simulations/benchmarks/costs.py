@@ -1,4 +1,4 @@
-"""How true the model of memory and time is (fedtune/costs.py): predicted beside measured, on SmolLM2.
+"""How true the model of memory and time is (fedtune/core/costs.py): predicted beside measured, on SmolLM2.
 
     python -m simulations.benchmarks.costs                  a process for each setting; about 4 minutes
     python -m simulations.benchmarks.costs --threads 1
@@ -63,14 +63,14 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
-    from fedtune.adapters import LocalModel
-    from fedtune.corpus import Corpus
-    from fedtune.federated_data import FederatedData
-    from fedtune.models import load_base
-    from fedtune.probe import costs_of, weights_of
-    from fedtune.protocol import Batch
-    from fedtune.schema import AdapterSpec, ModelSpec
-    from fedtune.training import loss_of, make_optimizer
+    from fedtune.config.schema import AdapterSpec, ModelSpec
+    from fedtune.core.protocol import Batch
+    from fedtune.data.corpus import Corpus
+    from fedtune.data.federated_data import FederatedData
+    from fedtune.models.adapted_model import LocalModel
+    from fedtune.models.base import load_base
+    from fedtune.planning.cost_probe import costs_of, weights_of
+    from fedtune.training.first_order import loss_of, make_optimizer
 
     torch.set_num_threads(threads)
     torch.randn(64, 64) @ torch.randn(64, 64)
@@ -125,8 +125,8 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
 
 def rates(threads: int) -> dict[str, float]:
     """What training sustains here, as the doctor measures it."""
-    from fedtune.doctor import fit, training_steps
-    from fedtune.models import pick_dtype
+    from fedtune.device.benchmark import fit, training_steps
+    from fedtune.models.base import pick_dtype
 
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")

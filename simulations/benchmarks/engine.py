@@ -33,14 +33,14 @@ from flwr.clientapp import ClientApp
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.config import compose
-from fedtune.keys import fold
-from fedtune.party import Party, party_of
-from fedtune.protocol import Instruction, Tensors, Update
+from fedtune.config.compose import compose
+from fedtune.config.schema import Experiment, MethodSpec
+from fedtune.core.protocol import Instruction, Tensors, Update
+from fedtune.core.seeds import fold
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
-from fedtune.schema import Experiment, MethodSpec
-from fedtune.training import fit
+from fedtune.training.first_order import fit
+from fedtune.workspace.party import Party, party_of
 
 
 @dataclass(frozen=True)

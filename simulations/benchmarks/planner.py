@@ -25,10 +25,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.costs import Costs, Weight
-from fedtune.knapsack import Floats, Ints, selections
-from fedtune.planner import Plan, Rules, plan
-from fedtune.protocol import Capability
+from fedtune.core.costs import Costs, Weight
+from fedtune.core.protocol import Capability
+from fedtune.planning.knapsack import Floats, Ints, selections
+from fedtune.planning.planner import Plan, Rules, plan
 from simulations.benchmarks.seeded import best
 
 WIDTH, HEADS, INNER = 3072, 1024, 8192

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.clock import Timed, Turn
-from fedtune.config import compose
-from fedtune.ledger import Entry, sums
-from fedtune.run_folder import RunFolder
+from fedtune.config.compose import compose
+from fedtune.runs.ledger import Entry, sums
+from fedtune.runs.run_folder import RunFolder
+from fedtune.server.virtual_clock import Timed, Turn
 
 METHODS = ("fedit", "flora", "ffa_lora", "fedex_lora", "flexlora", "fedsa_lora", "rolora")
 CODECS = ("raw", "int8", "compeft")
@@ -99,7 +99,7 @@ def _time(parent: Path) -> None:
     # As late as this, so that it is part of what is measured
     begun = _now()
     from fedtune.report.comparison import compare, curve, protocols, reached, table, target, write_results
-    from fedtune.report.runs import find, read
+    from fedtune.runs.read import find, read
 
     begun = _say("importing", begun)
     runs = [read(path) for path in find([parent / "runs"])]

@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table as Printed
 from torch import Tensor
 
-from fedtune.adapters import LocalModel
-from fedtune.models import load_base
-from fedtune.noise import Table, accumulate_, add_
-from fedtune.protocol import Batch
-from fedtune.schema import AdapterSpec, ModelSpec
-from fedtune.seeded import pool, steps_record
-from fedtune.zeroth import Rules, _loss, slopes_along
+from fedtune.config.schema import AdapterSpec, ModelSpec
+from fedtune.core.protocol import Batch
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import load_base
+from fedtune.random_directions.hash_noise import Table, accumulate_, add_
+from fedtune.random_directions.weights import pool, steps_record
+from fedtune.training.zeroth_order import Rules, _loss, slopes_along
 
 SMOLLM2 = ModelSpec(name="smollm2", path="HuggingFaceTB/SmolLM2-135M-Instruct")
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from fedtune.errors import DeploymentError, RunFolderError
+from fedtune.core.errors import DeploymentError, RunFolderError
 from simulations.fleet import processes
 from simulations.fleet.credentials import make_certificates
 from simulations.fleet.parts import Node, Site, SuperLink

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedtune.errors import FedtuneError
+from fedtune.core.errors import FedtuneError
 from simulations.fleet import Fleet, Site
 
 EXAMPLES = """\

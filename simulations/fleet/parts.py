@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedtune.errors import DeploymentError
+from fedtune.core.errors import DeploymentError
 from simulations.fleet import processes
 from simulations.fleet.credentials import make_node_key
 from simulations.fleet.processes import wait_until

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from fedtune.errors import DeploymentError
+from fedtune.core.errors import DeploymentError
 from fedtune.runtime.deploy import Value, script, write_toml
 from simulations.fleet.processes import wait_until
 

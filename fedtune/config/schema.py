@@ -1,0 +1,344 @@
+"""The settings of an experiment: these dataclasses are the schema, conf/*.yaml supplies their values.
+
+A check here runs whenever settings are made, from words, from YAML or in code, and names the setting by its key.
+Nothing here imports torch, so a wrong setting is answered at once.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import yaml
+
+from fedtune.config.data import DataSpec as DataSpec
+from fedtune.config.population import PopulationSpec
+from fedtune.core.checks import above_zero, at_least, fraction, one_of, option
+from fedtune.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    strategy: dict[str, Any] = option({}, "the server's side: a class and its hyper-parameters")
+    client: dict[str, Any] = option({}, "the client's side: a class and its hyper-parameters")
+    pooled: bool = option(False, "one client gets the data of all, and takes the steps of a whole cohort")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    name: str = option("custom", "label of the base model")
+    path: str | None = option(None, "a hub id, a folder, or a GGUF file")
+    revision: str | None = option(None, "branch, tag or commit of a hub id")
+    quantization: str = option("none", "how the frozen base is held: none, int8 or nf4")
+    merge: str = option(
+        "residual", "how a change of the base is held: residual (beside it, exact) or requantize (rounded into it)"
+    )
+    min_quantized: float = option(
+        0.5, "int8, nf4: the share of the weights, the vocabulary's aside, that has to become so; 0 takes any"
+    )
+    dtype: str = option("auto", "auto (bfloat16 where the hardware is fast at it), bfloat16 or float32")
+
+    def __post_init__(self) -> None:
+        one_of("model.quantization", self.quantization, ("none", "int8", "nf4"))
+        fraction("model.min_quantized", self.min_quantized)
+        one_of("model.merge", self.merge, ("residual", "requantize"))
+        one_of("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
+
+
+# Those in C, where PyYAML has them, are four times as fast, and seven times
+SafeDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LAYERED = ("rank", "dropout", "targets")
+ALL_LINEAR = "all-linear"  # among adapter.targets: every layer that is a matrix
+FULL = "none"  # the kind that is no adapter: the base's own weights are trained
+
+# The kinds of adapter, and which settings each has
+ADAPTERS: dict[str, tuple[str, ...]] = {
+    "lora": ("alpha", *_LAYERED),
+    "rslora": ("alpha", *_LAYERED),
+    "dora": ("alpha", *_LAYERED),
+    "pissa": ("alpha", *_LAYERED),
+    "ia3": ("targets",),
+    "vera": _LAYERED,
+    "oft": ("block_size", "targets"),
+    "bone": _LAYERED,
+    "adaption_prompt": ("tokens", "layers"),
+    "prompt_tuning": ("tokens",),
+    "prefix_tuning": ("tokens",),
+    FULL: ("targets",),
+}
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    kind: str = option("lora", "what is trained, none: the base itself; adapter=NAME sets it, and the rest as suits it")
+    rank: int = option(8, "r: inner width of B A, and of VeRA's and Bone's matrices")
+    alpha: float = option(16.0, "B A is multiplied by alpha / r; by alpha / sqrt(r) in rslora")
+    dropout: float = option(0.0, "dropout on the adapter's input while training")
+    targets: Any = option(
+        None,
+        "names of the layers to adapt, as q_proj or [q_proj,v_proj], or all-linear; null: PEFT's choice for the "
+        "architecture, all-linear where it has none, all weights for adapter=none",
+    )
+    tokens: int = option(10, "adaption_prompt, prompt_tuning, prefix_tuning: how many virtual tokens")
+    layers: int | None = option(None, "adaption_prompt: how many of the topmost layers; null takes all")
+    block_size: int = option(16, "oft: width of a rotated block; has to divide a layer's inputs")
+
+    def __post_init__(self) -> None:
+        one_of("adapter.kind", self.kind, tuple(ADAPTERS))
+        if self.targets is not None:
+            object.__setattr__(self, "targets", _names("adapter.targets", self.targets))
+        for item in fields(self):
+            value, takes = getattr(self, item.name), ADAPTERS[self.kind]
+            if item.name not in ("kind", *takes) and value != item.default:
+                raise ConfigError(
+                    f"adapter.{item.name}={value} means nothing to adapter.kind={self.kind}, "
+                    f"which has {', '.join(takes)}"
+                )
+        at_least("adapter.rank", self.rank, 1)
+        above_zero("adapter.alpha", self.alpha)
+        fraction("adapter.dropout", self.dropout)
+        at_least("adapter.tokens", self.tokens, 1)
+        at_least("adapter.layers", 1 if self.layers is None else self.layers, 1)
+        at_least("adapter.block_size", self.block_size, 2)
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    lr: float = option(1e-3, "learning rate of a client's optimizer")
+    steps: int = option(4, "optimizer steps a client takes in a round")
+    batch_size: int = option(4, "examples per step")
+    optimizer: str = option("adamw", "adamw or sgd")
+    weight_decay: float = option(0.0, "decoupled weight decay")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 leaves them alone")
+
+    def __post_init__(self) -> None:
+        above_zero("train.lr", self.lr)
+        at_least("train.steps", self.steps, 1)
+        at_least("train.batch_size", self.batch_size, 1)
+        one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
+        at_least("train.weight_decay", self.weight_decay, 0)
+        at_least("train.max_grad_norm", self.max_grad_norm, 0)
+
+
+@dataclass(frozen=True)
+class EvaluateSpec:
+    every: int = option(1, "rounds between evaluations of the global model; 0 never evaluates")
+    examples: int = option(200, "held-out examples to use, at most; 0 uses all")
+    batch_size: int = option(16, "examples per forward pass")
+    clients: bool = option(False, "each client also scores what it received on its own held-out data")
+    exactness: bool = option(True, "measure each round how far the server's update is from the mean of the clients'")
+    similarity: bool = option(False, "write each round how much the signs of clients' updates agree: similarity.csv")
+    generate: int = option(0, "held-out examples that are answered, for exact match and ROUGE-L; 0: none")
+    max_new_tokens: int = option(64, "tokens of such an answer, at most")
+    extract: str | None = option(None, "a regular expression: exact match compares its last match, or first group")
+    peers: str = option("none", "all clients score the model on their own data: none, after the last round, or every")
+
+    def __post_init__(self) -> None:
+        at_least("evaluate.every", self.every, 0)
+        at_least("evaluate.examples", self.examples, 0)
+        at_least("evaluate.batch_size", self.batch_size, 1)
+        at_least("evaluate.generate", self.generate, 0)
+        at_least("evaluate.max_new_tokens", self.max_new_tokens, 1)
+        one_of("evaluate.peers", self.peers, ("none", "last", "every"))
+        try:
+            re.compile(self.extract or "")
+        except re.error as error:
+            raise ConfigError(f"evaluate.extract={self.extract} is no regular expression: {error}") from error
+
+
+@dataclass(frozen=True)
+class BudgetSpec:
+    """A run ends when another round like the last would go beyond one of these, and after `rounds` at the latest."""
+
+    bytes: float | None = option(None, "wire bytes, both ways, without those of evaluation")
+    seconds: float | None = option(None, "of the virtual clock where devices have limits, else as measured")
+    loss: float | None = option(None, "held-out loss to come down to")
+    rounds: int = option(0, "rounds to play whatever they cost, so that equal rounds can be compared as well")
+
+    def __post_init__(self) -> None:
+        for name in ("bytes", "seconds", "loss"):
+            if (value := getattr(self, name)) is not None:
+                above_zero(f"budget.{name}", value)
+        at_least("budget.rounds", self.rounds, 0)
+
+
+@dataclass(frozen=True)
+class RuntimeSpec:
+    name: str = option("local", "where clients run: local is this process")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    threads: int = option(0, "CPU threads, part of the result's bits; 0 takes all cores and records how many")
+    timeout: float = option(3600.0, "seconds to wait for a round's replies")
+    wait: float = option(600.0, "seconds to wait for clients to come, and for each to say who it is")
+    cpus: float = option(1.0, "ray: CPU cores that a client takes")
+    gpus: float = option(0.0, "ray: share of a GPU that a client takes, as in 0.25")
+    address: str | None = option(None, "ray: a running cluster, as in 10.0.0.5:6379 or auto; null starts one here")
+    superlink: str | None = option(
+        None, "flower: the connection's name in Flower's config.toml; null takes its default"
+    )
+
+    def __post_init__(self) -> None:
+        one_of("runtime", self.name, ("local", "ray", "flower"))
+        at_least("runtime.threads", self.threads, 0)
+        above_zero("runtime.timeout", self.timeout)
+        above_zero("runtime.wait", self.wait)
+        above_zero("runtime.cpus", self.cpus)
+        at_least("runtime.gpus", self.gpus, 0)
+        if self.threads == 0:
+            object.__setattr__(self, "threads", os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class TrackerSpec:
+    name: str = option("none", "who else is told of a run's figures: none, tensorboard, wandb or mlflow")
+    uri: str | None = option(None, "mlflow: a server or store; null: mlflow.db beside the run's folder")
+    experiment: str = option("fedtune", "mlflow: the experiment that the run is put into")
+    project: str = option("fedtune", "wandb: the project that the run is put into")
+    mode: str = option("offline", "wandb: offline (files, for wandb sync) or online")
+
+    def __post_init__(self) -> None:
+        one_of("tracker", self.name, ("none", "tensorboard", "wandb", "mlflow"))
+        one_of("tracker.mode", self.mode, ("offline", "online"))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All that decides a run. Written to config.yaml, and read back from it on resume."""
+
+    method: MethodSpec = field(default_factory=MethodSpec)
+    model: ModelSpec = field(default_factory=ModelSpec)
+    adapter: AdapterSpec = field(default_factory=AdapterSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    population: PopulationSpec = field(default_factory=PopulationSpec)
+    train: TrainSpec = field(default_factory=TrainSpec)
+    evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
+    runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
+    budget: BudgetSpec = field(default_factory=BudgetSpec)
+    tracker: TrackerSpec = field(default_factory=TrackerSpec)
+    server_optimizer: dict[str, Any] = option(
+        {}, "how the server steps towards the clients' average; empty: all the way"
+    )
+    codec_up: dict[str, Any] = option({}, "what an update looks like on the wire")
+    codec_down: dict[str, Any] = option({}, "what a broadcast looks like on the wire")
+    rounds: int = option(3, "rounds to run")
+    seed: int = option(0, "every random draw follows from it")
+    name: str = option("run", "label of the run")
+    out: str | None = option(None, "run folder; null makes runs/NAME, runs/NAME-2, ...")
+    overrides: list[str] = field(default_factory=list)  # what was typed
+
+    def __post_init__(self) -> None:
+        at_least("rounds", self.rounds, 1)
+        at_least("seed", self.seed, 0)
+        if self.adapter.kind == FULL and self.model.quantization != "none":
+            raise ConfigError(
+                f"adapter=none trains the base's own weights, and with model.quantization={self.model.quantization} "
+                "these are codes that no small step can be put into: take model.quantization=none, or an adapter"
+            )
+        if self.evaluate.generate and self.data.loss_on == "all":
+            raise ConfigError(
+                "evaluate.generate answers prompts, and with data.loss_on=all what is asked is learnt like the answer: "
+                "take data.loss_on=completion, or evaluate.generate=0"
+            )
+        if self.evaluate.peers != "none" and not self.data.client_heldout:
+            raise ConfigError(
+                f"evaluate.peers={self.evaluate.peers}: data.client_heldout=0 leaves clients nothing to score a model "
+                "with. Set it above 0, or evaluate.peers=none"
+            )
+        if self.method.pooled and not self.population.pooled:  # else it was pooled already: this is a run's own config
+            self._pool()
+        if isinstance(self.population.ranks, list) and "alpha" in ADAPTERS[self.adapter.kind]:
+            # The global adapter is as wide as the widest; where the scaling is equal for all, its alpha grows with it
+            adapter, rank = self.adapter, max(self.population.ranks)
+            wider = math.sqrt(rank / adapter.rank) if adapter.kind == "rslora" else rank / adapter.rank
+            grown = adapter.alpha * wider if self.population.scaling == "equal" else adapter.alpha
+            object.__setattr__(self, "adapter", replace(adapter, rank=rank, alpha=grown))
+
+    def _pool(self) -> None:
+        """Make all clients one, which takes as many steps a round as a cohort would have taken together."""
+        population, method, cohort = self.population, self.method, self.population.per_round
+        together = replace(
+            population, clients=1, cohort=1, pooled=population.clients, selection="uniform", candidates=None
+        )
+        object.__setattr__(self, "population", together)
+        object.__setattr__(self, "train", replace(self.train, steps=self.train.steps * cohort))
+        client, strategy = dict(method.client), dict(method.strategy)
+        if "steps" in client:
+            client["steps"] *= cohort
+        if "clients" in strategy:  # as SCAFFOLD's, which follows population.clients
+            strategy["clients"] = 1
+        if "local_steps" in (rules := strategy.get("rules", {})):
+            strategy["rules"] = {**rules, "local_steps": rules["local_steps"] * cohort}
+        object.__setattr__(self, "method", replace(method, client=client, strategy=strategy))
+
+    @property
+    def method_name(self) -> str:
+        """The strategy's module, which is also its name under `method=`."""
+        return str(self.method.strategy["_target_"]).split(".")[-2]
+
+    @property
+    def server_optimizer_name(self) -> str | None:
+        """The name under `server_optimizer=`, or None."""
+        return str(self.server_optimizer["_target_"]).split(".")[-2] if self.server_optimizer else None
+
+    @property
+    def strategy(self) -> dict[str, Any]:
+        """The server's whole side: the method's, within the server optimizer's if there is one."""
+        inner = self.method.strategy
+        return {**self.server_optimizer, "base": inner} if self.server_optimizer else inner
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with its beginning: they decide the result's bits, or where
+        clients find what they kept."""
+        free = ("rounds", "budget", "tracker", "out", "overrides")
+        kept = {key: value for key, value in to_dict(self).items() if key not in free}
+        runtime = {key: kept["runtime"][key] for key in ("name", "device", "threads")}
+        return {**kept, "runtime": runtime}
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash of `fixed`."""
+        return hashlib.sha256(json.dumps(self.fixed(), sort_keys=True).encode()).hexdigest()
+
+    def text(self) -> str:
+        """The whole experiment as YAML; `load` reads it back."""
+        return yaml.dump(to_dict(self), Dumper=SafeDumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _names(key: str, value: Any) -> list[str]:
+    """One name or several as a list.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, str | Mapping) or not hasattr(names, "__iter__") or not all(isinstance(n, str) for n in names):
+        raise ConfigError(f"{key}={value}: expected a name, as q_proj, or several, as [q_proj,v_proj]")
+    names = list(names)
+    if ALL_LINEAR in names and len(names) > 1:
+        raise ConfigError(f"{key}={value}: {ALL_LINEAR} is all layers already: leave out the others")
+    return names
+
+
+def to_dict(value: Any) -> Any:
+    """Dataclasses as plain dicts, for YAML and JSON."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: to_dict(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_dict(item) for key, item in value.items()}
+    return [to_dict(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key; an empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -1,0 +1,1 @@
+"""What every part of fedtune shares: the words, errors, files, seeds."""

@@ -1,0 +1,1 @@
+"""What a device can do, and what its owner lets others do on it."""

@@ -1,0 +1,341 @@
+"""`fedtune export`: a run's model as a Hugging Face folder, for everything that reads such folders.
+
+The model is made as a client's is: a fresh base that receives what the server would send to a newcomer, from the run's
+checkpoint or from its model.fedtune. Without an adapter that is the model, to the bit; an adapter is merged into the
+base, which rounds each weight once to the base's dtype.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedtune.config.compatibility import traits_of
+from fedtune.config.compose import load_file
+from fedtune.config.schema import FULL, Experiment
+from fedtune.core.errors import ExportError, ModelError
+from fedtune.core.seeds import bits, fold
+from fedtune.device.owner import user
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import Base, Origin, load_base, pick_device
+from fedtune.runs.adapter_files import adapter_files
+from fedtune.runs.checkpoint import load_checkpoint
+from fedtune.runs.model_file import NAME, TunedModel, malformed, read
+from fedtune.workspace.party import Party
+
+ROUNDING = {torch.float32: 1e-3}  # of the logits' spread, that merging and another order of sums may change
+COARSE = 0.25  # in 16 bits, over all layers: 0.075 in SmolLM2's 210 of them
+PROMPTS = ("adaption_prompt", "prompt_tuning", "prefix_tuning")  # kinds that add tokens, and change no weight
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    path: Path
+    bytes: int
+    experiment: Experiment
+    round: int
+    origin: Origin  # of the base, as it was found here
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to export: a file's content, or a run whose state is still to be read, which takes the model's layout."""
+
+    path: Path
+    experiment: Experiment
+    origin: Origin
+    dtype: str
+    file: TunedModel | None
+    data: Mapping[str, Any] = field(default_factory=dict)  # what summary.json says of the run's data
+
+
+def export(source: str, out: str, base: str | None = None) -> Exported:
+    """Write the model of a run, or of a .fedtune file, into a new folder.
+
+    Args:
+        base: where the base is on this machine (a folder, a GGUF file or a hub id), if not where the run found it.
+
+    Raises:
+        FedtuneError: if there is nothing to export, it can't be one model, the base isn't here or is another, or `out`
+            can't be written; nothing is left of `out` then.
+    """
+    target = new_folder(out)
+    found = source_of(Path(source).expanduser())
+    party = party_for(found, base)
+    experiment = party.experiment
+    _check_exportable(found, party)
+    local, number = tuned(found, party)
+    _check_weights(local)
+    model, tokenizer, origin, device = local.module, local.tokenizer, local.origin, local.device
+    expected = _predictions(model, device)
+    files = adapter_files(local)
+    kept: dict[str, str] = {}
+    adapted = {slot.module.removeprefix("base_model.model.") for slot in local.layout.slots}
+    del local, party
+    if experiment.adapter.kind != FULL:
+        del model  # this base has adapters in it. It goes before a fresh one is read
+        fresh = _base(found, experiment)
+        kept = {name: each for name, each in _hashes(fresh.model).items() if name.rpartition(".")[0] not in adapted}
+        model = _merged(fresh, files)
+        del fresh
+    with beside(target) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        del model
+        _check_written(unfinished, target, device, expected, kept)
+    written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    return Exported(target, written, found.experiment, number, origin)
+
+
+def source_of(path: Path) -> Source:
+    """What `path` is: a run folder, or a .fedtune file.
+
+    Raises:
+        ExportError: if it is neither, or a run that has finished no round.
+    """
+    if path.is_file():
+        file = read(path)
+        return Source(path, file.experiment, file.origin, file.dtype, file)
+    if not path.exists():
+        raise ExportError(f"{path} does not exist: give a run's folder, or a .fedtune file")
+    stored = path / "config.yaml"
+    if not stored.is_file():
+        raise ExportError(f"{path} holds no run (no config.yaml): give the folder that out= named, or a .fedtune file")
+    if not _state(path).is_file():
+        if (path / NAME).is_file():  # all that is needed, if somebody made room by deleting the checkpoint
+            return source_of(path / NAME)
+        raise ExportError(
+            f"{path} has no checkpoint, and so no model yet: not even round 0 is done. "
+            f"Go on with it: fedtune run resume={path}"
+        )
+    experiment = load_file(stored)
+    try:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        base = summary["base"]
+        origin = Origin(base["source"], base["sha256"], None, base["hub_id"])
+        return Source(path, experiment, origin, base["dtype"], None, dict(summary.get("data", {})))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ExportError(
+            f"{path}/summary.json doesn't say which base the run was on ({type(error).__name__}: {error}): "
+            f"fedtune run resume={path} writes it again"
+        ) from error
+
+
+def party_for(found: Source, base: str | None, **settings: Any) -> Party:
+    """A party of the run's, which has loaded nothing yet: on whatever device is here, in the dtype that `auto` was
+    where the run was made.
+
+    Args:
+        base: where the base is on this machine, if not where the run found it.
+        settings: sections of the experiment that are to be others, as evaluate.
+    """
+    spec = replace(found.experiment.model, dtype=found.dtype)
+    if base is not None:
+        spec = replace(spec, path=base, revision=None)
+    runtime = replace(found.experiment.runtime, device="auto")
+    with malformed(found.path):
+        return Party(replace(found.experiment, model=spec, runtime=runtime, **settings), user())
+
+
+def check_one_model(found: Source, party: Party) -> None:
+    """Raises:
+    ExportError: if the run left parts of the model with its clients.
+    """
+    if traits_of(party.strategy).personal:
+        raise ExportError(
+            f"method={found.experiment.method_name} leaves a part of the model with each client: there are as many "
+            "models as clients, and what the server has of them is not one. What each is worth is in the run's "
+            "clients.csv"
+        )
+
+
+def _check_exportable(found: Source, party: Party) -> None:
+    """Raises:
+    ExportError: if there is no one model, or none that can be written as the base's weights.
+    """
+    experiment = found.experiment
+    kind, quantization = experiment.adapter.kind, experiment.model.quantization
+    check_one_model(found, party)
+    if kind in PROMPTS:
+        raise ExportError(
+            f"adapter={kind} adds virtual tokens and changes no weight, so it can't be merged into the base: load the "
+            "run's adapter/ folder with PeftModel.from_pretrained"
+        )
+    if quantization != "none":
+        raise ExportError(
+            f"the base was held in {quantization}, whose codes can't take up a small change without rounding it away: "
+            "load the run's adapter/ folder with PeftModel.from_pretrained, on the base held in the same way"
+        )
+
+
+def _check_weights(local: LocalModel) -> None:
+    """Raises:
+    ExportError: if they are codes.
+    """
+    if getattr(local.module, "is_quantized", False):  # also of a folder or hub model that was saved so
+        raise ExportError(
+            f"{local.origin.source} is quantized, and codes can't take up a small change without rounding it away: "
+            "load the run's adapter/ folder with PeftModel.from_pretrained"
+        )
+
+
+def tuned(found: Source, party: Party) -> tuple[LocalModel, int]:
+    """The model, and the last round that is in it.
+
+    Raises:
+        FedtuneError: if it can't be made here.
+    """
+    base = _base(found, party.experiment)
+    with malformed(found.path):
+        party.take(base)
+        if found.file is not None:
+            party.install(found.file.instruction, memory={})
+            return party.model, found.file.round
+    checkpoint = load_checkpoint(_state(found.path), party.strategy.init(party.model.layout))
+    if checkpoint.config_sha256 != found.experiment.sha256:
+        raise ExportError(
+            f"{found.path} was run with other settings than its config.yaml has now: put back what was changed"
+        )
+    party.install(party.broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={})
+    return party.model, checkpoint.round
+
+
+def _base(found: Source, experiment: Experiment) -> Base:
+    """The base, as it is on this machine.
+
+    Raises:
+        ExportError: if it isn't here, or has other weights.
+    """
+    expected = f"{found.origin.source} (sha256 {found.origin.sha256[:16]}...)"
+    try:
+        base = load_base(experiment.model, pick_device(experiment.runtime.device))
+    except ModelError as error:
+        raise ExportError(
+            f"the model was tuned from {expected}, which isn't to be had here: {error}. "
+            "Name where it is with --base: a folder, a GGUF file or a hub id"
+        ) from error
+    if base.origin.sha256 != found.origin.sha256:
+        raise ExportError(
+            f"the model was tuned from {expected}; here is {base.origin.source} (sha256 {base.origin.sha256[:16]}...), "
+            "whose weights are others. Name where the right ones are with --base: a folder, a GGUF file or a hub id"
+        )
+    return base
+
+
+def _merged(base: Base, files: dict[str, bytes]) -> Any:
+    """The base with the adapter in its weights, changes of the base that belong to it included."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="fedtune-") as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        warnings.simplefilter("ignore")  # about tied weights, which come apart here
+        adapted = PeftModel.from_pretrained(base.model, folder)
+    _take_apart(adapted)
+    return adapted.merge_and_unload()
+
+
+def _take_apart(adapted: Any) -> None:
+    """Give each adapted layer a weight of its own. One that it shares, as a head does with the embeddings where these
+    are tied, would take up the adapter for the others too, which were trained without it."""
+    holders: dict[int, int] = {}
+    for _, weight in adapted.named_parameters(remove_duplicate=False):
+        holders[id(weight)] = holders.get(id(weight), 0) + 1
+    for layer in adapted.modules():
+        if hasattr(layer, "get_base_layer") and holders.get(id(weight := layer.get_base_layer().weight), 1) > 1:
+            layer.get_base_layer().weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+            for config in (adapted.config, adapted.config.get_text_config()):
+                config.tie_word_embeddings = False
+
+
+def _predictions(model: Any, device: torch.device) -> Tensor:
+    """The logits of a few tokens drawn by key, (2, 16, vocabulary) float32, on the CPU."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    words = torch.from_numpy(bits(fold(0, "export"), 32) % rows).to(torch.int64).reshape(2, 16)
+    with torch.inference_mode():
+        logits: Tensor = model.eval()(input_ids=words.to(device), use_cache=False).logits
+    return logits.float().cpu()
+
+
+def _hashes(model: Any) -> dict[str, str]:
+    """Of every weight, by each of its names."""
+    named = model.named_parameters(remove_duplicate=False)
+    bytes_of = {name: weight.detach().cpu().reshape(-1).contiguous().view(torch.uint8) for name, weight in named}
+    return {name: hashlib.sha256(content.numpy()).hexdigest() for name, content in bytes_of.items()}
+
+
+def _check_written(folder: Path, target: Path, device: torch.device, expected: Tensor, kept: Mapping[str, str]) -> None:
+    """Read the folder as anybody would, and compare.
+
+    Args:
+        expected: the run's predictions.
+        kept: hashes of the weights that are the base's to the bit.
+
+    Raises:
+        ExportError: if it is not the run's model, beyond what rounding the weights once explains.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).to(device)
+    if changed := [name for name, each in _hashes(model).items() if kept.get(name, each) != each]:
+        raise ExportError(
+            f"{target} isn't written: read again, '{changed[0]}' is not the base's, and the run has no adapter on it. "
+            "That is a fault of fedtune's or of a library's: please report the base and the adapter's settings. The "
+            "run itself is not concerned"
+        )
+    got = _predictions(model, device)
+    off = float((got - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm())
+    if not off <= ROUNDING.get(model.dtype, COARSE):
+        raise ExportError(
+            f"{target} isn't written: read again, the model's predictions are off the run's by {off:.2g} of their "
+            f"spread, and rounding explains {ROUNDING.get(model.dtype, COARSE):g}. That is a fault of fedtune's or of "
+            "a library's: please report the base and the adapter's settings. The run itself is not concerned"
+        )
+
+
+def new_folder(out: str) -> Path:
+    """Where to write.
+
+    Raises:
+        ExportError: if something is there.
+    """
+    target = Path(out).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(f"{out} is there already, and not empty: name a new folder")
+    return target
+
+
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` by one rename when all is in it."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
+        try:
+            yield unfinished
+            unfinished.chmod(0o755)  # mkdtemp's is for the owner alone, and so is what safetensors writes
+            for file in unfinished.iterdir():
+                file.chmod(0o644)
+            if target.exists():
+                target.rmdir()  # empty, or it fails
+            unfinished.rename(target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{target} can't be written: {error}. Make room, or name another folder") from error
+
+
+def _state(run: Path) -> Path:
+    return run / "checkpoint" / "state.safetensors"

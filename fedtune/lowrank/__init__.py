@@ -1,0 +1,1 @@
+"""Algebra of low-rank updates: averages, stacks and residuals of s B A."""

@@ -1,0 +1,257 @@
+"""Adapters on a base model, addressed by name.
+
+A `LocalModel` is what a party trains and evaluates: one frozen base and one set of trainable tensors that are swapped
+in place. However many clients share a process, there is one base. Without an adapter (adapter=none) the base's own
+weights are these tensors, and a copy of them is what everybody starts from.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.config.schema import FULL, AdapterSpec
+from fedtune.core.errors import ModelError
+from fedtune.core.protocol import Layout, Tensors, describe
+from fedtune.core.seeds import fold, uniform
+from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.models.adapter_kinds import RESIZABLE, attach, constants, origin_shift, slot_of, starting_values, trainable
+from fedtune.models.base import Base
+from fedtune.models.base_delta import BaseChange
+from fedtune.random_directions.weights import SeededWeights
+
+
+class LocalModel:
+    """A base with adapters, or one that is trained itself.
+
+    Attributes:
+        module: the PEFT model, on its device; the base model itself where there is no adapter.
+        tokenizer: the base's tokenizer.
+        origin: where the base came from.
+        layout: names, shapes and starting values of the trainable tensors, in PEFT's own naming, so that an exported
+            adapter has the names that PEFT looks for; the base's own names where there is no adapter.
+        base_change: what was merged into the base.
+        origin_shift: what is added to the base from the start and for good; nothing for most kinds (fedtune/models/adapter_kinds.py).
+        pad: the token that pads.
+        quantization: what the base is held in: none, int8, nf4, or what its files say.
+        notes: what is to be said of base and adapter when a run starts.
+        constants: what an exported adapter needs besides, by such names: VeRA's projections; nothing for other kinds.
+    """
+
+    def __init__(self, base: Base, spec: AdapterSpec, seed: int, requantize: bool = False):
+        """Attach adapters and set them to the values that every party starts from.
+
+        Args:
+            requantize: what is merged into the base is rounded as the base is held, instead of kept beside it.
+
+        Raises:
+            ModelError: if a target names no layer that can be adapted, or this kind can't adapt this base.
+        """
+        attached: tuple[Any, str] = attach(base.model, spec, base.reached)
+        self.module, said = attached
+        self.notes = [*base.notes, *([said] if said else [])]
+        self.quantization, self.pad = base.quantization, base.pad
+        self.tokenizer = base.tokenizer
+        self.origin = base.origin
+        self.device: torch.device = next(base.model.parameters()).device
+        self._live = trainable(self.module, spec)
+        slots = tuple(slot_of(self.module, name, p, spec) for name, p in self._live.items())
+        start = starting_values(self.module, self._live, spec, seed)
+        self.layout = Layout(slots, start, base.origin.sha256 if spec.kind == FULL else "")
+        self.constants = constants(self.module, seed)
+        self._tensors: list[Tensor] = list(self._live.values())
+        self._start = list(self.layout.initial.values())
+        self._lora = {slot.module: slot.scaling for slot in self.layout.slots if slot.role == "lora_A"}
+        self._changed = False  # ranks, scaling or what is trained differ from the layout's
+        self._switched_off: list[Any] = []  # layers that are left as the base has them
+        self._resizable = spec.kind in RESIZABLE
+        self.base_change = BaseChange(self._base_layer, requantize)
+        self.origin_shift = origin_shift(self.layout, spec)
+        BaseChange(self._base_layer).set(self.origin_shift)
+        self.reset()
+
+    def reset(self) -> None:
+        """Put everything back to how it started, so that nothing leaks from one client to the next."""
+        with torch.no_grad():
+            if self._changed:
+                self._switch_on()
+                for live, start in zip(self._live.values(), self._start, strict=True):
+                    if live.shape != start.shape:
+                        live.data = torch.empty_like(start, device=live.device)
+                    live.requires_grad_(True)
+                self._scale(self._lora)
+                self._changed = False
+            torch._foreach_copy_(self._tensors, self._start)
+        self.base_change.clear()
+
+    def install(self, tensors: Tensors, scaling: float | None = None) -> None:
+        """Copy `tensors` into the trainable tensors of those names; the others keep their values.
+
+        Args:
+            tensors: A and B of a LoRA or rsLoRA layer may come with another rank than the layout's, if both come.
+            scaling: what B A is multiplied by from here on; None leaves it.
+
+        Raises:
+            ModelError: for a name, shape or dtype that this model doesn't have.
+        """
+        fitting, resized = [], {}
+        for name, tensor in tensors.items():
+            live = self._live.get(name)
+            if live is None:
+                raise ModelError(f"this model has no trainable tensor '{name}'")
+            if live.shape == tensor.shape and live.dtype == tensor.dtype:
+                fitting.append(name)
+            elif (
+                self._resizable
+                and _is_lora(name)
+                and live.dtype == tensor.dtype
+                and _outer(name, live) == _outer(name, tensor)
+            ):
+                resized[name] = tensor
+            else:
+                raise ModelError(f"tensor '{name}': expected {describe(live)}, got {describe(tensor)}")
+        with torch.no_grad():
+            if fitting:
+                torch._foreach_copy_([self._live[name] for name in fitting], [tensors[name] for name in fitting])
+            for name, tensor in resized.items():
+                self._live[name].data = tensor.detach().to(self.device, copy=True)
+        if resized:
+            self._changed = True
+            for module, product in pairs(dict(self._live)).items():
+                if product.a.shape[0] != product.b.shape[1]:
+                    raise ModelError(
+                        f"layer '{module}': A has rank {product.a.shape[0]}, B has rank {product.b.shape[1]}"
+                    )
+        if scaling is not None:
+            self._changed = True
+            self._scale(dict.fromkeys(self._lora, scaling))
+
+    def start_at(self, rank: int, scaling: float | None, key: int) -> None:
+        """A fresh LoRA adapter: B zero, A uniform in +-1/sqrt(in), drawn by key.
+
+        Raises:
+            ModelError: for a rank that nobody has in this run, and in PiSSA, whose base lacks what its own A and B
+                start as.
+        """
+        if self.origin_shift:
+            raise ModelError(
+                "adapter=pissa starts from the base's own factors, and this method starts from fresh ones again and "
+                "again: take adapter=lora"
+            )
+        if not 1 <= rank <= self.layout.rank:
+            raise ModelError(
+                f"a fresh adapter of rank {rank}: expected 1 to {self.layout.rank}, the widest of this run"
+            )
+        fresh = {}
+        for module, product in pairs(self.layout.initial).items():
+            (out, _), (_, width) = product.b.shape, product.a.shape
+            name = name_of(module, "lora_A")
+            fresh[name] = uniform(fold(key, "adapter", name), (rank, width), 1 / math.sqrt(width)).to(product.a.dtype)
+            fresh[name_of(module, "lora_B")] = torch.zeros(out, rank, dtype=product.b.dtype)
+        self.install(fresh, scaling)
+
+    def train_only(self, roles: Collection[str]) -> None:
+        """Freeze every tensor whose role is not among `roles`, as "lora_B".
+
+        Raises:
+            ModelError: for a role that no tensor has.
+        """
+        known = {slot.role for slot in self.layout.slots}
+        if unknown := set(roles) - known:
+            raise ModelError(f"there is no '{min(unknown)}' to train: this adapter has {', '.join(sorted(known))}")
+        self._changed = True
+        for slot in self.layout.slots:
+            self._live[slot.name].requires_grad_(slot.role in roles)
+
+    def adapt_only(self, modules: Collection[str]) -> None:
+        """Leave every other adapted layer as the base has it: its adapter is neither trained nor computed. All tensors
+        of these are trained, until `train_only` says otherwise.
+
+        Raises:
+            ModelError: for a layer that has no LoRA adapter.
+        """
+        if unknown := set(modules) - self._lora.keys():
+            raise ModelError(f"layer '{min(unknown)}' has no LoRA adapter")
+        self._changed = True
+        self._switch_on()
+        for module in self._lora.keys() - set(modules):
+            layer = self.module.get_submodule(module)
+            layer.enable_adapters(False)
+            self._switched_off.append(layer)
+
+    def _switch_on(self) -> None:
+        for layer in self._switched_off:
+            layer.enable_adapters(True)  # and has them trained
+        self._switched_off = []
+
+    def read(self) -> Tensors:
+        """A copy of every tensor that is being trained, on the CPU."""
+        return {name: live.detach().to("cpu", copy=True) for name, live in self.trained().items()}
+
+    def at_start(self) -> bool:
+        """Whether all trainable tensors have the values that every party starts from."""
+        return all(torch.equal(live.detach().cpu(), self.layout.initial[name]) for name, live in self._live.items())
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The tensors that are being trained, by name."""
+        return {name: live for name, live in self._live.items() if live.requires_grad}
+
+    def adapter(self) -> Tensors:
+        """A copy of every trainable tensor, frozen for the moment or not, on the CPU."""
+        return {name: live.detach().to("cpu", copy=True) for name, live in self._live.items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The tensors that are being trained, for an optimizer."""
+        return list(self.trained().values())
+
+    @cached_property
+    def seeded(self) -> SeededWeights:
+        """The trainable tensors as sums of seeded directions, for methods that move them in such; it outlasts turns."""
+        return SeededWeights(self._live, self.layout.initial)
+
+    @property
+    def is_seeded(self) -> bool:
+        """Whether anybody has moved the weights along seeded directions."""
+        return "seeded" in vars(self)
+
+    @property
+    def dtype(self) -> str:
+        """The base's, as "float32"."""
+        return str(self.module.dtype).removeprefix("torch.")
+
+    @property
+    def scaling(self) -> float | None:
+        """What B A is multiplied by now; None for adapters that have none."""
+        module = next(iter(self._lora), None)
+        return None if module is None else float(self.module.get_submodule(module).scaling["default"])
+
+    def _scale(self, scaling: Mapping[str, float]) -> None:
+        for module, value in scaling.items():
+            self.module.get_submodule(module).scaling["default"] = value
+
+    def _base_layer(self, module: str) -> nn.Module:
+        layer: Any = self.module.get_submodule(module)
+        found: nn.Module = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        return found
+
+    @property
+    def base(self) -> Any:
+        """The base model, with whatever adapters are in its layers."""
+        return self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
+
+    @property
+    def trainable(self) -> int:
+        """How many trainable numbers there are, at the layout's ranks."""
+        return sum(start.numel() for start in self._start)
+
+
+def _is_lora(name: str) -> bool:
+    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+
+
+def _outer(name: str, tensor: Tensor) -> int:
+    """The size that a LoRA factor shares with its layer."""
+    return tensor.shape[1 if name.endswith(".lora_A.weight") else 0]

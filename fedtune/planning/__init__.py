@@ -1,0 +1,1 @@
+"""Who is asked, and for what: costs, plans, cohorts."""

@@ -1,0 +1,1 @@
+"""Directions regenerated from seeds, and weights that are sums of them."""

@@ -1,0 +1,1 @@
+"""The server: rounds, clients, the clock, and what is written down."""

@@ -1,0 +1,372 @@
+"""The virtual clock: what a round would take on the devices that the clients stand for.
+
+    a client's turn = what it is sent / its download rate + its steps at its speed + what it answers / its upload rate
+
+Bytes are those of the real messages' content; the addresses around it are left out, whose length is that of ids which
+Flower draws anew in each run. Seconds of the steps come from the model of fedtune/core/costs.py and the device's profile
+(population.devices, or what its owner declares). So nothing here depends on where a run is played, or how fast.
+
+    straggler=wait      a round lasts as long as its slowest client
+    straggler=drop      who needs longer than the deadline doesn't count, and the round lasts until the deadline
+    straggler=partial   who would need longer takes as many steps as fit, at least one; who then still does is dropped
+
+A client that was asked and whose update doesn't come keeps a round with a deadline waiting until then. A round without
+one goes on with the others when the last of these has answered. Nobody waits for a node that isn't connected.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from fedtune.config.compatibility import tells_its_work, traits_of
+from fedtune.core.costs import Costs, Weight, Work
+from fedtune.core.errors import CapacityError, QuorumError
+from fedtune.core.protocol import Capability, Instruction, Peer
+from fedtune.core.seeds import bits, fold
+from fedtune.lowrank.algebra import pairs
+from fedtune.planning.client_sampling import PATIENCE, believed, select
+from fedtune.planning.population import server_peer
+from fedtune.runs.checkpoint import Progress
+from fedtune.runs.update_store import size_of
+from fedtune.training.apply_instruction import BATCH, BITS, RANK, STEPS, TRAIN
+from fedtune.workspace.party import Party
+
+BESIDE_BYTES = 500  # of a message that holds no tensor, about
+ANY_BATCH = 1 << 30  # samples of a client that never runs short of a batch
+LONGEST = 1e9  # virtual seconds of a turn, 30 years: one that takes more would drown all others in their sum
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one client's turn takes on its device."""
+
+    device: str
+    down_bytes: float
+    download: float  # seconds
+    compute: float
+    up_bytes: float
+    upload: float
+    memory_bytes: float
+    limit_bytes: float  # what the device has
+    bits: int
+    batch_size: int
+    steps: int
+    layers: int
+    numbers: int  # that it trains
+
+    @property
+    def seconds(self) -> float:
+        return self.download + self.compute + self.upload
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A turn as the clock saw it: a line of clock.csv."""
+
+    peer: int
+    turn: Turn
+    begun: float  # what the clock showed when the client was asked
+    staleness: int = 0  # updates of the server's since then
+    not_counted: str = ""  # why its update isn't part of the round; empty if it is
+
+
+class Clock:
+    """One run's time, by its clients' devices.
+
+    Attributes:
+        progress: what lasts.
+        left_out: why which clients can't take part, by index.
+        timed: the clients whose turns are timed.
+    """
+
+    def __init__(self, party: Party):
+        self._party = party
+        self._population = party.experiment.population
+        self._partial = traits_of(party.strategy).partial
+        self._measured = [0.0, 0.0]  # this round's largest messages, down and up, as shares of what was expected
+        self.progress = Progress()
+        self.left_out: dict[int, str] = {}
+        self.timed: set[int] = set()
+
+    @cached_property
+    def _costs(self) -> Costs:
+        self._party.model.reset()  # what a method has put into the base would be measured with it
+        return self._party.costs
+
+    @cached_property
+    def _weights(self) -> dict[str, Weight]:
+        return {weight.module: weight for weight in self._party.weights}
+
+    def runs(self, peers: Mapping[int, Peer]) -> bool:
+        """Whether there is anything to time: a device with a limit."""
+        return tells_its_work(self._party.client) and any(limited(peer.capability) for peer in peers.values())
+
+    def untimed(self, peers: Mapping[int, Peer]) -> str | None:
+        """What was asked for and means nothing where this clock doesn't run."""
+        client = self._party.client
+        if not tells_its_work(client) and any(limited(peer.capability) for peer in peers.values()):
+            return (
+                f"{type(client).__name__} doesn't say what a turn takes (it has no `work`): no virtual clock, and "
+                "nobody is left out for what a device can't do"
+            )
+        if self._population.deadline is not None or self._population.selection == "speed_tier":
+            return (
+                "no device has a limit, so nobody is slow: population.deadline and population.selection=speed_tier "
+                "mean nothing here (population.devices, docs/devices.md)"
+            )
+        return None
+
+    def turn(self, peer: Peer, told: Instruction, down_bytes: float, up_bytes: float) -> Turn:
+        """What it takes `peer` to do as it is told.
+
+        Args:
+            down_bytes: of the message's content; likewise `up_bytes`.
+        """
+        can, costs = peer.capability, self._costs
+        work = self._work(told)
+        batch = min(int(told.settings.get(BATCH, self._party.experiment.train.batch_size)), max(peer.samples, 1))
+        held = int(told.settings.get(BITS, self._party.bits))
+        ranks, numbers, block, per_token = self._trained(peer, told)
+        with np.errstate(over="ignore"):  # a stranger may say that it takes one operation in 1e300 seconds
+            if work.backward:
+                memory = costs.memory(batch, held, block, numbers, per_token, work.state_bytes)
+                compute = costs.compute(batch, held, work.steps, block, numbers, can.flop_per_s, can.read_bytes_per_s)
+            else:
+                memory = costs.base_bytes[str(held)] + costs.fixed_bytes
+                memory += batch * costs.head_bytes + work.state_bytes * numbers
+                compute = costs.forward(batch, held, work.steps * work.forward, can.flop_per_s, can.read_bytes_per_s)
+        return Turn(
+            device=can.device,
+            down_bytes=down_bytes,
+            download=down_bytes / can.down_bytes_per_s,
+            compute=float(compute),
+            up_bytes=up_bytes,
+            upload=up_bytes / can.up_bytes_per_s,
+            memory_bytes=float(memory),
+            limit_bytes=can.memory_bytes,
+            bits=held,
+            batch_size=batch,
+            steps=work.steps,
+            layers=len(ranks),
+            numbers=numbers,
+        )
+
+    def memory(self, state: Any, number: int) -> float | None:
+        """Bytes that a turn of round `number` takes of a device without limits, by the cost model; None where that
+        can't be known."""
+        if not tells_its_work(self._party.client):
+            return None
+        peer = replace(server_peer(self._party.experiment, self._party.model.layout), samples=ANY_BATCH)
+        try:
+            return self.turn(peer, self._party.strategy.configure(state, number, peer), 0, 0).memory_bytes
+        except Exception:  # whatever it is: all rounds are done, and a figure for the report is no reason to fail
+            return None
+
+    def expected(self, peer: Peer, told: Instruction) -> Turn:
+        """`turn` before there are messages: both as large as the tensors that are sent, times what the largest of the
+        last round came to beside that."""
+        size = _expected_bytes(told)
+        down, up = self.progress.measured
+        return self.turn(peer, told, down * size, up * size)
+
+    def measure(self, told: Instruction, down_bytes: int, up_bytes: int) -> None:
+        """Learn what messages take from two that crossed; it counts from the next round on."""
+        size = _expected_bytes(told)
+        self._measured = [max(self._measured[0], down_bytes / size), max(self._measured[1], up_bytes / size)]
+
+    def _work(self, told: Instruction) -> Work:
+        client: Any = self._party.client
+        if STEPS in told.settings:
+            client = replace(client, steps=int(told.settings[STEPS]))
+        work: Work = client.work(told.settings)
+        return work
+
+    def _trained(self, peer: Peer, told: Instruction) -> tuple[dict[str, int], int, int, float]:
+        """Ranks by layer, trainable numbers, the lowest block, and LoRA's bytes per token."""
+        layout, costs, weights = self._party.model.layout, self._costs, self._weights
+        if not layout.is_low_rank:
+            return {slot.module: 0 for slot in layout.slots}, self._party.model.trainable, 0, 0.0
+        if self._partial:
+            ranks = {module: product.rank for module, product in pairs(told.tensors).items()}
+        else:
+            rank = int(told.settings.get(RANK, 0)) or peer.rank or layout.rank
+            ranks = dict.fromkeys(weights, rank)
+        of = [(weights[module], rank) for module, rank in ranks.items()]
+        # A's gradient needs the layer's input, B's what A makes of it
+        only = told.settings.get(TRAIN)
+        a, b = only != "lora_B", only != "lora_A"
+        numbers = sum(rank * (a * weight.columns + b * weight.rows) for weight, rank in of)
+        per_token = sum(a * costs.input_bytes * weight.columns + b * costs.inner_bytes * rank for weight, rank in of)
+        return ranks, numbers, min((weight.block for weight, _ in of), default=0), per_token
+
+    def admit(self, state: Any, number: int, peers: Mapping[int, Peer]) -> dict[int, Turn]:
+        """What round `number` is expected to take each client that can take part; the others, with the reason, are
+        `left_out` from then on.
+
+        Raises:
+            QuorumError: if nobody can, or nobody by the deadline.
+        """
+        self.forget()
+        self.timed = set(peers)
+        if (foresee := getattr(self._party.strategy, "foresee", None)) is not None:
+            foresee(state, [peer.capability for peer in peers.values()])
+        expected: dict[int, Turn] = {}
+        known: dict[tuple[Capability, int, int, int], Turn | str] = {}
+        least = self._party.experiment.train.batch_size
+        for index, peer in sorted(peers.items()):
+            key = (peer.capability, peer.rank, peer.installed_version, min(peer.samples, least))
+            if key not in known:
+                known[key] = self._fits(state, number, peer)
+            found = known[key]
+            if isinstance(found, str):
+                self.left_out[index] = f"{found} ({peer.capability.device})" if peer.capability.device else found
+            else:
+                expected[index] = found
+        if not expected and self.left_out:
+            index = min(self.left_out)
+            raise QuorumError(
+                f"round {number}: none of the {len(peers)} clients can take part; client {index} {self.left_out[index]}"
+            )
+        self._check_deadline(number, expected)
+        return expected
+
+    def forget(self) -> None:
+        """Leave nobody out and time nobody."""
+        self.left_out, self.timed = {}, set()
+
+    def _fits(self, state: Any, number: int, peer: Peer) -> Turn | str:
+        try:
+            told = self._party.strategy.configure(state, number, peer)
+        except CapacityError as error:
+            return str(error)
+        if not peer.capability.backprop and self._work(told).backward:
+            return "can compute forward only, and this method's clients need gradients"
+        turn = self.expected(peer, told)
+        if turn.memory_bytes > peer.capability.memory_bytes:
+            from fedtune.server.progress import size
+
+            return (
+                f"needs {size(int(turn.memory_bytes))} of memory and has {size(int(peer.capability.memory_bytes))}: "
+                f"{turn.numbers:,} trainable numbers, a batch of {turn.batch_size}, a base in {turn.bits} bits"
+            )
+        if not turn.seconds <= LONGEST:
+            return f"would need more than {LONGEST:.0e} virtual seconds for a turn"
+        return turn
+
+    def _check_deadline(self, number: int, expected: Mapping[int, Turn]) -> None:
+        deadline = self._population.deadline
+        if deadline is None or self._population.straggler == "wait" or not expected:
+            return
+        share = 1.0 if self._population.straggler == "drop" else 0.0
+        needs = {
+            index: turn.download + turn.upload + max(share, 1 / turn.steps) * turn.compute
+            for index, turn in expected.items()
+        }
+        first = min(needs, key=lambda index: needs[index])
+        if needs[first] > deadline:
+            device = f" ({expected[first].device})" if expected[first].device else ""
+            raise QuorumError(
+                f"round {number}: nobody can answer within population.deadline={deadline:g} virtual seconds; "
+                f"the fastest, client {first}{device}, needs {needs[first]:.4g}. Raise it, or take "
+                "population.straggler=wait"
+            )
+
+    def is_there(self, number: int, index: int, peers: Mapping[int, Peer]) -> bool:
+        """Whether this client is available in round `number`, by seed and its device's availability."""
+        often = peers[index].capability.availability if index in peers else 1.0
+        return often >= 1 or self._drawn("available", number, index) < often
+
+    def drops_out(self, number: int, index: int) -> bool:
+        """Whether this client never answers in round `number`."""
+        return self._population.dropout > 0 and self._drawn("dropout", number, index) < self._population.dropout
+
+    def _drawn(self, purpose: str, number: int, index: int) -> float:
+        word = bits(fold(self._party.experiment.seed, purpose, number, index), 1)[0]
+        return float(word >> np.uint64(11)) * 2.0**-53
+
+    def cohort(
+        self, number: int, able: Sequence[int], count: int, peers: Mapping[int, Peer], expected: Mapping[int, Turn]
+    ) -> list[int]:
+        """Who of those that are able takes part in round `number`, by population.selection."""
+        population, progress = self._population, self.progress
+        reported = {int(index): loss for index, loss in progress.losses.items()}
+        chosen = select(
+            population.selection,
+            seed=self._party.experiment.seed,
+            round=number,
+            able=able,
+            cohort=count,
+            clients=population.clients,
+            samples={index: peers[index].samples if index in peers else 0 for index in able},
+            losses=believed(reported, progress.unsure),
+            waiting={int(index) for index, rounds in progress.in_a_row.items() if rounds >= PATIENCE},
+            candidates=max(population.drawn, count),
+            seconds={index: turn.seconds for index, turn in expected.items()},
+            tiers=population.tiers,
+        )
+        if population.selection == "power_of_choice":
+            stayed = {str(index): progress.in_a_row.get(str(index), 0) + 1 for index in chosen}
+            kept = {index: rounds for index, rounds in progress.in_a_row.items() if int(index) not in able}
+            self.progress = replace(progress, in_a_row=kept | stayed)
+        return chosen
+
+    def shortened(self, peer: Peer, told: Instruction) -> Instruction:
+        """The instruction with as many steps as fit before the deadline, where fewer do than were meant."""
+        deadline = self._population.deadline
+        if self._population.straggler != "partial" or deadline is None:
+            return told
+        turn = self.expected(peer, told)
+        if turn.seconds <= deadline:
+            return told
+        step = turn.compute / turn.steps
+        steps = max(1, math.floor((deadline - turn.download - turn.upload) / step)) if step else turn.steps
+        return replace(told, settings={**told.settings, STEPS: steps}) if steps < turn.steps else told
+
+    def late(self, turn: Turn) -> str:
+        """Why an answer that came after so long doesn't count; empty if it does."""
+        deadline = self._population.deadline
+        if self._population.straggler == "wait" or deadline is None or turn.seconds <= deadline:
+            return ""
+        return (
+            f"it would have answered after {turn.seconds:.4g} virtual seconds, and population.deadline is {deadline:g}"
+        )
+
+    def advance(self, turns: Sequence[Timed], lost: bool) -> float:
+        """Move the clock by a round in which everybody began at once, and return what it shows.
+
+        Args:
+            turns: all that were timed.
+            lost: whether the update of some client that was asked didn't come, or came too late.
+        """
+        lasted = max((timed.turn.seconds for timed in turns if not timed.not_counted), default=0.0)
+        if lost and self._population.deadline is not None:
+            lasted = max(lasted, self._population.deadline)
+        return self.settle(self.progress.seconds + lasted)
+
+    def settle(self, seconds: float) -> float:
+        """End a round when the clock shows this."""
+        known = self.progress.measured
+        measured = [now or before for now, before in zip(self._measured, known, strict=True)]
+        self._measured = [0.0, 0.0]
+        self.progress = replace(self.progress, seconds=seconds, measured=measured)
+        return seconds
+
+    def hear(self, losses: Mapping[int, float]) -> None:
+        """Remember the losses that clients reported, by index."""
+        heard = self.progress.losses | {str(index): float(loss) for index, loss in losses.items()}
+        self.progress = replace(self.progress, losses=heard)
+
+
+def _expected_bytes(told: Instruction) -> int:
+    return size_of(told.tensors) + BESIDE_BYTES
+
+
+def limited(can: Capability) -> bool:
+    """Whether a device has a limit that time or taking part depends on."""
+    free = Capability()
+    limits = ("memory_bytes", "flop_per_s", "read_bytes_per_s", "up_bytes_per_s", "down_bytes_per_s", "backprop")
+    return any(getattr(can, name) != getattr(free, name) for name in limits)

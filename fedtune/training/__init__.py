@@ -1,0 +1,1 @@
+"""What a client does with an instruction: install, train, keep, catch up."""
