@@ -249,8 +249,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(overrides: Sequence[str]) -> None:
+def run(overrides: Sequence[str]) -> Path | None:
     """Run or resume the experiment that the words describe.
+
+    Returns:
+        The run's folder, as `fedtune.runtime.start.start` has it.
 
     Raises:
         FedtuneError: if it can't be set up or can't go on.
@@ -262,8 +265,7 @@ def run(overrides: Sequence[str]) -> None:
     resume = [word.removeprefix("resume=") for word in overrides if word.startswith("resume=")]
     others = [word for word in overrides if not word.startswith("resume=")]
     if not resume:
-        start(compose(others), None)
-        return
+        return start(compose(others), None)
     folder = Path(resume[-1]).expanduser()
     stored = folder / "config.yaml"
     if not stored.is_file():
@@ -283,7 +285,7 @@ def run(overrides: Sequence[str]) -> None:
         experiment = replace(
             experiment, rounds=asked.rounds, budget=asked.budget, tracker=asked.tracker, overrides=asked.overrides
         )
-    start(experiment, str(folder))
+    return start(experiment, str(folder))
 
 
 def export(source: str, out: str, base: str | None) -> None:

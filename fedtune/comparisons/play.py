@@ -10,6 +10,7 @@ what the next comparison goes on from.
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from types import ModuleType
 from typing import Any
 
 from fedtune.comparisons.plan import Cell
@@ -221,4 +223,17 @@ class Processes:
     def _submit(self, cell: Cell) -> Future[Outcome]:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(self.count, get_context("spawn"), _begin, (os.getpid(),))
-        return self._pool.submit(play, cell)
+        with _without_script():  # this may start a process
+            return self._pool.submit(play, cell)
+
+
+@contextlib.contextmanager
+def _without_script() -> Iterator[None]:
+    """A process that starts imports the script that its parent runs, which would begin the comparison anew in each if
+    it calls `fedtune.compare` at its top. Nothing that a cell needs is in there."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script

@@ -221,6 +221,16 @@ def _is_bare(key: str, value: str) -> bool:
     return bool(value) and value != "null" and not re.fullmatch(written, value, re.DOTALL)
 
 
+def quoted_text(key: str | None, value: str) -> str:
+    """A text as the value of a word, so that the setting is that text to the letter.
+
+    Args:
+        key: a setting that is a text, whose words need no quotes where none are in them; None within a list, where they
+            always do.
+    """
+    return value if key is not None and _is_bare(key, value) else _quoted(value)
+
+
 def _quoted(value: str) -> str:
     """A text in the quotes of Hydra's grammar, where a backslash means something before a quote alone."""
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)

@@ -1,1 +1,1 @@
-"""What a run leaves behind, written and read."""
+"""Run folders: what a run leaves behind, and how it is read again."""

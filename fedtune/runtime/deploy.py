@@ -26,8 +26,11 @@ HEADER = "Starting logstream"  # in the line of Flower's own before the log of a
 Value = str | int | float | bool
 
 
-def run_deployed(experiment: Experiment, resume: str | None = None) -> None:
+def run_deployed(experiment: Experiment, resume: str | None = None) -> Path | None:
     """Run the experiment on the SuperLink that `runtime.superlink` names, and show its log until it ends.
+
+    Returns:
+        The run's folder on the SuperLink's machine, if `out=` named it.
 
     Raises:
         ConfigError: if this is no checkout that can be bundled.
@@ -47,6 +50,7 @@ def run_deployed(experiment: Experiment, resume: str | None = None) -> None:
         write_toml(file, settings)
         link = [experiment.runtime.superlink] if experiment.runtime.superlink else []
         _watch(["run", str(ROOT), *link, "--stream", "--run-config", str(file)], link)
+    return Path(experiment.out) if experiment.out else None
 
 
 def _watch(words: list[str], link: list[str]) -> None:

@@ -7,6 +7,7 @@ anew for each, so no client can reach what another gets.
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
@@ -108,9 +109,10 @@ def server_context(run_config: UserConfig) -> Context:
     return Context(run_id=RUN_ID, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config=run_config)
 
 
-def run_local(experiment: Experiment, resume: str | None = None) -> None:
-    """Run the whole experiment in this process."""
+def run_local(experiment: Experiment, resume: str | None = None) -> Path:
+    """Run the whole experiment in this process; returns the run's folder."""
     with settled(experiment, resume) as experiment:
         run_config: UserConfig = {"config": experiment.text()}
         grid = LocalGrid(make_client_app(), experiment.population.clients, run_config)
         make_server_app(resume=resume)(grid=grid, context=server_context(run_config))
+        return Path(str(experiment.out)).expanduser()

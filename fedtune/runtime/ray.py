@@ -20,8 +20,8 @@ from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.wire.flower_private import simulate
 
 
-def run_ray(experiment: Experiment, resume: str | None = None) -> None:
-    """Run the experiment with its clients in Ray's processes.
+def run_ray(experiment: Experiment, resume: str | None = None) -> Path:
+    """Run the experiment with its clients in Ray's processes; returns the run's folder.
 
     Raises:
         ConfigError: if Ray can't give a client what `runtime.cpus` and `runtime.gpus` ask for.
@@ -41,6 +41,7 @@ def run_ray(experiment: Experiment, resume: str | None = None) -> None:
             )
         finally:
             stop.set()  # where the engine failed, the server must not wait for clients that will never come
+        return Path(str(experiment.out))
 
 
 def backend_config(runtime: RuntimeSpec) -> dict[str, Any]:

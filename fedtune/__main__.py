@@ -1,0 +1,8 @@
+"""`python -m fedtune`: the same as the command."""
+
+import sys
+
+from fedtune.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
