@@ -4,9 +4,7 @@ From Python: `fedtune.run`, `fedtune.compare` and `fedtune.load_run` (docs/pytho
 first asked for, so that `import fedtune` costs nothing and brings no torch.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,7 +20,7 @@ __all__ = ["Comparison", "FedtuneError", "Run", "__version__", "compare", "load_
 
 _HOMES = {
     "Comparison": "fedtune.python_api.comparison",
-    "FedtuneError": "fedtune.errors",
+    "FedtuneError": "fedtune.core.errors",
     "Run": "fedtune.python_api.loaded_run",
     "compare": "fedtune.python_api.comparison",
     "load_run": "fedtune.python_api.loaded_run",
@@ -38,15 +36,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Python puts a subpackage that is imported in place of its package's attribute of the same name, and
-    `fedtune.compare` is to stay a function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -56,7 +56,7 @@ for name in names:
 assert "fedit " in said("methods")
 assert "held-out loss" in said("run", *words, "rounds=2", "out=run")
 assert Path("run/adapter/adapter_model.safetensors").is_file()
-for package in ("fedtune.compare", "fedtune.report", "fedtune.python_api"):
+for package in ("fedtune.comparisons", "fedtune.report", "fedtune.python_api"):
     importlib.import_module(package)
     for module in pkgutil.iter_modules(sys.modules[package].__path__):
         importlib.import_module(f"{package}.{module.name}")
