@@ -22,7 +22,7 @@ from fedtune.evaluation.scoring import FIGURES, Score, mean_score
 from fedtune.export.model_folder import check_one_model, party_for, source_of, tuned
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.model_checks import check_tokens
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 COLUMNS = ("loss", "accuracy", "exact match", "ROUGE-L", "choices")  # of FIGURES
 
@@ -92,7 +92,7 @@ def evaluate(request: Request) -> Verdict:
     return verdict
 
 
-def _whole(party: Party, path: str) -> FederatedData:
+def _whole(party: Workspace, path: str) -> FederatedData:
     """A file's examples, all held out, with the columns named as for the run's own."""
     spec = replace(party.data_spec, path=path, subset=None)
     corpus, kept = tokenise(examples := load_examples(spec), party.model.tokenizer, spec)
@@ -103,7 +103,7 @@ def _whole(party: Party, path: str) -> FederatedData:
     return data
 
 
-def _by_client(party: Party) -> dict[int, Score]:
+def _by_client(party: Workspace) -> dict[int, Score]:
     scores = {index: party.evaluate_on(index) for index in range(len(party.data.heldout))}
     found = {index: score for index, score in scores.items() if score is not None}
     if not found:

@@ -22,10 +22,11 @@ from fedtune.core.errors import QuorumError
 from fedtune.core.protocol import Peer
 from fedtune.lowrank.algebra import pairs
 from fedtune.planning.population import equip, profile_of
+from fedtune.planning.turn_times import Turn
 from fedtune.server.progress import method_of, size
-from fedtune.server.virtual_clock import Clock, Turn
+from fedtune.server.virtual_clock import Clock
 from fedtune.training.client_state import home
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 BAR = 12  # characters
 WIDE = 140
@@ -56,7 +57,7 @@ def plan(overrides: Sequence[str], out: str | None) -> None:
         FedtuneError: if the experiment can't be set up.
         QuorumError: if nobody can take part; the plan is printed all the same.
     """
-    party = Party(compose(overrides))
+    party = Workspace(compose(overrides))
     planned, trouble = plans(party)
     console = Console()
     if not console.is_terminal:  # a file has no edge
@@ -69,7 +70,7 @@ def plan(overrides: Sequence[str], out: str | None) -> None:
         raise trouble
 
 
-def plans(party: Party) -> tuple[list[Planned], QuorumError | None]:
+def plans(party: Workspace) -> tuple[list[Planned], QuorumError | None]:
     """A plan for each client, by index, and what would stop the first round."""
     experiment, layout = party.experiment, party.model.layout
     state = party.strategy.init(party.layout)
@@ -99,7 +100,7 @@ def plans(party: Party) -> tuple[list[Planned], QuorumError | None]:
     return found, trouble
 
 
-def report(party: Party, planned: Sequence[Planned], console: Console) -> None:
+def report(party: Workspace, planned: Sequence[Planned], console: Console) -> None:
     """The table for people: clients with the same device and the same work share a line."""
     experiment = party.experiment
     population, costs = experiment.population, party.costs
@@ -155,7 +156,7 @@ def report(party: Party, planned: Sequence[Planned], console: Console) -> None:
             )
 
 
-def table_of(party: Party, planned: Sequence[Planned]) -> str:
+def table_of(party: Workspace, planned: Sequence[Planned]) -> str:
     """The plan as CSV, a line for each client."""
     block_of = {weight.module: weight.block for weight in party.weights}
     stream = io.StringIO()

@@ -7,7 +7,7 @@ import pytest
 
 from fedtune.config.compatibility import traits_of
 from fedtune.config.compose import choices, compose
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = sorted((ROOT / "fedtune").rglob("*.py"))
@@ -30,7 +30,7 @@ def test_the_core_knows_no_method(path):
 def test_only_two_files_use_flowers_private_parts(path):
     public = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}
     private = {name for name in imports(path) if name.split(".")[0] == "flwr"} - public
-    assert not private or path.name in {"flower.py", "framing.py"}
+    assert not private or path.name in {"flower_private.py", "http_overhead.py"}
 
 
 def test_strategies_know_nothing_of_flower_codecs_or_config():
@@ -70,6 +70,6 @@ def test_the_docs_tell_of_every_method_what_its_class_says():
             table |= {name.strip("` "): cells for name in cells[0].split(",") if "=" not in name}
     assert table.keys() == set(choices("method"))
     for name, cells in table.items():
-        strategy = Party(compose(["model=tiny", f"method={name}"])).strategy
+        strategy = Workspace(compose(["model=tiny", f"method={name}"])).strategy
         if not hasattr(strategy, "base"):  # else it is as what it is put around
             assert cells[5].startswith("yes" if traits_of(strategy).mixed_ranks else "no"), name

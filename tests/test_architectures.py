@@ -27,7 +27,7 @@ from fedtune.runs.adapter_files import adapter_files
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.training.first_order import fit, loss_of
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 CPU = torch.device("cpu")
 FUSED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")
@@ -201,7 +201,7 @@ def test_an_adapted_head_that_shares_the_embeddings_weight_is_exported_apart_fro
     assert not model.config.tie_word_embeddings
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert not torch.equal(embeddings, head)
-    assert torch.equal(embeddings, Party(experiment).model.base.get_input_embeddings().weight)
+    assert torch.equal(embeddings, Workspace(experiment).model.base.get_input_embeddings().weight)
 
 
 @pytest.mark.parametrize(
@@ -336,14 +336,14 @@ def test_padding_takes_a_token_that_the_model_has(special, pad, tmp_path):
     made("llama").save_pretrained(tmp_path / "base")  # 260 rows
     bytes_tokenizer(**special).save_pretrained(tmp_path / "base")
     assert load_base(ModelSpec(path=str(tmp_path / "base")), CPU).pad == pad
-    assert Party(small(f"model.path={tmp_path / 'base'}", out=tmp_path)).data.pad == pad
+    assert Workspace(small(f"model.path={tmp_path / 'base'}", out=tmp_path)).data.pad == pad
 
 
 def test_tokens_beyond_the_models_rows_are_named_at_the_start(tmp_path):
     made("llama", vocab_size=258, pad_token_id=None, bos_token_id=None, eos_token_id=None).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)  # <|user|> is 258
     with pytest.raises(ModelError, match="makes token 259 of the data, and the model has rows for tokens 0 to 257"):
-        Party(small(f"model.path={tmp_path}", out=tmp_path)).data  # noqa: B018
+        Workspace(small(f"model.path={tmp_path}", out=tmp_path)).data  # noqa: B018
     bytes_tokenizer(unk_token="<u>", sep_token="<x>", eos_token="</s>").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="eos_token_id is 258, and the model has rows for tokens 0 to 257"):
         load_base(ModelSpec(path=str(tmp_path)), CPU)

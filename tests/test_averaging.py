@@ -24,7 +24,7 @@ from fedtune.core.protocol import Instruction, Peer, Update, same_instruction, s
 from fedtune.lowrank.algebra import pairs
 from fedtune.lowrank.averaging import average, for_peer, narrowed
 from fedtune.training.apply_instruction import install
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 LIKE = {A: torch.zeros(2, 2), B: torch.zeros(3, 2)}
@@ -180,7 +180,7 @@ def test_no_samples_at_all_is_an_error_with_a_name():
 
 
 def test_a_client_of_a_narrower_rank_starts_from_the_first_components_of_what_it_isnt_sent():
-    model = Party(compose(SMALL)).model
+    model = Workspace(compose(SMALL)).model
     start = pairs(model.layout.initial)
     install(model, Instruction({}, {"rank": 3, "scaling": 5.0}), {})
     for module, held in pairs(model.adapter()).items():

@@ -16,7 +16,7 @@ from fedtune.core.protocol import Update
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
 from fedtune.wire import messages as wire
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples
 NOWHERE = "model.path=/nowhere/at/all"  # loading it is another error
@@ -29,7 +29,7 @@ def test_mixed_ranks_with_a_same_rank_method_stop_the_run_before_a_model_is_load
         "gives each client ranks by what its device can do" if method == "fedpipe" else "needs the same rank everywhere"
     )
     with pytest.raises(ConfigError, match=f"method={method} {why}: leave out population.ranks"):
-        Party(compose([f"method={method}", "population.ranks=[8,4]", NOWHERE]))
+        Workspace(compose([f"method={method}", "population.ranks=[8,4]", NOWHERE]))
 
 
 def test_the_command_says_so_in_one_line_and_leaves_no_folder(tmp_path, capsys):
@@ -43,7 +43,7 @@ def test_the_command_says_so_in_one_line_and_leaves_no_folder(tmp_path, capsys):
 
 @pytest.mark.parametrize("method", MIXED)
 def test_methods_for_mixed_ranks_take_them(method):
-    assert Party(compose([f"method={method}", "population.ranks=[8,4]", NOWHERE])).strategy
+    assert Workspace(compose([f"method={method}", "population.ranks=[8,4]", NOWHERE])).strategy
 
 
 def with_alpha_halved(index, reply):

@@ -23,7 +23,8 @@ from fedtune.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.runtime.local import run_local
 from fedtune.training.client_state import Memory
 from fedtune.wire.broadcast_chain import Sent, hear
-from fedtune.workspace.party import Party
+from fedtune.workspace.downlink import Downlink
+from fedtune.workspace.workspace import Workspace
 from strategies.fedit import FedIT
 
 RUN = "0123456789abcdef"
@@ -160,7 +161,7 @@ WORDS = ("codec_down=stc", "codec_down.density=0.02", "train.lr=0.01")
 
 
 def sent_of(folder):
-    party = Party(compose([*SMALL, *WORDS]))
+    party = Workspace(compose([*SMALL, *WORDS]))
     state = FedIT().init(party.model.layout)
     return load_checkpoint(folder / "checkpoint" / "state.safetensors", state).sent
 
@@ -185,7 +186,7 @@ def test_a_run_sends_absent_clients_the_links_that_they_lack(small_run):
         assert size == size_of_links(sent, since, number)
         last_turn[peer] = number
     assert {1, 2} <= gaps
-    party = Party(compose([*SMALL, *WORDS]))
+    party = Workspace(compose([*SMALL, *WORDS]))
     party.install(Instruction(sent.told), memory={})
     found = party.evaluate()
     assert found is not None
@@ -233,15 +234,15 @@ class Shrinking(FedIT):
 
 
 def test_a_round_of_another_shape_is_told_from_the_start_and_the_chain_waits():
-    party = Party(compose([*SMALL, *WORDS]))
+    party = Workspace(compose([*SMALL, *WORDS]))
     party.strategy = Shrinking()
     state = party.strategy.init(party.model.layout)
-    first = party.announce(Sent(), state, 1)
-    second = party.announce(first, state, 2)
+    first = Downlink(party).next_broadcast(Sent(), state, 1)
+    second = Downlink(party).next_broadcast(first, state, 2)
     assert (first.number, second.number) == (1, 1)
-    assert party.announced(state, 2) is None
-    assert {t.shape[0] for t in party.broadcast(second, state, 2).tensors.values()} == {1}
-    assert party.announce(second, state, 3).number == 2
+    assert Downlink(party).chained(state, 2) is None
+    assert {t.shape[0] for t in Downlink(party).broadcast(second, state, 2).tensors.values()} == {1}
+    assert Downlink(party).next_broadcast(second, state, 3).number == 2
 
 
 def test_mixed_ranks_are_told_from_the_start(small_run):

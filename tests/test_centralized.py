@@ -19,7 +19,8 @@ from fedtune.data.federated_data import load_data
 from fedtune.models.tiny import tiny_tokenizer
 from fedtune.runtime.local import run_local
 from fedtune.training.first_order import fit
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 
 RUN = "0" * 16
 
@@ -64,7 +65,7 @@ def test_it_trains_on_the_very_rows_that_the_clients_train_on(partition, clients
     words = ["model=tiny", f"data.partition={partition}", f"population.clients={clients}"]
     spec = compose(words).data
     federated = load_data(spec, clients, tiny_tokenizer(), 0)
-    data = Party(compose([*words, "method=centralized"])).data
+    data = Workspace(compose([*words, "method=centralized"])).data
     assert np.array_equal(data.server, federated.server)
     assert (len(data.train), len(data.heldout)) == (1, 1)
     for mine, theirs in ((data.train, federated.train), (data.heldout, federated.heldout)):
@@ -73,10 +74,10 @@ def test_it_trains_on_the_very_rows_that_the_clients_train_on(partition, clients
 
 
 def test_a_round_is_plain_training_on_the_union():
-    party = Party(compose([*SMALL, "method=centralized"]))
+    party = Workspace(compose([*SMALL, "method=centralized"]))
     state = party.strategy.init(party.model.layout)
     peer = Peer(0, party.samples(0))
-    update = party.turn(RUN, 0, 1, party.strategy.configure(state, 1, peer))
+    update = local_update(party, RUN, 0, 1, party.strategy.configure(state, 1, peer))
     after = party.strategy.aggregate(state, 1, [(peer, update)])
     assert update.examples == peer.samples == len(party.data.train[0])
     party.model.reset()

@@ -43,7 +43,7 @@ from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.server.virtual_clock import Clock
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 from strategies.fedit import FedIT
 
 THREE = "fast,1e9,,1e6,1e6,,,\nmid,5e8,1e9,1e6,2e6,,,\nslow,1e8,,1e5,1e5,,,\n"
@@ -84,7 +84,7 @@ def test_three_devices_by_hand(straggler, tmp_path, devices):
     late = () if straggler == "wait" else (f"population.straggler={straggler}", f"population.deadline={DEADLINE}")
     words = devices(THREE, "train.steps=4", "rounds=2", *late)
     grid = run_on(Weighing, make_client_app(), folder, *words)
-    party, clock, seconds = Party(small(*words, out=folder)), clock_of(folder), 0.0
+    party, clock, seconds = Workspace(small(*words, out=folder)), clock_of(folder), 0.0
     booked = {
         (int(row["round"]), int(row["peer"]), row["direction"]): row
         for row in rows(folder, "ledger.csv")
@@ -239,7 +239,7 @@ def test_forward_only_devices_take_part_where_no_gradient_is_needed(small_run, d
     assert "client 1, which can compute forward only" in capsys.readouterr().out
     folder = small_run(*words, *SEEDED, name="seeded")
     assert asked(folder) == {1: {0, 1}, 2: {0, 1}}
-    row, party = clock_of(folder)[1, 1], Party(small(*words, *SEEDED, out=folder))
+    row, party = clock_of(folder)[1, 1], Workspace(small(*words, *SEEDED, out=folder))
     c = party.costs  # 2 steps of 2 passes, and 10 bytes a weight
     assert float(row["compute_seconds"]) == pytest.approx(2 * 2 * 4 * c.forward_flop / 1e9, rel=1e-12)
     memory = c.base_bytes["32"] + c.fixed_bytes + 4 * c.head_bytes + 10 * party.model.trainable
@@ -279,7 +279,7 @@ def test_power_of_choice_takes_those_with_the_highest_losses_also_after_a_resume
 
 
 def progress_of(folder):
-    state = FedIT().init(Party(small(out=folder)).model.layout)
+    state = FedIT().init(Workspace(small(out=folder)).model.layout)
     return load_checkpoint(folder / "checkpoint" / "state.safetensors", state).progress
 
 
@@ -383,7 +383,7 @@ RATE = st.floats(1e3, 1e15) | st.just(math.inf)
 
 @pytest.fixture(scope="module")
 def clock(tmp_path_factory):
-    return Clock(Party(small(out=tmp_path_factory.mktemp("clock"))))
+    return Clock(Workspace(small(out=tmp_path_factory.mktemp("clock"))))
 
 
 @given(

@@ -23,7 +23,8 @@ from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.wire import messages as wire
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 
 METHODS = choices("method")
 pytestmark = pytest.mark.parametrize("method", METHODS)
@@ -48,7 +49,7 @@ def party_of(method, out=Path("unused")):
     """Args:
     out: what its clients remember goes there; without turns, nothing does.
     """
-    return Party(small(*of(method), "rounds=2", out=out))
+    return Workspace(small(*of(method), "rounds=2", out=out))
 
 
 def among_several(method):
@@ -316,7 +317,7 @@ def first_updates(tmp_path_factory):
         party = party_of(method, tmp_path_factory.mktemp("first"))
         state = party.strategy.init(party.layout)
         peers = [Peer(index, party.samples(index)) for index in range(party.experiment.population.clients)]
-        updates = [party.turn(RUN, peer.index, 1, party.strategy.configure(state, 1, peer)) for peer in peers]
+        updates = [local_update(party, RUN, peer.index, 1, party.strategy.configure(state, 1, peer)) for peer in peers]
         replies = list(zip(peers, updates, strict=True))
         return party.strategy, state, replies, hashes(state, replies)
 
@@ -370,7 +371,7 @@ def test_a_turn_leaves_no_trace_in_the_next(method, first_updates, tmp_path):
     party = party_of(method, tmp_path)
     state = party.strategy.init(party.layout)
     backward = {
-        index: party.turn(RUN, index, 1, party.strategy.configure(state, 1, Peer(index, 1)))
+        index: local_update(party, RUN, index, 1, party.strategy.configure(state, 1, Peer(index, 1)))
         for index in reversed(range(party.experiment.population.clients))
     }
     assert all(state_sha256(update) == state_sha256(backward[peer.index]) for peer, update in forward)

@@ -22,7 +22,7 @@ from fedtune.config.compose import CONF, choices, compose
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import is_lossless
 from fedtune.wire.delta_coding import build_codec
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 SPARSE = [{"density": 0.05}, {"density": 0.5}, {"density": 1}]
 OPTIONS = {
@@ -167,12 +167,12 @@ def test_others_codecs_have_to_say_so(where):
 def test_multiples_of_the_standard_deviation_are_refused_with_feedback(words, said):
     """Of "equal" above the standard deviation is 0: that tensor would never be sent."""
     with pytest.raises(ConfigError, match=said):
-        Party(compose([*SMALL, *words]))
+        Workspace(compose([*SMALL, *words]))
 
 
 def test_without_feedback_they_are_not():
     words = ["codec=compeft", "codec.alpha=2", "codec_down.feedback=false"]
-    party = Party(compose([*SMALL, *words]))
+    party = Workspace(compose([*SMALL, *words]))
     assert (party.codec_up.alpha, party.feedback, party.chained) == (2, False, False)
-    party = Party(compose([*SMALL, "codec=compeft"]))
+    party = Workspace(compose([*SMALL, "codec=compeft"]))
     assert (party.codec_up.feedback, party.codec_down.feedback, party.chained) == (False, True, True)

@@ -20,7 +20,8 @@ from fedtune.core.protocol import Instruction, Layout, Peer, Update
 from fedtune.lowrank.residual import FROM, VERSION
 from fedtune.random_directions.hash_noise import values
 from fedtune.training.zeroth_order import Rules
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 from strategies.decomfl import DeComFL, State
 from strategies.mezo import MeZO
 
@@ -87,21 +88,21 @@ def same(one, other):
 
 def test_always_there_is_away_and_rebuilt_is_the_server(tmp_path):
     """Client 0 takes part in all of six rounds, client 1 in the last alone; each has a device of its own."""
-    steady, late, server = (Party(compose([*WORDS, f"out={tmp_path}/{name}"])) for name in "abc")
+    steady, late, server = (Workspace(compose([*WORDS, f"out={tmp_path}/{name}"])) for name in "abc")
     method = steady.strategy
     state, version = method.init(steady.model.layout), 0
     for round in range(1, 7):
         told = method.configure(state, round, Peer(0, 9, installed_version=version))
-        replies = [(Peer(0, 9), steady.turn(RUN, 0, round, told))]
+        replies = [(Peer(0, 9), local_update(steady, RUN, 0, round, told))]
         version = int(told.settings[VERSION])
         assert len(told.tensors["slopes"]) == min(round - 1, 1)
         if round == 6:
             asked = method.configure(state, round, Peer(1, 9))
             assert len(asked.tensors["slopes"]) == 5
-            replies.append((Peer(1, 9), late.turn(RUN, 1, round, asked)))
+            replies.append((Peer(1, 9), local_update(late, RUN, 1, round, asked)))
         state = method.aggregate(state, round, replies)
     for party, index, held in ((steady, 0, 5), (late, 1, 5), (server, 0, 0)):
-        memory = {} if party is server else party.memory.recall(RUN, index, 7)
+        memory = {} if party is server else party.client_states.recall(RUN, index, 7)
         party.install(method.configure(state, 7, Peer(index, 9, installed_version=held)), memory)
     assert same(bits(steady), bits(late))
     assert same(bits(steady), bits(server))
@@ -118,7 +119,7 @@ def test_always_there_is_away_and_rebuilt_is_the_server(tmp_path):
 
 
 def test_slopes_that_go_on_from_elsewhere_are_refused(tmp_path):
-    party = Party(compose([*WORDS, f"out={tmp_path}/x"]))
+    party = Workspace(compose([*WORDS, f"out={tmp_path}/x"]))
     told = METHOD.configure(State(torch.ones(3, 2, 2).int()), 4, Peer(0, 9, installed_version=2))
     with pytest.raises(ClientError, match="go on from round 2; this client knows 0 rounds"):
         party.install(told, {})
@@ -164,4 +165,4 @@ def test_a_run_learns(small_run, method):
 
 def test_a_clip_below_zero_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="clip"):
-        Party(compose([*WORDS, "method.client.clip=-1", f"out={tmp_path}/x"]))
+        Workspace(compose([*WORDS, "method.client.clip=-1", f"out={tmp_path}/x"]))

@@ -21,7 +21,7 @@ from fedtune.codecs.nf4 import MIDPOINTS, TABLE, Nf4
 from fedtune.codecs.signsgd import SignSGD
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -367,7 +367,7 @@ def test_what_has_no_place_is_refused_when_sent(codec, tensor, said):
 
 
 def built(*words):
-    party = Party(compose(words))
+    party = Workspace(compose(words))
     assert party.codec_up == party.codec_down
     return party.codec_up
 

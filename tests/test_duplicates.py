@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 
 from fedtune.config.compose import CONF, compose
 from fedtune.config.schema import DataSpec
+from fedtune.core.caches import sharing
 from fedtune.core.errors import ConfigError, DataError, FedtuneError
 from fedtune.data.corpus import Corpus
 from fedtune.data.duplicates import distinct, groups, hold_out, texts
 from fedtune.data.federated_data import FederatedData, load_data
 from fedtune.data.sources import Example, load_examples
 from fedtune.judging import Request, evaluate
-from fedtune.models.shared_base import sharing
 from fedtune.models.tiny import tiny_tokenizer
 from fedtune.plan_view import plans
 from fedtune.runtime.local import run_local
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 TOKENIZER = tiny_tokenizer()
 
@@ -311,7 +311,7 @@ def test_a_client_without_rows_that_is_asked_says_so(skewed):
 
 
 def test_the_plan_leaves_them_out(skewed):
-    party = Party(compose(["model=tiny", *skewed, "population.clients=60", "population=phones"]))
+    party = Workspace(compose(["model=tiny", *skewed, "population.clients=60", "population=phones"]))
     planned, trouble = plans(party)
     assert trouble is None
     idle = [one.peer.index for one in planned if one.reason == "has no rows to train on"]

@@ -32,7 +32,8 @@ from fedtune.models.tiny import tiny_model, tiny_tokenizer
 from fedtune.runs.adapter_files import adapter_files
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runs.model_file import KEY, LONGEST, dump, read
-from fedtune.workspace.party import Party
+from fedtune.workspace.downlink import Downlink
+from fedtune.workspace.workspace import Workspace
 
 K = 64
 SEEDED = (
@@ -53,10 +54,10 @@ def logits(model):
 
 def server_model(folder):
     """The server's own model after a run's last round, made from its checkpoint."""
-    party = Party(compose([*summary_of(folder)["command"].split()[2:]]))
+    party = Workspace(compose([*summary_of(folder)["command"].split()[2:]]))
     state = party.strategy.init(party.model.layout)
     checkpoint = load_checkpoint(folder / "checkpoint" / "state.safetensors", state)
-    party.install(party.broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={})
+    party.install(Downlink(party).broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={})
     return party.model.module
 
 

@@ -23,7 +23,8 @@ from fedtune.models.base import load_base, pick_device
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.training.first_order import loss_of
 from fedtune.training.frozen_basis import expanded, left_basis, training_core, zero_core
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 from strategies.fed_sb import FedSB
 
 RUN = "0" * 16
@@ -95,7 +96,7 @@ def test_a_base_that_needs_its_b_and_a_is_refused():
 
 
 def party_with(*overrides):
-    return Party(compose([*SMALL, "method=fed_sb", FEW, *overrides]))
+    return Workspace(compose([*SMALL, "method=fed_sb", FEW, *overrides]))
 
 
 def some_core(party, scale=0.05):
@@ -111,7 +112,7 @@ def test_a_step_of_gradient_descent_is_that_of_the_paper():
     model, core = party.model, some_core(party)
     told = FedSB().configure(FedSB().init(model.layout), 1, Peer(0, 1))
     told = Instruction(core, told.settings)
-    update = party.turn(RUN, 0, 1, told)
+    update = local_update(party, RUN, 0, 1, told)
     after = update.tensors
     party.install(told, {})
     batch = next(iter(party.data.batches(0, party.experiment.train.batch_size, fold(0, "train", 1, 0))))
@@ -128,7 +129,7 @@ def test_r_leaves_zero_in_the_first_round():
     party = party_with()
     told = party.strategy.configure(party.strategy.init(party.model.layout), 1, Peer(0, 1))
     assert not any(tensor.any() for tensor in told.tensors.values())
-    update = party.turn(RUN, 0, 1, told)
+    update = local_update(party, RUN, 0, 1, told)
     assert all(tensor.any() for tensor in update.tensors.values())
 
 
@@ -154,9 +155,9 @@ def test_nothing_is_left_on_the_model_after_a_turn(raises, monkeypatch):
     if raises:
         monkeypatch.setattr("clients.first_order.fit", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            party.turn(RUN, 0, 1, told)
+            local_update(party, RUN, 0, 1, told)
     else:
-        party.turn(RUN, 0, 1, told)
+        local_update(party, RUN, 0, 1, told)
     assert held_by(party)[1] == fresh[1]
     party.model.reset()
     assert held_by(party) == fresh
@@ -177,7 +178,7 @@ def test_a_core_that_is_not_whole_leaves_nothing_behind_either():
 def test_after_training_the_model_is_the_plain_adapter_of_the_core_that_was_trained():
     party = party_with()
     told = party.strategy.configure(party.strategy.init(party.model.layout), 1, Peer(0, 1))
-    update = party.turn(RUN, 0, 1, told)
+    update = local_update(party, RUN, 0, 1, told)
     after = party.model.adapter()
     party.install(Instruction(update.tensors, told.settings), {})
     torch.testing.assert_close(after, party.model.adapter(), rtol=1e-5, atol=1e-7)

@@ -22,7 +22,8 @@ from fedtune.random_directions.hash_noise import values
 from fedtune.random_directions.weights import pool
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.training.zeroth_order import Rules
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 from strategies import fedkseed_pro
 from strategies.fedkseed import FedKSeed, State
 from strategies.fedkseed_pro import FedKSeedPro, probabilities
@@ -174,7 +175,7 @@ def test_the_server_holds_what_the_formula_says(small_run):
     """w0 - lr sum_j G_j z_j in numpy, from the checkpoint alone, against what the server evaluated and exported."""
     folder = small_run("method=fedkseed", *SEEDED, STEPS, DIRECTIONS)
     experiment = compose([*summary_overrides(folder)])
-    party = Party(experiment)
+    party = Workspace(experiment)
     state = load_checkpoint(folder / "checkpoint/state.safetensors", party.strategy.init(party.model.layout)).state
     party.install(party.strategy.configure(state, 3, Peer(SERVER, 1)), {})
     rules = party.strategy.rules
@@ -198,11 +199,11 @@ def test_a_client_that_steps_alone_ends_where_the_replay_does(small_run, tmp_pat
     experiment = compose(
         ["model=tiny", "method=fedkseed", *SEEDED, STEPS, DIRECTIONS, "population.clients=1", f"out={tmp_path}/x"]
     )
-    party = Party(experiment)
+    party = Workspace(experiment)
     method, layout = party.strategy, party.model.layout
     state = method.init(layout)
     for round in (1, 2):
-        update = party.turn("0" * 16, 0, round, method.configure(state, round, peer(0)))
+        update = local_update(party, "0" * 16, 0, round, method.configure(state, round, peer(0)))
         party.model.seeded.render()
         trained = party.model.read()
         state = method.aggregate(state, round, [(peer(0), update)])
@@ -215,7 +216,7 @@ def test_a_client_that_steps_alone_ends_where_the_replay_does(small_run, tmp_pat
 def test_who_was_away_is_where_the_others_are(tmp_path):
     """A device that saw every round and one that comes to the last: the same bits, by fewer passes for the first."""
     words = ["model=tiny", "method=fedkseed", *SEEDED, STEPS, DIRECTIONS, "population.clients=1", f"out={tmp_path}/x"]
-    steady, late = Party(compose(words)), Party(compose(words))
+    steady, late = Workspace(compose(words)), Workspace(compose(words))
     method = steady.strategy
     state, generator = method.init(steady.model.layout), np.random.default_rng(0)
     for round in range(1, 5):

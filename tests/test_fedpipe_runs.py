@@ -18,7 +18,8 @@ from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.training.apply_instruction import SCORES
 from fedtune.wire import messages as wire
 from fedtune.wire.delta_coding import decode, starts_of
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import answer, local_update
+from fedtune.workspace.workspace import Workspace
 
 RUN = "0" * 16
 WORDS = ("method=fedpipe", "method.strategy.refresh=2", "population.cohort=4", "evaluate.exactness=true")
@@ -28,7 +29,7 @@ WORDS = ("method=fedpipe", "method.strategy.refresh=2", "population.cohort=4", "
 def devices(tmp_path_factory):
     """A file of four devices: without limits; slow; with room for a layer of the last block; and in between."""
     folder = tmp_path_factory.mktemp("devices")
-    costs = Party(small(*WORDS, out=folder / "unused")).costs
+    costs = Workspace(small(*WORDS, out=folder / "unused")).costs
     least = costs.base_bytes["32"] + costs.fixed_bytes
 
     def with_room(block, numbers):
@@ -84,7 +85,7 @@ def test_devices_take_what_they_have_room_for(played):
 def test_bytes_are_those_of_the_layers_and_of_the_scores(played, devices, tmp_path):
     """4 sum_j r_j (in + out), 4 more a layer in a scoring round, and safetensors' own header."""
     words, folder = played
-    party = Party(small(*words, out=tmp_path))
+    party = Workspace(small(*words, out=tmp_path))
     state = party.strategy.init(party.layout)
     for peer in peers(party, devices):
         told = party.strategy.configure(state, 1, peer).tensors
@@ -183,7 +184,7 @@ def test_what_a_message_leaves_out_waits_for_one_that_has_the_layer(tmp_path):
     """Turn 1 trains two layers, turn 2 one of them, turn 3 both: what was left out of the other in turn 1 is in what
     turn 3 means to send. What was left out of a score, nothing, is kept nowhere."""
     words = ("method=fedpipe", "codec_up=topk", "codec_up.density=0.05", "codec_up.feedback=true")
-    party = Party(small(*words, out=tmp_path / "run"))
+    party = Workspace(small(*words, out=tmp_path / "run"))
     state = party.strategy.init(party.layout)
     whole = party.strategy.configure(state, 1, Peer(0, 9))
     one, other = sorted(pairs(state.adapter))[:2]
@@ -191,8 +192,8 @@ def test_what_a_message_leaves_out_waits_for_one_that_has_the_layer(tmp_path):
     def turn(number, *modules):
         tensors = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(modules)}
         told = Instruction(tensors, whole.settings)
-        meant = party.turn(RUN, 0, number, told)
-        content = party.answer(RUN, 0, number, told)
+        meant = local_update(party, RUN, 0, number, told)
+        content = answer(party, RUN, 0, number, told)
         sent = decode(party.codec_up, wire.blob_of(content), party.known(told))
         return meant.tensors, sent, party.residuals.recall(RUN, 0, number + 1)
 
@@ -211,11 +212,11 @@ def test_what_a_message_leaves_out_waits_for_one_that_has_the_layer(tmp_path):
 def test_a_rank_that_changes_starts_anew(tmp_path):
     """What was left out of components that are no longer the same has no place to go."""
     words = ("method=fedpipe", "codec_up=topk", "codec_up.density=0.05", "codec_up.feedback=true")
-    party = Party(small(*words, out=tmp_path / "run"))
+    party = Workspace(small(*words, out=tmp_path / "run"))
     state = party.strategy.init(party.layout)
     for number, rank in ((1, 8), (2, 2), (3, 8)):
         told = party.strategy.configure(state, number, Peer(0, 9, Capability(max_rank=float(rank))))
-        party.answer(RUN, 0, number, told)
+        answer(party, RUN, 0, number, told)
         kept = pairs(party.residuals.recall(RUN, 0, number + 1))
         assert {product.rank for product in kept.values()} == {rank}
 
@@ -258,16 +259,16 @@ def test_a_lying_client_is_a_row_and_changes_nothing(change, said, tmp_path):
 
 def test_the_server_evaluates_all_layers(tmp_path):
     """After a turn of one layer at one rank the server's model has them all, at the largest."""
-    party = Party(small("method=fedpipe", out=tmp_path / "run"))
+    party = Workspace(small("method=fedpipe", out=tmp_path / "run"))
     state = party.strategy.init(party.layout)
     tight = Capability(memory_bytes=party.costs.base_bytes["32"] + party.costs.fixed_bytes + 2.2e5)
     told = party.strategy.configure(state, 1, Peer(0, 9, tight))
     assert 0 < len(pairs(told.tensors)) < 4
-    party.turn(RUN, 0, 1, told)
+    local_update(party, RUN, 0, 1, told)
     moved = {name: tensor + 0.1 for name, tensor in state.adapter.items()}
     party.install(party.strategy.configure(replace(state, adapter=moved), 2, Peer(SERVER, 1)), {})
     assert all(torch.equal(party.model.adapter()[name], tensor) for name, tensor in moved.items())
     score = party.evaluate()
-    fresh = Party(small("method=fedpipe", out=tmp_path / "run"))
+    fresh = Workspace(small("method=fedpipe", out=tmp_path / "run"))
     fresh.model.install(moved)
     assert fresh.evaluate() == score

@@ -20,7 +20,8 @@ from clients.first_order import FirstOrder, proximal
 from fedtune.config.compose import compose
 from fedtune.core.protocol import Instruction, Peer, Update
 from fedtune.runs.checkpoint import state_sha256
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 from strategies.fedit import FedIT
 from strategies.fedit import State as FedITState
 from strategies.fedprox import FedProx, State
@@ -29,9 +30,9 @@ RUN = "0" * 16
 
 
 def turn(*words):
-    party = Party(compose([*SMALL, *words]))
+    party = Workspace(compose([*SMALL, *words]))
     state = party.strategy.init(party.model.layout)
-    return state, party.turn(RUN, 0, 1, party.strategy.configure(state, 1, Peer(0, 1)))
+    return state, local_update(party, RUN, 0, 1, party.strategy.configure(state, 1, Peer(0, 1)))
 
 
 def distance(state, update):

@@ -16,7 +16,8 @@ from fedtune.core.errors import WireError
 from fedtune.core.protocol import SERVER, Peer
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 from strategies.fedsa_lora import FedSALoRA
 
 RUN = "0" * 16
@@ -44,7 +45,7 @@ def test_an_update_with_b_in_it_is_refused():
 
 
 def party_in(folder):
-    return Party(compose([*SMALL, "method=fedsa_lora", FEW, f"out={folder}"]))
+    return Workspace(compose([*SMALL, "method=fedsa_lora", FEW, f"out={folder}"]))
 
 
 def bs(party):
@@ -57,18 +58,18 @@ def test_each_client_finds_its_own_b_again_and_nobody_elses(tmp_path):
     left = {}
     for index in (0, 1):
         told = party.strategy.configure(state, 1, Peer(index, 1))
-        update = party.turn(RUN, index, 1, told)
+        update = local_update(party, RUN, index, 1, told)
         assert all("lora_A" in name for name in update.tensors)
         left[index] = bs(party)
         assert all(tensor.any() for tensor in left[index].values())
     assert not any(torch.equal(left[0][name], left[1][name]) for name in left[0])
     told = party.strategy.configure(state, 2, Peer(0, 1))
     for index in (1, 0):
-        party.install(told, party.memory.recall(RUN, index, 2))
+        party.install(told, party.client_states.recall(RUN, index, 2))
         held = bs(party)
         assert all(torch.equal(held[name], tensor) for name, tensor in left[index].items())
     for run, index in ((RUN, 2), ("1" * 16, 0)):  # a client, and a run, that did not train yet
-        party.install(told, party.memory.recall(run, index, 2))
+        party.install(told, party.client_states.recall(run, index, 2))
         assert not any(tensor.any() for tensor in bs(party).values())
     party.install(party.strategy.configure(state, 2, Peer(SERVER, 1)), {})
     assert not any(tensor.any() for tensor in bs(party).values())
@@ -80,10 +81,10 @@ def test_a_second_turn_goes_on_from_the_b_of_the_first(tmp_path):
     state = party.strategy.init(party.model.layout)
     told = party.strategy.configure(state, 1, Peer(0, 1))
     for each in (party, again):
-        each.turn(RUN, 0, 1, told)
-    forgetful = again.turn("1" * 16, 0, 2, told)
-    remembering = again.turn(RUN, 0, 2, told)
-    fresh = party_in(tmp_path / "one").turn(RUN, 0, 2, told)
+        local_update(each, RUN, 0, 1, told)
+    forgetful = local_update(again, "1" * 16, 0, 2, told)
+    remembering = local_update(again, RUN, 0, 2, told)
+    fresh = local_update(party_in(tmp_path / "one"), RUN, 0, 2, told)
     assert state_sha256(fresh.tensors) == state_sha256(remembering.tensors) != state_sha256(forgetful.tensors)
 
 
@@ -91,12 +92,12 @@ def test_a_turn_that_fails_leaves_the_b_from_before(tmp_path, monkeypatch):
     party = party_in(tmp_path)
     state = party.strategy.init(party.model.layout)
     told = party.strategy.configure(state, 1, Peer(0, 1))
-    party.turn(RUN, 0, 1, told)
-    before = state_sha256(party.memory.recall(RUN, 0, 2))
+    local_update(party, RUN, 0, 1, told)
+    before = state_sha256(party.client_states.recall(RUN, 0, 2))
     monkeypatch.setattr("clients.first_order.fit", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        party.turn(RUN, 0, 2, told)
-    assert state_sha256(party.memory.recall(RUN, 0, 3)) == before
+        local_update(party, RUN, 0, 2, told)
+    assert state_sha256(party.client_states.recall(RUN, 0, 3)) == before
 
 
 def test_a_run_with_partial_cohorts_resumes_to_the_same_models(small_run):

@@ -12,7 +12,8 @@ from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Peer
 from fedtune.lowrank.algebra import pairs
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 from strategies.fedsvd import FedSVD
 
 NARROW = {"one": (5, 6), "two": (2, 7)}  # rank 4 of the second is more than its 2 outputs
@@ -124,9 +125,9 @@ def test_a_start_with_a_product_of_its_own_keeps_it():
 
 
 def test_a_real_turn_trains_b_alone():
-    party = Party(compose([*SMALL, "method=fedsvd", "train.weight_decay=0.1"]))
+    party = Workspace(compose([*SMALL, "method=fedsvd", "train.weight_decay=0.1"]))
     state = party.strategy.init(party.model.layout)
-    update = party.turn("0" * 16, 1, 1, party.strategy.configure(state, 1, Peer(1, 9)))
+    update = local_update(party, "0" * 16, 1, 1, party.strategy.configure(state, 1, Peer(1, 9)))
     party.strategy.validate(state, 1, Peer(1, 9), update)
     for module, held in pairs(party.model.adapter()).items():
         assert torch.equal(held.a, pairs(state.adapter)[module].a)

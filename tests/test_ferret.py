@@ -41,7 +41,8 @@ from fedtune.training.projection import (
     records_of,
     seeds_of,
 )
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 from strategies.ferret import SHARE, Ferret, State
 
 RUN = "0" * 16
@@ -256,7 +257,7 @@ def test_wrong_settings_are_named():
 
 
 def party(tmp_path, *words):
-    return Party(compose([*SMALL, *WORDS, f"out={tmp_path}", *words]))
+    return Workspace(compose([*SMALL, *WORDS, f"out={tmp_path}", *words]))
 
 
 def play(one, rounds, cohort):
@@ -268,7 +269,7 @@ def play(one, rounds, cohort):
         for index in cohort(number):
             peer = Peer(index, one.samples(index), installed_version=versions.get(index, 0))
             told = method.configure(states[-1], number, peer)
-            update = one.turn(RUN, index, number, told)
+            update = local_update(one, RUN, index, number, told)
             method.validate(states[-1], number, peer, update)
             versions[index] = int(told.settings[VERSION])
             replies.append((peer, update))
@@ -295,7 +296,7 @@ def test_who_was_away_holds_the_same_bits_as_who_was_there(tmp_path):
     found = []
     for index, known in ((0, 4), (1, 0), (1, 0)):
         process = one if len(found) < 2 else party(tmp_path / "other")
-        memory = one.memory.recall(RUN, index, 9)
+        memory = one.client_states.recall(RUN, index, 9)
         assert installed_version(memory) == known
         told = method.configure(states[3], 4, Peer(index, 1, installed_version=known))
         assert (told.settings[FROM], len(told.tensors[SLOPES])) == (known, 6 - known)
@@ -313,8 +314,8 @@ def test_a_turn_leaves_nothing_behind(tmp_path):
     one, other = party(tmp_path / "one"), party(tmp_path / "other")
     state = play(one, 1, lambda number: (0, 1))[-1]
     told = [one.strategy.configure(state, 2, Peer(index, 1)) for index in (2, 3)]
-    one.turn(RUN, 2, 2, told[0])
-    after, alone = one.turn(RUN, 3, 2, told[1]), other.turn(RUN, 3, 2, told[1])
+    local_update(one, RUN, 2, 2, told[0])
+    after, alone = local_update(one, RUN, 3, 2, told[1]), local_update(other, RUN, 3, 2, told[1])
     assert state_sha256(after.tensors) == state_sha256(alone.tensors)
     assert after.metrics == alone.metrics
 
@@ -323,7 +324,7 @@ def test_bytes_each_way(tmp_path):
     """Up 4 (K + L); down 4 (K + L + 2) for each answer that is new. K = 256, and L = 8 by the rule on blocks."""
     one = party(tmp_path)
     states = play(one, 1, lambda number: (0, 1))
-    update = one.turn(RUN, 2, 2, one.strategy.configure(states[1], 2, Peer(2, 1)))
+    update = local_update(one, RUN, 2, 2, one.strategy.configure(states[1], 2, Peer(2, 1)))
     assert sum(tensor.nbytes for tensor in update.tensors.values()) == 4 * (256 + 8)
     told = one.strategy.configure(states[1], 2, Peer(2, 1))
     assert sum(tensor.nbytes for tensor in told.tensors.values()) == 2 * 4 * (256 + 8 + 2)

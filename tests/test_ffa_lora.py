@@ -13,7 +13,8 @@ from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import Instruction, Peer
 from fedtune.lowrank.algebra import pairs
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 from strategies.ffa_lora import FFALoRA
 
 RUN = "0" * 16
@@ -55,7 +56,7 @@ def test_bytes_are_those_of_b_alone(rank):
 
 
 def party_with(*overrides):
-    return Party(compose([*SMALL, "method=ffa_lora", FEW, "train.weight_decay=0.1", *overrides]))
+    return Workspace(compose([*SMALL, "method=ffa_lora", FEW, "train.weight_decay=0.1", *overrides]))
 
 
 @pytest.mark.parametrize("overrides", [(), ("population.ranks=[8,3]", "population.scaling=per_rank")])
@@ -66,7 +67,7 @@ def test_a_does_not_move_in_a_real_turn(overrides):
     assert all(product.a.any() for product in start.values())
     state = party.strategy.init(party.model.layout)
     peer = Peer(1, party.samples(1), rank=3, scaling=4.0) if overrides else Peer(1, party.samples(1))
-    update = party.turn(RUN, 1, 1, party.strategy.configure(state, 1, peer))
+    update = local_update(party, RUN, 1, 1, party.strategy.configure(state, 1, peer))
     party.strategy.validate(state, 1, peer, update)
     for module, held in pairs(party.model.adapter()).items():
         assert torch.equal(held.a, start[module].a[: held.rank])
@@ -84,7 +85,7 @@ def test_every_party_has_the_same_a():
 def test_the_next_client_can_train_all_again():
     party = party_with()
     state = party.strategy.init(party.model.layout)
-    party.turn(RUN, 0, 1, party.strategy.configure(state, 1, Peer(0, 1)))
+    local_update(party, RUN, 0, 1, party.strategy.configure(state, 1, Peer(0, 1)))
     party.install(Instruction({}), {})
     assert party.model.trained().keys() == party.model.layout.initial.keys()
 

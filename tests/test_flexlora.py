@@ -12,7 +12,8 @@ from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import Peer, Update
 from fedtune.lowrank.algebra import pairs
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 from strategies.flexlora import FlexLoRA
 
 CLIENTS = st.lists(st.tuples(st.integers(1, RANK), st.sampled_from([0.5, 1.0, 3.0]), st.integers(1, 99)), min_size=1)
@@ -111,11 +112,13 @@ def test_equal_ranks_are_sent_one_object():
 
 
 def test_a_real_turn_at_a_rank_and_scaling_of_its_own():
-    party = Party(compose([*SMALL, "method=flexlora", "population.ranks=[8,3]"]))
+    party = Workspace(compose([*SMALL, "method=flexlora", "population.ranks=[8,3]"]))
     state = party.strategy.init(party.model.layout)
     peers = [Peer(0, 9, rank=8, scaling=2.0), Peer(1, 9, rank=3, scaling=16 / 3)]
     for number in (1, 2):
-        updates = [party.turn("0" * 16, p.index, number, party.strategy.configure(state, number, p)) for p in peers]
+        updates = [
+            local_update(party, "0" * 16, p.index, number, party.strategy.configure(state, number, p)) for p in peers
+        ]
         for peer, update in zip(peers, updates, strict=True):
             party.strategy.validate(state, number, peer, update)
             assert update.metrics["scaling"] == peer.scaling

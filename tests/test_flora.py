@@ -22,7 +22,8 @@ from fedtune.lowrank.algebra import pairs
 from fedtune.lowrank.residual import from_residual
 from fedtune.lowrank.stacking import State, stacked
 from fedtune.runs.checkpoint import state_sha256
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 from strategies.flora import FLoRA
 from strategies.florist import FLoRIST
 from strategies.full_delta import FullDelta
@@ -235,10 +236,10 @@ def test_an_energy_that_is_no_fraction_is_refused(energy):
 
 
 def turn(*overrides, peer=None, round=1):
-    party = Party(compose([*SMALL, *overrides]))
+    party = Workspace(compose([*SMALL, *overrides]))
     peer = peer or Peer(1, 9)
     state = party.strategy.init(party.model.layout)
-    return party, party.turn(RUN, peer.index, round, party.strategy.configure(state, round, peer))
+    return party, local_update(party, RUN, peer.index, round, party.strategy.configure(state, round, peer))
 
 
 def test_a_client_begins_anew_with_a_rank_and_a_draw_of_its_own():

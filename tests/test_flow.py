@@ -35,7 +35,8 @@ from fedtune.core.errors import ConfigError, QuorumError
 from fedtune.core.protocol import Peer
 from fedtune.runs.checkpoint import load_checkpoint, state_sha256
 from fedtune.runtime.local import LocalGrid, run_local
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 
 SLOWER = (1, 2.7, 4.2)
 THREE = "".join(f"{name},{1e9 / times!r},,,,,,\n" for name, times in zip(("fast", "mid", "slow"), SLOWER, strict=True))
@@ -62,7 +63,7 @@ def test_three_devices_by_hand(method, devices, small_run, tmp_path):
     table = rows(folder, "clock.csv")
     unit = float(table[0]["compute_seconds"])
     metrics = rows(folder, "metrics.csv")
-    party = Party(small(*devices(THREE), *words, out=tmp_path / "again"))
+    party = Workspace(small(*devices(THREE), *words, out=tmp_path / "again"))
     states = [party.strategy.init(party.layout)]
     for number, came in enumerate(expected, 1):
         lines = [row for row in table if int(row["round"]) == number]
@@ -80,14 +81,14 @@ def test_three_devices_by_hand(method, devices, small_run, tmp_path):
             version = number - 1 - staleness
             peer = Peer(index, party.samples(index), staleness=staleness)
             told = party.strategy.configure(states[version], version + 1, peer)
-            update = party.turn("0" * 16, index, version + 1, told)
+            update = local_update(party, "0" * 16, index, version + 1, told)
             replies.append((peer, replace(update, start=told.tensors)))
         states.append(party.strategy.aggregate(states[-1], number, replies))
     assert summary_of(folder)["state_sha256"] == state_sha256(states[-1])
 
 
 def progress_of(folder, *words):
-    party = Party(small(*words, out=folder))
+    party = Workspace(small(*words, out=folder))
     return load_checkpoint(folder / "checkpoint" / "state.safetensors", party.strategy.init(party.layout)).progress
 
 

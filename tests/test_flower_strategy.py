@@ -32,7 +32,8 @@ from fedtune.core.seeds import fold
 from fedtune.runtime.local import LocalGrid, run_local, server_context
 from fedtune.server.flower_strategy import as_flower_strategy
 from fedtune.wire import messages as wire
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 from strategies.fedit import FedIT, State
 from strategies.krum import Krum
 
@@ -119,12 +120,14 @@ def test_a_robust_method_works_too():
 
 def party_app(words):
     """fedtune's own clients, one message at a time, as the docstring of `as_flower_strategy` shows."""
-    app, party = ClientApp(), Party(compose(words))
+    app, party = ClientApp(), Workspace(compose(words))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         index, round = context.node_config["partition-id"], message.content["config"]["server-round"]
-        update = party.turn("0" * 16, index, round, wire.unpack_instruction(message.content, party.codec_down)[0])
+        update = local_update(
+            party, "0" * 16, index, round, wire.unpack_instruction(message.content, party.codec_down)[0]
+        )
         update = replace(update, metrics={**update.metrics, "partition-id": index})
         return Message(wire.pack_update(update, party.codec_up, fold(0, "up", round, index)), reply_to=message)
 

@@ -16,7 +16,7 @@ from fedtune.core.csv_cells import guarded, unguarded
 from fedtune.core.protocol import Peer
 from fedtune.plan_view import Planned, table_of
 from fedtune.report.comparison import load, write_results
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 FORMULAS = ("=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "'=1", "''@x")
 BEGINNINGS = tuple("=+-@\t\r\n")
@@ -68,7 +68,7 @@ def test_results_of_strangers_hold_no_formula(shared_run, tmp_path):
 
 
 def test_a_plan_holds_no_formula(tmp_path):
-    party = Party(small(out=tmp_path))
+    party = Workspace(small(out=tmp_path))
     peer = Peer(0, 5, capability=replace(Peer(0, 5).capability, device="=1+1"))
     (row,) = csv.DictReader(io.StringIO(table_of(party, [Planned(peer, {}, None, "-too small")])))
     assert row["device"] == "'=1+1"

@@ -22,7 +22,7 @@ from fedtune.runtime.local import run_local
 from fedtune.server.progress import closing
 from fedtune.training.first_order import fit
 from fedtune.wire.messages import pack_greeting, unpack_greeting
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 from strategies.fedit import FedIT
 
 CPU = torch.device("cpu")
@@ -168,12 +168,12 @@ def test_methods_on_b_a_are_refused_at_the_start(method):
     with pytest.raises(
         ConfigError, match=rf"method={method} works on B A, which adapter=none hasn't got: take adapter="
     ):
-        Party(compose([*SMALL, f"method={method}", "adapter=none"]))
+        Workspace(compose([*SMALL, f"method={method}", "adapter=none"]))
 
 
 def test_ranks_are_refused():
     with pytest.raises(ConfigError, match=r"population\.ranks=\[4, 2\] is about B A, which adapter=none hasn't got"):
-        Party(compose([*SMALL, "method=local_only", "adapter=none", "population.ranks=[4,2]"]))
+        Workspace(compose([*SMALL, "method=local_only", "adapter=none", "population.ranks=[4,2]"]))
     with pytest.raises(ConfigError, match=r"adapter\.rank=4 means nothing to adapter\.kind=none, which has targets"):
         compose(["adapter=none", "adapter.rank=4"])
 

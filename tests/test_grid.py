@@ -220,21 +220,21 @@ def test_a_message_to_nobody_is_answered_with_an_error():
 
 def test_what_a_client_does_to_its_instruction_reaches_nobody_else(tmp_path):
     """Every client is handed tensors and settings of its own, whatever it does to them."""
-    from fedtune.workspace.party import Party
+    from fedtune.workspace import client_handler
 
     run(LocalGrid, tmp_path / "plain")
-    original = Party.turn
+    original = client_handler._train
 
-    def spoil(self, run, index, round, instruction):
-        update = original(self, run, index, round, instruction)
+    def spoil(workspace, run, index, round, instruction):
+        update = original(workspace, run, index, round, instruction)
         for tensor in instruction.tensors.values():
             tensor.fill_(1e9)
         instruction.tensors.clear()
         return update
 
-    Party.turn = spoil
+    client_handler._train = spoil
     try:
         run(LocalGrid, tmp_path / "spoilt")
     finally:
-        Party.turn = original
+        client_handler._train = original
     assert summary_of(tmp_path / "plain")["state_sha256"] == summary_of(tmp_path / "spoilt")["state_sha256"]

@@ -30,7 +30,8 @@ from fedtune.core.protocol import SERVER, Layout, Peer, Slot, Update
 from fedtune.lowrank.algebra import name_of, pairs
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.local import run_local
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 from strategies.hetlora import HetLoRA, State, _weights, rank_of
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
@@ -143,13 +144,13 @@ def test_a_tail_of_zeros_has_no_gradient_rather_than_nan():
 
 
 def party_with(*overrides):
-    return Party(compose([*SMALL, "method=hetlora", FEW, "adapter.rank=4", *overrides]))
+    return Workspace(compose([*SMALL, "method=hetlora", FEW, "adapter.rank=4", *overrides]))
 
 
 def turn(party, state, **hyper):
     """Client 0's second round; with gamma 1/2 its tail is the last two of four components."""
     method = HetLoRA(gamma=0.5, **hyper)
-    return party.turn(RUN, 0, 2, method.configure(state, 2, Peer(0, party.samples(0))))
+    return local_update(party, RUN, 0, 2, method.configure(state, 2, Peer(0, party.samples(0))))
 
 
 def with_a_tail(party):
@@ -243,7 +244,7 @@ def test_a_run_in_which_ranks_shrink_resumes_to_the_same_state(small_run):
     parts = small_run(*words, name="parts", rounds=2)
     run_local(compose([*SMALL, *words, "rounds=4", f"out={parts}"]), resume=str(parts))
     assert summary_of(whole)["state_sha256"] == summary_of(parts)["state_sha256"]
-    template = HetLoRA().init(Party(compose([*SMALL, *words])).model.layout)
+    template = HetLoRA().init(Workspace(compose([*SMALL, *words])).model.layout)
     (path,) = (whole / "checkpoint").iterdir()
     ranks = load_checkpoint(path, template).state.ranks
     assert ranks.keys() == {"0", "1", "2", "3"}

@@ -21,7 +21,7 @@ from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.server.plausibility import not_finite
 from fedtune.wire import messages as wire
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 LONG = "A" * 300_000
 SCREEN = "\x1b[2J\x1b]0;all is well\x07\r"  # clears a terminal, names its window, and writes over the line
@@ -201,7 +201,7 @@ class Cast:
 
     def __init__(self, words, lie):
         self.app, self.inner, self.lie = ClientApp(), make_client_app(), lie
-        self.party = Party(small(*words, out="unused"))
+        self.party = Workspace(small(*words, out="unused"))
         self.heard = None  # the last honest answer to a train message
         self.app.query()(self.inner)
         self.app.train()(self.train)
@@ -233,7 +233,7 @@ def broken(index, told):
 
 
 def state_of(folder, words):
-    party = Party(small(*words, out=folder))
+    party = Workspace(small(*words, out=folder))
     opened = RunFolder(folder)
     try:
         return opened.load_checkpoint(party.strategy.init(party.layout)).state

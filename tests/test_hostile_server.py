@@ -24,7 +24,7 @@ from fedtune.device.privacy import for_the_server
 from fedtune.runtime.app import make_device_app
 from fedtune.wire import messages as wire
 from fedtune.wire.flower_private import assume_identity
-from fedtune.workspace.party import party_of
+from fedtune.workspace.workspace import workspace_of
 
 SECRET = "hunter2-of-this-device"
 RUN = "0" * 16
@@ -58,7 +58,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def honest(texts):
-    return party_of({"config": texts[()]}).model.layout.initial
+    return workspace_of({"config": texts[()]}).model.layout.initial
 
 
 def ask(kind, content, run_config, group="1"):

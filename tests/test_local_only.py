@@ -15,7 +15,8 @@ from fedtune.core.protocol import SERVER, Peer, Update
 from fedtune.lowrank.algebra import pairs
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 from strategies.local_only import LocalOnly, State
 
 RUN = "0" * 16
@@ -31,11 +32,11 @@ def test_each_client_ends_where_it_would_have_ended_alone(small_run, tmp_path):
     held = kept(folder, 3)
     assert sorted(held) == [0, 1, 2, 3]
     for index, adapter in held.items():
-        party = Party(compose([*SMALL, "method=fedit", f"out={tmp_path / 'alone'}"]))
+        party = Workspace(compose([*SMALL, "method=fedit", f"out={tmp_path / 'alone'}"]))
         state = party.strategy.init(party.model.layout)
         for round in (1, 2, 3):
             peer = Peer(index, party.samples(index))
-            update = party.turn(RUN, index, round, party.strategy.configure(state, round, peer))
+            update = local_update(party, RUN, index, round, party.strategy.configure(state, round, peer))
             state = party.strategy.aggregate(state, round, [(peer, update)])
         assert state_sha256(state.adapter) == state_sha256(adapter)
     assert len({state_sha256(adapter) for adapter in held.values()}) == 4
@@ -57,7 +58,7 @@ def test_it_is_evaluated_where_the_models_are_and_learns(small_run):
     last = [row for row in rows(folder, "clients.csv") if row["round"] == "4"]
     assert len({row["eval_loss"] for row in last}) == 4
     with pytest.raises(ConfigError, match=r"data\.client_heldout=0"):
-        Party(compose([*SMALL, *ALL, "data.client_heldout=0"]))
+        Workspace(compose([*SMALL, *ALL, "data.client_heldout=0"]))
 
 
 def test_who_was_not_drawn_still_holds_what_it_had(small_run):
@@ -85,7 +86,7 @@ def test_a_resumed_run_goes_on_from_every_clients_own(small_run):
 @pytest.mark.parametrize("scaling", ["equal", "per_rank"])
 def test_every_client_has_the_rank_that_it_was_given(small_run, scaling):
     folder = small_run(*ALL, "population.ranks=[4,2]", f"population.scaling={scaling}")
-    start = Party(compose([*SMALL, *ALL, "population.ranks=[4,2]"])).model.layout.initial
+    start = Workspace(compose([*SMALL, *ALL, "population.ranks=[4,2]"])).model.layout.initial
     for index, adapter in kept(folder, 2).items():
         assert {product.rank for product in pairs(adapter).values()} == {(4, 2)[index % 2]}
         for name, product in pairs(adapter).items():
@@ -94,7 +95,7 @@ def test_every_client_has_the_rank_that_it_was_given(small_run, scaling):
 
 
 def test_nothing_is_sent_and_anything_that_comes_is_refused():
-    party = Party(compose([*SMALL, "method=local_only"]))
+    party = Workspace(compose([*SMALL, "method=local_only"]))
     method, state = LocalOnly(), LocalOnly().init(party.model.layout)
     assert method.configure(state, 1, Peer(0, 1)).tensors == {}
     method.validate(state, 1, Peer(0, 1), Update({}, 1))

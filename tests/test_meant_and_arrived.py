@@ -16,7 +16,7 @@ from fedtune.core.errors import ConfigError
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.local import run_local
 from fedtune.training.client_state import Memory
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 TOLD_LOSSILY = [name for name in choices("method") if name != "local_only" and traits_of_method(name).lossy_down]
 EVERYBODY = ("population.cohort=4", "evaluate.every=0", "evaluate.exactness=false")
@@ -25,11 +25,11 @@ UNEQUAL = "".join(f"d{k},{1 + k}e9,inf,inf,inf,inf,true,1\n" for k in range(4))
 
 
 def start_of(*words):
-    return Party(compose([*SMALL, *words])).model.layout.initial
+    return Workspace(compose([*SMALL, *words])).model.layout.initial
 
 
 def checkpoint_of(folder, *words):
-    party = Party(compose([*SMALL, *words]))
+    party = Workspace(compose([*SMALL, *words]))
     state = party.strategy.init(party.layout)
     return load_checkpoint(folder / "checkpoint" / "state.safetensors", state)
 
@@ -124,4 +124,4 @@ def test_a_broadcast_that_nobody_moves_from_arrives_whole(small_run, monkeypatch
 
 def test_what_a_client_trains_and_was_not_told_of_has_to_come_whole():
     with pytest.raises(ConfigError, match="what method=rolora sends down has to come as it is"):
-        Party(compose([*SMALL, "method=rolora", "codec_down=stc"]))
+        Workspace(compose([*SMALL, "method=rolora", "codec_down=stc"]))

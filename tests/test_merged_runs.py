@@ -22,7 +22,7 @@ from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.wire import messages as wire
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 from strategies.fedex_lora import FedExLoRA
 from strategies.flora import FLoRA
 
@@ -166,7 +166,7 @@ def test_flora_is_the_full_delta_oracle(ranks, tmp_path):
         folder = tmp_path / method
         experiment = small("rounds=4", f"method={method}", *sgd, *ranks, out=folder)
         run_local(experiment)
-        party = Party(experiment)
+        party = Workspace(experiment)
         template = party.strategy.init(party.model.layout)
         state = load_checkpoint(folder / "checkpoint/state.safetensors", template).state
         if method == "flora":
@@ -193,7 +193,7 @@ def test_the_exported_adapter_is_the_model_that_was_scored(tmp_path):
     folder = tmp_path / "run"
     experiment = small("rounds=3", "method=fedex_lora", out=folder)
     run_local(experiment)
-    party = Party(experiment)
+    party = Workspace(experiment)
     template = party.strategy.init(party.model.layout)
     state = load_checkpoint(folder / "checkpoint/state.safetensors", template).state
     party.install(party.strategy.configure(state, 4, Peer(SERVER, 1)), {})

@@ -12,7 +12,7 @@ from conftest import SMALL
 
 from fedtune.config.compose import compose
 from fedtune.lowrank.algebra import pairs
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 HEADER = 128
 FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples
@@ -20,7 +20,7 @@ FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short ex
 
 def sides():
     """(out, in) of every adapted layer."""
-    model = Party(compose([*SMALL, FEW])).model
+    model = Workspace(compose([*SMALL, FEW])).model
     return [(p.b.shape[0], p.a.shape[1]) for p in pairs(model.layout.initial).values()]
 
 

@@ -10,7 +10,7 @@ from fedtune.evaluation.scoring import Score, mean_score
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.wire import messages as wire
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 WORDS = ("method=fedsa_lora", "population.cohort=2")
 
@@ -27,7 +27,7 @@ def test_after_each_round_every_client_is_asked_and_the_ledger_has_it(small_run)
     folder = small_run(*WORDS, rounds=3)
     asked = rows(folder, "clients.csv")
     assert [(row["round"], row["peer"]) for row in asked] == [(str(r), str(p)) for r in range(4) for p in range(4)]
-    party = Party(compose([*SMALL, *WORDS]))
+    party = Workspace(compose([*SMALL, *WORDS]))
     samples = {str(index): party.samples(index) for index in range(4)}
     for metric in rows(folder, "metrics.csv"):
         own = [row for row in asked if row["round"] == metric["round"]]
@@ -81,8 +81,8 @@ def test_a_client_that_does_not_answer_is_left_out_of_the_mean(tmp_path):
 
 def test_without_own_data_to_hold_out_there_is_nothing_to_evaluate_with():
     with pytest.raises(ConfigError, match=r"method=fedsa_lora .* data.client_heldout=0 .* evaluate.every=0"):
-        Party(compose(["model=tiny", "method=fedsa_lora", "data.client_heldout=0"]))
-    Party(compose(["model=tiny", "method=fedsa_lora", "data.client_heldout=0", "evaluate.every=0"]))
+        Workspace(compose(["model=tiny", "method=fedsa_lora", "data.client_heldout=0"]))
+    Workspace(compose(["model=tiny", "method=fedsa_lora", "data.client_heldout=0", "evaluate.every=0"]))
 
 
 @pytest.mark.parametrize(

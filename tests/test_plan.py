@@ -12,7 +12,7 @@ from fedtune.core.errors import QuorumError
 from fedtune.core.protocol import Capability
 from fedtune.plan_view import COLUMNS, plans, table_of
 from fedtune.runtime.local import run_local
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 MB = 1e6
 
@@ -43,7 +43,7 @@ def test_a_run_does_what_the_plan_said(three, tmp_path):
     """Client by client: layers, batch, numbers, memory and the seconds of its steps are those of clock.csv, and who is
     left out of one is left out of the other. Bytes differ by the messages' framing alone."""
     words, out = (three, "method=fedpipe", "population.cohort=4", "rounds=1"), tmp_path / "run"
-    party = Party(small(*words, out=tmp_path / "unused"))
+    party = Workspace(small(*words, out=tmp_path / "unused"))
     steps = party.experiment.train.steps
     whole, top = (
         party.costs.compute(1, 32, steps, block, numbers, 1e7, float("inf")) + 8 * numbers / 1e4
@@ -51,7 +51,7 @@ def test_a_run_does_what_the_plan_said(three, tmp_path):
     )
     words = (*words, f"population.deadline={(whole + top) / 2}")  # the slow one can't do both blocks in that time
     run_local(small(*words, out=out))
-    planned = lines_of(Party(small(*words, out=tmp_path / "unused")))
+    planned = lines_of(Workspace(small(*words, out=tmp_path / "unused")))
     done = rows(out, "clock.csv")
     assert (
         [line["client"] for line in planned if not line["left_out"]] == [row["peer"] for row in done] == ["0", "1", "3"]

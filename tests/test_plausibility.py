@@ -34,7 +34,7 @@ from fedtune.server.plausibility import (
 )
 from fedtune.wire import messages as wire
 from fedtune.wire.http_overhead import KEY_BYTES, Link, Objects, _pushed, _remembered
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 COUNTS = st.lists(st.integers(1, 10**9), min_size=1, max_size=20)
 
@@ -165,7 +165,7 @@ _count = _Count()
 
 def lying(change, words):
     """The real ClientApp, where client 1 answers what `change` makes of its tensors."""
-    app, inner, party = ClientApp(), make_client_app(), Party(small(*words, out="unused"))
+    app, inner, party = ClientApp(), make_client_app(), Workspace(small(*words, out="unused"))
     app.query()(inner)
     app.evaluate()(inner)
 

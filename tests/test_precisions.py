@@ -16,7 +16,8 @@ from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
 from fedtune.training.apply_instruction import BATCH, BITS, SCORES
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 
 RUN = "0" * 16
 
@@ -33,7 +34,7 @@ def words(base, *more):
 
 
 def party_of(base, out, *more):
-    return Party(small(*words(base, *more), out=out))
+    return Workspace(small(*words(base, *more), out=out))
 
 
 def told(party, state, bits, modules=None):
@@ -52,7 +53,7 @@ def loaded(monkeypatch):
         found.append(spec.quantization)
         return load_base(spec, device)
 
-    monkeypatch.setattr(fedtune.sharing, "load_base", load)
+    monkeypatch.setattr(fedtune.models.shared_base, "load_base", load)
     return found
 
 
@@ -80,22 +81,22 @@ def test_the_right_layers_move_on_a_base_in_any_bits(base, tmp_path, bits):
     state = party.strategy.init(party.layout)
     chosen = sorted(pairs(state.adapter))[1:3]
     instruction = told(party, state, bits, chosen)
-    update = party.turn(RUN, 0, 1, instruction)
+    update = local_update(party, RUN, 0, 1, instruction)
     assert sorted(pairs(update.tensors)) == chosen
     for module, product in pairs(update.tensors).items():
         assert product.b.any(), module
     assert (update.tensors[SCORES] > 0).all()
     assert update.tensors[SCORES].shape == (2,)
-    again = party.turn(RUN, 0, 1, instruction)
+    again = local_update(party, RUN, 0, 1, instruction)
     assert state_sha256(again) == state_sha256(update)
-    other = party_of(base, tmp_path).turn(RUN, 0, 1, instruction)
+    other = local_update(party_of(base, tmp_path), RUN, 0, 1, instruction)
     assert state_sha256(other) == state_sha256(update)
 
 
 def test_the_base_in_other_bits_is_another_base(base, tmp_path):
     party = party_of(base, tmp_path)
     state = party.strategy.init(party.layout)
-    found = {state_sha256(party.turn(RUN, 0, 1, told(party, state, bits))) for bits in (4, 8, 16)}
+    found = {state_sha256(local_update(party, RUN, 0, 1, told(party, state, bits))) for bits in (4, 8, 16)}
     assert len(found) == 3
 
 
@@ -105,8 +106,8 @@ def test_what_is_evaluated_is_on_the_runs_own_base(base, tmp_path):
         party = party_of(base, tmp_path, f"model.quantization={quantization}")
         assert party.bits == own
         state = party.strategy.init(party.layout)
-        party.turn(RUN, 0, 1, told(party, state, 4))
-        party.turn(RUN, 0, 1, told(party, state, 16))
+        local_update(party, RUN, 0, 1, told(party, state, 4))
+        local_update(party, RUN, 0, 1, told(party, state, 16))
         heard = party.strategy.configure(state, 2, Peer(SERVER, 1))
         assert party.install(heard, {}) is party.model
         assert party.model_for(told(party, state, own)) is party.model
@@ -118,20 +119,20 @@ def test_bits_that_a_base_has_not_got_are_refused(base, tmp_path):
     party = party_of(base, tmp_path)
     with pytest.raises(ModelError, match="can't be held in 3 bits; it can in 4, 8, 16"):
         party.model_for(Instruction({}, {BITS: 3}))
-    tiny = Party(small("method=fedpipe", out=tmp_path))
+    tiny = Workspace(small("method=fedpipe", out=tmp_path))
     assert tiny.bits == 32
     with pytest.raises(ModelError, match="can't be held in 4 bits; it can in 32"):
         tiny.model_for(Instruction({}, {BITS: 4}))
 
 
 def test_a_turn_is_in_batches_and_steps_of_its_own(base, tmp_path, monkeypatch):
-    party = Party(small("method=fedpipe", "train.batch_size=4", out=tmp_path))
+    party = Workspace(small("method=fedpipe", "train.batch_size=4", out=tmp_path))
     sizes = []
     batches = party.data.__class__.batches
     monkeypatch.setattr(party.data.__class__, "batches", lambda *given: (sizes.append(given[2]), batches(*given))[1])
     state = party.strategy.init(party.layout)
     instruction = told(party, state, 32)
-    party.turn(RUN, 0, 1, Instruction(instruction.tensors, {**instruction.settings, BATCH: 2}))
+    local_update(party, RUN, 0, 1, Instruction(instruction.tensors, {**instruction.settings, BATCH: 2}))
     assert sizes == [2]
 
 

@@ -23,7 +23,7 @@ from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base, pick_device
 from fedtune.models.tiny import tiny_tokenizer
 from fedtune.planning.cost_probe import ALLOCATOR, LOGIT_BYTES, NF4_BYTES, base_bytes, blocks_of, costs_of, weights_of
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 TINY = ModelSpec(name="tiny", dtype="float32")
 BLOCK, REST = 20_736, 12_720
@@ -252,9 +252,9 @@ def test_layers_that_are_switched_off_stay_so():
 
 
 def test_a_partys_costs_are_those_of_its_own_data():
-    party = Party(compose([*SMALL, "method=fedpipe"]))
+    party = Workspace(compose([*SMALL, "method=fedpipe"]))
     rows = np.concatenate(party.data.train)
     assert party.costs.tokens == max(party.data.corpus.length(row) for row in rows)
     assert party.layout.costs is party.costs
     assert party.layout.weights == tuple(weights_of(party.model))
-    assert Party(compose([*SMALL, "method=fedit"])).layout.costs is None
+    assert Workspace(compose([*SMALL, "method=fedit"])).layout.costs is None

@@ -25,7 +25,8 @@ from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runs.data_frames import WHOLE
 from fedtune.runs.ledger import COLUMNS
 from fedtune.runs.metrics_columns import CLIENTS, CLOCK, FAILURES, METRICS, SIMILARITY
-from fedtune.workspace.party import Party
+from fedtune.workspace.downlink import Downlink
+from fedtune.workspace.workspace import Workspace
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 TOKENS = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -215,11 +216,11 @@ class TestModel:
     @staticmethod
     def served(run):
         """The logits of the server's own model after the last round."""
-        party = Party(compose(run.config["overrides"]))
+        party = Workspace(compose(run.config["overrides"]))
         checkpoint = load_checkpoint(
             run.path / "checkpoint" / "state.safetensors", party.strategy.init(party.model.layout)
         )
-        party.install(party.broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={})
+        party.install(Downlink(party).broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={})
         return TestModel.logits(party.model.module)
 
     @staticmethod

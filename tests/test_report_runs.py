@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedtune.config.compose import load
 from fedtune.core.errors import RunFolderError
-from fedtune.report import tables
+from fedtune.runs import csv_columns as tables
 from fedtune.runs.metrics_columns import METRICS
 from fedtune.runs.read import find, read
 from fedtune.runs.run_folder import CLOCK, RunFolder

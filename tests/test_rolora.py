@@ -27,7 +27,9 @@ from fedtune.lowrank.averaging import for_peer
 from fedtune.lowrank.residual import FROM, VERSION, installed_version
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.downlink import Downlink
+from fedtune.workspace.workspace import Workspace
 from strategies.rolora import RoLoRA, active
 
 RUN = "0" * 16
@@ -102,7 +104,7 @@ def test_all_who_lack_the_same_are_handed_the_same_tensors():
 
 
 def party_with(*overrides):
-    return Party(compose([*SMALL, "method=rolora", FEW, *overrides]))
+    return Workspace(compose([*SMALL, "method=rolora", FEW, *overrides]))
 
 
 @cache
@@ -144,22 +146,22 @@ def test_what_it_is_spared_does_not_change_what_a_client_trains(tmp_path):
         for index in (0, 1) if number in (1, 4) else (0,):
             peer = Peer(index, party.samples(index), installed_version=versions[index])
             told = strategy.configure(states[number - 1], number, peer)
-            update = party.turn(RUN, index, number, told)
+            update = local_update(party, RUN, index, number, told)
             strategy.validate(states[number - 1], number, peer, update)
             frozen = {n: t for n, t in states[number - 1].adapter.items() if active(number) not in n}
             held = party.model.adapter()
             assert all(torch.equal(held[name], tensor) for name, tensor in frozen.items())
             versions[index] = int(told.settings[VERSION])
-            assert party.holds(RUN, index, number + 1)[0] == versions[index]
+            assert Downlink(party).held(RUN, index, number + 1)[0] == versions[index]
             whole = strategy.configure(states[number - 1], number, replace(peer, installed_version=0))
-            assert state_sha256(party.turn("1" * 16, index, number, whole)) == state_sha256(update)
+            assert state_sha256(local_update(party, "1" * 16, index, number, whole)) == state_sha256(update)
 
 
 def test_merges_on_something_else_are_refused_by_the_client(tmp_path):
     party, states = party_with(f"out={tmp_path}"), some_states()[1]
     told = party.strategy.configure(states[4], 5, Peer(0, 1, installed_version=3))
     with pytest.raises(ClientError, match=r"build on version 3 .*; this client holds 0"):
-        party.turn(RUN, 0, 5, told)
+        local_update(party, RUN, 0, 5, told)
 
 
 WHOLE = "method.strategy._target_=remembering_nothing.Whole"

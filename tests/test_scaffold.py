@@ -28,10 +28,11 @@ from fedtune.core.seeds import fold
 from fedtune.lowrank.residual import VERSION
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
-from fedtune.server.round_loop import Server
+from fedtune.server.round_loop import RoundLoop
 from fedtune.training.control_variates import CHANGE, CONTROL, settle, tag
 from fedtune.training.first_order import loss_of
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 from strategies.scaffold import Scaffold, State
 
 RUN = "0" * 16
@@ -212,10 +213,10 @@ def test_an_update_of_another_form_is_refused_by_name(change, said):
 
 
 def test_on_a_real_model_one_steps_c_i_is_the_gradient():
-    party = Party(compose([*SMALL, "method=scaffold", "train.steps=1"]))
+    party = Workspace(compose([*SMALL, "method=scaffold", "train.steps=1"]))
     state = party.strategy.init(party.model.layout)
     told = party.strategy.configure(state, 1, Peer(2, 1))
-    update = party.turn(RUN, 2, 1, told)
+    update = local_update(party, RUN, 2, 1, told)
     party.install(told, {})
     batch = next(iter(party.data.batches(2, party.experiment.train.batch_size, fold(0, "train", 1, 2))))
     gradients = torch.autograd.grad(loss_of(party.model.module, batch), party.model.parameters())
@@ -246,10 +247,13 @@ WORDS = ("method=scaffold", "population.cohort=4")
 
 def test_after_a_real_run_with_losses_c_is_the_mean_of_what_the_clients_hold(tmp_path, monkeypatch):
     states = {}
-    finish = Server._finish_round
-    monkeypatch.setattr(
-        Server, "_finish_round", lambda self, played: (states.update({played.number: self.state}), finish(self, played))
-    )
+    finish = RoundLoop._finish
+
+    def finish_and_keep(self, played):
+        states[played.number] = self.known.strategy
+        finish(self, played)
+
+    monkeypatch.setattr(RoundLoop, "_finish", finish_and_keep)
     run_on(LocalGrid, losing_app(LOST), tmp_path / "run", *WORDS, "rounds=4")
     state, total = states[4], None
     for index in range(4):
@@ -289,7 +293,7 @@ def test_a_run_measures_its_exactness_and_moves_twice_what_fedit_does(small_run)
 
 
 def test_how_many_clients_there_are_comes_from_the_population():
-    assert Party(compose(["model=tiny", "method=scaffold", "population.clients=7"])).strategy.clients == 7
+    assert Workspace(compose(["model=tiny", "method=scaffold", "population.clients=7"])).strategy.clients == 7
     with pytest.raises(ConfigError, match="clients=0 is too small"):
         Scaffold(clients=0)
 

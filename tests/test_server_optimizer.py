@@ -47,7 +47,8 @@ from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import Layout, Peer, Slot, Traits, Update
 from fedtune.runs.checkpoint import flatten, state_sha256, unflatten
 from fedtune.runtime.local import run_local
-from fedtune.workspace.party import Party
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace
 from strategies.fedadagrad import FedAdagrad
 from strategies.fedadam import FedAdam
 from strategies.fedavgm import FedAvgM
@@ -199,12 +200,12 @@ def test_a_tensor_that_nobody_trained_stays_to_the_last_bit_and_keeps_its_moment
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_rolora_s_frozen_factor_stays_to_the_last_bit(name):
-    party = Party(compose([*SMALL, "method=rolora", f"server_optimizer={name}", "population.cohort=4"]))
+    party = Workspace(compose([*SMALL, "method=rolora", f"server_optimizer={name}", "population.cohort=4"]))
     state = party.strategy.init(party.model.layout)
     for round in range(1, 5):
         peers = [Peer(index, party.samples(index)) for index in range(2)]
         replies = [
-            (peer, party.turn("0" * 16, peer.index, round, party.strategy.configure(state, round, peer)))
+            (peer, local_update(party, "0" * 16, peer.index, round, party.strategy.configure(state, round, peer)))
             for peer in peers
         ]
         before, state = state, party.strategy.aggregate(state, round, replies)
@@ -282,7 +283,7 @@ def test_the_rest_of_the_state_and_the_traits_are_those_of_the_method_inside():
 )
 def test_what_does_not_fit_is_refused_before_a_model_is_loaded(words, said):
     with pytest.raises(ConfigError) as caught:
-        Party(compose(["model=tiny", *words]))
+        Workspace(compose(["model=tiny", *words]))
     assert all(part in str(caught.value) for part in said)
 
 

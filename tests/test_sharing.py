@@ -9,8 +9,9 @@ import pytest
 
 from fedtune.cli import main
 from fedtune.config.schema import DataSpec, ModelSpec
+from fedtune.core.caches import once, sharing
 from fedtune.models.base import pick_device
-from fedtune.models.shared_base import base_for, once, sharing
+from fedtune.models.shared_base import base_for
 
 RUN = ("model=tiny", "rounds=1", "population.clients=2", "train.steps=1", "runtime.threads=1", "evaluate.examples=8")
 WORDS = (

@@ -23,7 +23,7 @@ from fedtune.runtime.local import run_local
 from fedtune.wire.flower_private import Run, content_to_bytes
 from fedtune.wire.http_overhead import Link
 from fedtune.wire.messages import pack_greeting
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 from simulations.fleet import Fleet, Site
 from simulations.fleet.credentials import make_node_key
 from simulations.fleet.processes import wait_until
@@ -122,7 +122,7 @@ def misplayed(fleet, tmp_path_factory):
     place = tmp_path_factory.mktemp("misplayed")
     folder, greeting, key, log = (place / name for name in ("run", "greeting", "key", "rogue.log"))
     setup = (*mischief.WORDS, "adapter.rank=24", "adapter.targets=[all-linear]", "rounds=4")
-    party = Party(compose([*words(folder, 3, *setup)]))
+    party = Workspace(compose([*words(folder, 3, *setup)]))
     greeting.write_bytes(
         content_to_bytes(pack_greeting(Peer(2, party.samples(2)), party.model.layout.sha256, party.data.sha256))
     )

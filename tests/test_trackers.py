@@ -165,12 +165,12 @@ def test_killed_runs_lose_no_round_and_tell_none_twice(tmp_path):
 
 
 def test_an_interrupted_run_is_called_that(small_run, tmp_path, monkeypatch):
-    from fedtune.server.round_loop import Server
+    from fedtune.server.synchronous import SynchronousRounds
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Server, "_play", interrupted)
+    monkeypatch.setattr(SynchronousRounds, "play", interrupted)
     with pytest.raises(Exception, match="interrupted after round 0"):
         small_run("tracker=mlflow")
     assert Read("mlflow", tmp_path / "run").status == "KILLED"

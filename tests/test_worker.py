@@ -26,7 +26,7 @@ from fedtune.runtime import worker
 from fedtune.runtime.worker import ask, place_of
 from fedtune.wire import messages as wire
 from fedtune.wire.flower_private import assume_identity
-from fedtune.workspace.party import party_of
+from fedtune.workspace.workspace import workspace_of
 
 NODE = 4711
 RUN = "0" * 16
@@ -67,7 +67,7 @@ def messages(tmp_path, *more, **node_config):
     """A query and a train message as a ClientApp gets them, and its context."""
     assume_identity(99)
     text = compose([*SMALL, *mischief.WORDS, f"out={tmp_path / 'run'}", *more]).text()
-    adapter = party_of({"config": text}).model.layout.initial
+    adapter = workspace_of({"config": text}).model.layout.initial
     context = Context(99, NODE, {"partition-id": 1, **node_config}, RecordDict(), {"config": text})
     query = Message(RecordDict(), NODE, "query", group_id="0")
     content = wire.pack_instruction(Instruction(adapter), Raw(), 0, RUN)

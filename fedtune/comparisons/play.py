@@ -134,7 +134,7 @@ def _interrupt_once(*_: Any) -> None:
 
 def _begin(parent: int) -> None:
     """What a process does before its first cell."""
-    from fedtune.models.shared_base import sharing
+    from fedtune.core.caches import sharing
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

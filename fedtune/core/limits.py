@@ -1,7 +1,7 @@
 """How much anybody may ask of a device, in a run's config or in a message: by the name of the setting, wherever it is.
 
 These are bounds on nonsense, far above what any method uses: what a device can really do is for its memory and its time
-to say (fedtune/workspace/party.py, runtime.timeout).
+to say (fedtune/workspace/workspace.py, runtime.timeout).
 """
 
 import math

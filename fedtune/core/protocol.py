@@ -11,17 +11,14 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import TypeIs
 
+from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import WireError, short
-
-if TYPE_CHECKING:
-    from fedtune.core.costs import Costs, Weight
-    from fedtune.models.adapted_model import LocalModel
 
 Tensors = dict[str, Tensor]
 Setting = int | float | str | bool
@@ -132,8 +129,8 @@ class Layout:
     slots: tuple[Slot, ...]
     initial: Tensors = field(compare=False, repr=False)
     base: str = ""  # Origin.sha256 where the base's own weights are what is trained and starts; "" for adapters
-    costs: "Costs | None" = field(default=None, compare=False, repr=False)  # for methods that plan
-    weights: "tuple[Weight, ...]" = field(default=(), compare=False, repr=False)  # the adapted layers, likewise
+    costs: Costs | None = field(default=None, compare=False, repr=False)  # for methods that plan
+    weights: tuple[Weight, ...] = field(default=(), compare=False, repr=False)  # the adapted layers, likewise
 
     @cached_property
     def scaling(self) -> float:
@@ -221,22 +218,25 @@ class Strategy(Protocol[State]):
         ...
 
 
-class Client(Protocol):
-    """The client's side of a method. A class may have `work(settings) -> fedtune.core.costs.Work`, what a turn takes;
-    without it there is no virtual clock.
+Model = TypeVar("Model", contravariant=True)
+
+
+class Client(Protocol[Model]):
+    """The client's side of a method, on a model that it can train (fedtune.models.adapted_model.LocalModel).
+
+    A class may have `work(settings) -> fedtune.core.costs.Work`, what its part of a round takes; without it there is no
+    virtual clock.
 
     `memory` is what this client kept for itself at its last turn, empty at first. Whatever a client puts there stays on
     its device, is there again at its next turn, also after a resume, and reaches no other client.
     """
 
-    def receive(self, model: "LocalModel", instruction: Instruction, memory: Tensors) -> None:
+    def receive(self, model: Model, instruction: Instruction, memory: Tensors) -> None:
         """Install what the server sent. The model starts each turn from the layout's initial values; the server, which
         evaluates what it broadcasts, has no memory."""
         ...
 
-    def train(
-        self, model: "LocalModel", batches: Batches, instruction: Instruction, memory: Tensors, key: int
-    ) -> Update: ...
+    def train(self, model: Model, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update: ...
 
 
 class LosslessCodec(Protocol):
@@ -308,6 +308,11 @@ def same_tensors(mine: Tensors, theirs: Tensors) -> bool:
     return mine is theirs or (
         mine.keys() == theirs.keys() and all(tensor is theirs[name] for name, tensor in mine.items())
     )
+
+
+def size_of(tensors: Tensors) -> int:
+    """Bytes that tensors take in memory."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def expect_like(tensors: Tensors, reference: Mapping[str, Tensor]) -> None:

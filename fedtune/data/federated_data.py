@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.config.schema import DataSpec
+from fedtune.core.caches import once
 from fedtune.core.errors import DataError
 from fedtune.core.protocol import Batch
 from fedtune.core.seeds import fold, permutation
@@ -21,7 +22,6 @@ from fedtune.data.partition import divide
 from fedtune.data.sources import load_examples
 from fedtune.data.token_cache import kept_or
 from fedtune.data.tokenisation import tokenise
-from fedtune.models.shared_base import once
 
 
 @dataclass(frozen=True)

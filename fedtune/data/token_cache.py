@@ -21,10 +21,10 @@ import torch
 
 from fedtune.config.schema import DataSpec
 from fedtune.core.atomic import write_atomically
+from fedtune.core.caches import cache_folder
 from fedtune.core.sealed import seal, unseal
 from fedtune.data.corpus import Corpus
 from fedtune.data.sources import Example
-from fedtune.models.base import cache_folder
 
 KEPT_BYTES = 1 << 30  # of all files together; those that were read last stay
 Tokenised = tuple[Corpus, list[int]]

@@ -31,7 +31,8 @@ from fedtune.models.base import Base, Origin, load_base, pick_device
 from fedtune.runs.adapter_files import adapter_files
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runs.model_file import NAME, TunedModel, malformed, read
-from fedtune.workspace.party import Party
+from fedtune.workspace.downlink import Downlink
+from fedtune.workspace.workspace import Workspace
 
 ROUNDING = {torch.float32: 1e-3}  # of the logits' spread, that merging and another order of sums may change
 COARSE = 0.25  # in 16 bits, over all layers: 0.075 in SmolLM2's 210 of them
@@ -133,7 +134,7 @@ def source_of(path: Path) -> Source:
         ) from error
 
 
-def party_for(found: Source, base: str | None, **settings: Any) -> Party:
+def party_for(found: Source, base: str | None, **settings: Any) -> Workspace:
     """A party of the run's, which has loaded nothing yet: on whatever device is here, in the dtype that `auto` was
     where the run was made.
 
@@ -146,10 +147,10 @@ def party_for(found: Source, base: str | None, **settings: Any) -> Party:
         spec = replace(spec, path=base, revision=None)
     runtime = replace(found.experiment.runtime, device="auto")
     with malformed(found.path):
-        return Party(replace(found.experiment, model=spec, runtime=runtime, **settings), user())
+        return Workspace(replace(found.experiment, model=spec, runtime=runtime, **settings), user())
 
 
-def check_one_model(found: Source, party: Party) -> None:
+def check_one_model(found: Source, party: Workspace) -> None:
     """Raises:
     ExportError: if the run left parts of the model with its clients.
     """
@@ -161,7 +162,7 @@ def check_one_model(found: Source, party: Party) -> None:
         )
 
 
-def _check_exportable(found: Source, party: Party) -> None:
+def _check_exportable(found: Source, party: Workspace) -> None:
     """Raises:
     ExportError: if there is no one model, or none that can be written as the base's weights.
     """
@@ -191,7 +192,7 @@ def _check_weights(local: LocalModel) -> None:
         )
 
 
-def tuned(found: Source, party: Party) -> tuple[LocalModel, int]:
+def tuned(found: Source, party: Workspace) -> tuple[LocalModel, int]:
     """The model, and the last round that is in it.
 
     Raises:
@@ -208,7 +209,8 @@ def tuned(found: Source, party: Party) -> tuple[LocalModel, int]:
         raise ExportError(
             f"{found.path} was run with other settings than its config.yaml has now: put back what was changed"
         )
-    party.install(party.broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={})
+    broadcast = Downlink(party).broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1)
+    party.install(broadcast, memory={})
     return party.model, checkpoint.round
 
 

@@ -13,7 +13,6 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import shutil
 import tempfile
 import warnings
@@ -23,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from safetensors import SafetensorError
 
 from fedtune.config.schema import ModelSpec
+from fedtune.core.caches import cache_folder
 from fedtune.core.errors import ModelError
 from fedtune.core.lean_imports import import_bitsandbytes
 from fedtune.models.model_checks import (
@@ -197,11 +196,6 @@ def converted(gguf: Path, sha256: str) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return target
-
-
-def cache_folder() -> Path:
-    """$FEDTUNE_CACHE, or the user's cache folder."""
-    return Path(os.environ.get("FEDTUNE_CACHE") or platformdirs.user_cache_dir("fedtune"))
 
 
 def pick_device(name: str) -> torch.device:

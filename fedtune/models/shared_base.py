@@ -1,42 +1,13 @@
-"""What the runs of one process have in common: the loaded base and the tokenised data.
-
-Nothing is shared unless asked for, within `sharing()`: a process with one run has no use for a second copy of anything.
-"""
+"""The loaded base, which the runs of one process may share (fedtune/core/caches.py)."""
 
 import copy
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 
 from fedtune.config.schema import ModelSpec
+from fedtune.core.caches import is_sharing, once
 from fedtune.models.base import Base, load_base
-
-Made = TypeVar("Made")
-
-_kept: dict[Hashable, object] | None = None
-
-
-@contextmanager
-def sharing() -> Iterator[None]:
-    """Within this, what is loaded is kept for the next run of this process."""
-    global _kept
-    before, _kept = _kept, {} if _kept is None else _kept
-    try:
-        yield
-    finally:
-        _kept = before
-
-
-def once(key: Hashable, make: Callable[[], Made]) -> Made:
-    """What `make` returns, or what it returned before under this key."""
-    if _kept is None:
-        return make()
-    if key not in _kept:
-        _kept[key] = make()
-    return _kept[key]  # type: ignore[return-value]
 
 
 def base_for(spec: ModelSpec, device: torch.device, changes: bool) -> Base:
@@ -46,7 +17,7 @@ def base_for(spec: ModelSpec, device: torch.device, changes: bool) -> Base:
     Raises:
         ModelError: as load_base.
     """
-    if _kept is None:
+    if not is_sharing():
         return load_base(spec, device)
     base = once(("base", replace(spec, merge="residual"), device), lambda: load_base(spec, device))
     # deepcopy takes whatever its memo names for copied already

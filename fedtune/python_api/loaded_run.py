@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.config.schema import to_dict
-from fedtune.report import runs as run_arrays
+from fedtune.runs import read as run_arrays
 from fedtune.runs.data_frames import read_frame, whole_where_it_can_be
 
 if TYPE_CHECKING:

@@ -33,6 +33,7 @@ from fedtune.core.csv_cells import guarded
 from fedtune.core.errors import RunFolderError
 from fedtune.core.locks import LOCK
 from fedtune.evaluation.scoring import Score
+from fedtune.planning.turn_times import Timed
 from fedtune.runs import model_file
 from fedtune.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.runs.ledger import Entry
@@ -40,7 +41,6 @@ from fedtune.runs.metrics_columns import CLOCK as CLOCK
 from fedtune.runs.metrics_columns import METRICS as METRICS
 from fedtune.runs.metrics_columns import MORE_SCORES, SIMILARITY
 from fedtune.runs.tables import COLUMNS, Tables, csv_text, read_lines
-from fedtune.server.virtual_clock import Timed
 
 
 class RunFolder:

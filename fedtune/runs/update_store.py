@@ -9,7 +9,7 @@ from tempfile import TemporaryFile
 from typing import IO, overload
 
 from fedtune.core.errors import RunFolderError
-from fedtune.core.protocol import Codec, Peer, Tensors, Update
+from fedtune.core.protocol import Codec, Peer, Tensors, Update, size_of
 from fedtune.wire.delta_coding import decode, with_feedback
 
 MEMORY_BYTES = 64 << 20  # updates beyond this wait in a temporary file, encoded
@@ -118,8 +118,3 @@ class Replies(Sequence[tuple[Peer, Update]]):
 
 
 Updates = Replies | Buffered  # of which some may turn out not to be believed
-
-
-def size_of(tensors: Tensors) -> int:
-    """Bytes in memory."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -21,11 +21,11 @@ def make_client_app(config: str | None = None) -> ClientApp:
     """
 
     def answer(message: Message, context: Context) -> RecordDict:
-        from fedtune.workspace.client_handler import take_turn
+        from fedtune.workspace.client_handler import handle_message
 
         run_config = {"config": config} if config else context.run_config
         at = message.metadata
-        return take_turn(at.message_type, at.group_id, message.content, run_config, context.node_config)
+        return handle_message(at.message_type, at.group_id, message.content, run_config, context.node_config).content
 
     return _client_app(answer)
 
@@ -76,11 +76,11 @@ def make_server_app(
     def main(grid: Grid, context: Context) -> None:
         from fedtune.device.owner import user
         from fedtune.server.round_loop import run
-        from fedtune.workspace.party import party_of
+        from fedtune.workspace.workspace import workspace_of
 
         run_config = {"config": config} if config else context.run_config
         folder = resume or str(context.run_config.get("resume", "")) or None
-        run(grid, party_of(run_config, user() if deployed else None), folder, stop)
+        run(grid, workspace_of(run_config, user() if deployed else None), folder, stop)
 
     return app
 

@@ -4,7 +4,7 @@ A SuperNode starts a process for every message. That process hands the message t
 waits; the worker keeps torch, the base and the tokenised data from one message to the next.
 
     ClientApp  connect -> hello (who are you) -> request -> its time limit -> answer
-    worker     accept  -> hello -> take_turn -> answer; ends with its SuperNode, or after an idle time
+    worker     accept  -> hello -> handle_message -> answer; ends with its SuperNode, or after an idle time
 
 The socket lies in a folder that only this user can enter, and both ends prove that they can read a secret in it. What
 crosses it is JSON and Flower's protobuf; nothing is unpickled. This half is free of torch: it is what a ClientApp
@@ -75,10 +75,12 @@ def ask(message: Message, context: Context) -> RecordDict:
         ClientTimeout: if it took too long.
     """
     if _is_ray():  # a simulation, whose processes stay by themselves
-        from fedtune.workspace.client_handler import take_turn
+        from fedtune.workspace.client_handler import handle_message
 
         at = message.metadata
-        return take_turn(at.message_type, at.group_id, message.content, context.run_config, context.node_config)
+        return handle_message(
+            at.message_type, at.group_id, message.content, context.run_config, context.node_config
+        ).content
     try:
         return _ask(message, context)
     except Exception as error:
@@ -95,12 +97,11 @@ def _ask(message: Message, context: Context) -> RecordDict:
     run_config, node_config = dict(context.run_config), dict(context.node_config)
     if node_config.get("worker", True) is False:
         from fedtune.device.owner import device_owner
-        from fedtune.workspace.client_handler import take_turn
-        from fedtune.workspace.party import party_of
+        from fedtune.workspace.client_handler import handle_message
 
         owner = device_owner()
-        content = take_turn(at.message_type, at.group_id, message.content, run_config, node_config, owner)
-        training = party_of(run_config, owner).training_seconds
+        handled = handle_message(at.message_type, at.group_id, message.content, run_config, node_config, owner)
+        content, training = handled.content, handled.training_seconds
     else:
         request = {"kind": at.message_type, "round": at.group_id, "run_config": run_config, "node_config": node_config}
         answer, reply = _ask_worker(place_of(context.node_id), request, content_to_bytes(message.content))

@@ -54,8 +54,8 @@ def serve(place: Place, parent: int, idle: float) -> NoReturn:
 def answer_one(connection: Connection) -> None:
     """Read a request, do the work, and send its answer or the error's text."""
     from fedtune.device.owner import device_owner
-    from fedtune.workspace.client_handler import take_turn
-    from fedtune.workspace.party import party_of
+    from fedtune.workspace.client_handler import handle_message
+    from fedtune.workspace.workspace import workspace_of
 
     request = json.loads(connection.recv_bytes(MAX_REQUEST))
     content = content_from_bytes(connection.recv_bytes())
@@ -63,12 +63,12 @@ def answer_one(connection: Connection) -> None:
     with end_with_caller(connection, what):
         try:
             owner = device_owner()
-            party = party_of(request["run_config"], owner)
+            party = workspace_of(request["run_config"], owner)
             runtime = party.experiment.runtime
             # Loading the base for the first time may take longer than a turn: it is waited for as clients are
             limit = runtime.wait if request["kind"] == MessageType.QUERY else runtime.timeout
             connection.send_bytes(json.dumps({"limit": limit}).encode())
-            done = take_turn(
+            done = handle_message(
                 request["kind"], request["round"], content, request["run_config"], request["node_config"], owner
             )
         except Exception as error:  # whatever it is, the server is told, and the worker stays
@@ -76,9 +76,8 @@ def answer_one(connection: Connection) -> None:
             say(f"{what}: {said}")
             connection.send_bytes(json.dumps({"error": said}).encode())
             return
-    training = party.training_seconds if request["kind"] == "train" else 0.0
-    connection.send_bytes(json.dumps({"training": training}).encode())
-    connection.send_bytes(content_to_bytes(done))
+    connection.send_bytes(json.dumps({"training": done.training_seconds}).encode())
+    connection.send_bytes(content_to_bytes(done.content))
     say(f"{what}: answered")
 
 

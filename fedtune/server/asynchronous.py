@@ -23,69 +23,103 @@ from typing import Any
 
 import torch
 
-from fedtune.core.errors import ConfigError, QuorumError
+from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import Instruction, Peer, Update
+from fedtune.planning.turn_times import Timed, Turn
+from fedtune.runs.run_folder import RunFolder
 from fedtune.runs.update_store import Buffered
-from fedtune.server.round import Asked, Round
-from fedtune.server.round_loop import Server
-from fedtune.server.virtual_clock import Timed, Turn
+from fedtune.server.aggregation import Aggregator
+from fedtune.server.client_channel import ClientChannel
+from fedtune.server.eligibility import Eligibility
+from fedtune.server.progress import View
+from fedtune.server.round import Round
+from fedtune.server.state import ServerState
+from fedtune.server.synchronous import SynchronousRounds, check_quorum
+from fedtune.server.virtual_clock import Clock
 from fedtune.wire.delta_coding import decode, with_feedback
+from fedtune.workspace.downlink import SentInstruction
+from fedtune.workspace.uplink import ReceivedUpdate
+from fedtune.workspace.workspace import Workspace
 
 
-class AsynchronousServer(Server):
-    """One run of an asynchronous method."""
+class AsynchronousRounds:
+    """How rounds are played where updates are taken as they come.
 
-    keeps_told = True
+    Args:
+        buffer: updates that a step of the server takes.
+        synchronous: what plays rounds where no device has a limit.
+    """
 
-    @property
-    def buffer(self) -> int:
-        """Updates that a step of the server takes."""
-        buffer: int = getattr(self.strategy, "buffer")  # noqa: B009 (fedtune/config/compatibility.py has looked)
-        return buffer
+    def __init__(
+        self,
+        buffer: int,
+        synchronous: SynchronousRounds,
+        workspace: Workspace,
+        channel: ClientChannel,
+        eligibility: Eligibility,
+        aggregator: Aggregator,
+        clock: Clock,
+        known: ServerState,
+        folder: RunFolder,
+        view: View,
+    ):
+        self._buffer = buffer
+        self._synchronous = synchronous
+        self._workspace = workspace
+        self._channel = channel
+        self._eligibility = eligibility
+        self._aggregator = aggregator
+        self._clock = clock
+        self._known = known
+        self._folder = folder
+        self._view = view
 
-    def _play(self, number: int) -> Round:
-        if not self._is_timed():
+    def play(self, number: int) -> Round:
+        """One update of the server.
+
+        Raises:
+            ConfigError: if it takes more updates than there are clients.
+            QuorumError: if too few updates came and nobody is left to ask.
+            DivergedError: if the updates can't be aggregated.
+        """
+        if not self._eligibility.is_timed:
             if number == 1:
-                self.view.note(
+                self._view.note(
                     "no device has a limit, so nobody is faster than another and rounds are synchronous; "
                     "population=mixed makes clients unequal"
                 )
-            return super()._play(number)
-        clients = self.experiment.population.clients - len(self.idle)
-        if self.buffer > clients:
+            return self._synchronous.play(number)
+        clients = self._workspace.experiment.population.clients - len(self._eligibility.idle)
+        if self._buffer > clients:
             raise ConfigError(
-                f"a step of the server takes {self.buffer} updates, and {clients} clients with rows give one each to "
+                f"a step of the server takes {self._buffer} updates, and {clients} clients with rows give one each to "
                 f"what it holds: take method.strategy.buffer={clients} or less"
             )
         begun = time.monotonic()
-        self.before = (self.ledger.totals["spent_bytes"], self.seconds)
         played = Round(number)
-        self.view.round_begins(number, self.buffer)
+        self._view.round_begins(number, self._buffer)
         asked: set[int] = set()  # for the state that the server holds
         replies = Buffered()
-        while len(replies) < self.buffer:
+        while len(replies) < self._buffer:
             self._fill(played, asked)
             if not self._pending:
-                self._check_buffer(played, len(replies))
+                self._check(played, len(replies))
                 break
             if (reply := self._next(played)) is not None:
                 replies.append(reply)
-            self.view.reply(played.mean("train_loss"), len(played.failures), self.ledger.totals)
+            self._view.reply(played.mean("train_loss"), len(played.failures), self._channel.ledger.totals)
         replies.sort(key=lambda reply: reply[0].index)
-        self.state, _ = self.aggregator.aggregate(
-            self.state, played, replies, lambda got: self._check_buffer(played, got)
+        self._known.strategy, _ = self._aggregator.aggregate(
+            self._known.strategy, played, replies, lambda got: self._check(played, got)
         )
-        self.clock.hear(played.reported("train_loss"))
-        played.virtual_seconds = self.clock.settle(self.clock.progress.seconds)
+        self._clock.hear(played.reported("train_loss"))
+        played.virtual_seconds = self._clock.settle(self._clock.progress.seconds)
         played.seconds = time.monotonic() - begun
         return played
 
-    def _is_timed(self) -> bool:
-        return super()._is_timed() or bool(self._pending)  # devices may come back as others, while some are at work
-
     @property
     def _pending(self) -> dict[str, Any]:
-        return self.clock.progress.pending
+        return self._clock.progress.pending
 
     def _fill(self, played: Round, asked: set[int]) -> None:
         """Ask as many clients as a cohort lacks, until as many are at work or nobody is left.
@@ -93,20 +127,21 @@ class AsynchronousServer(Server):
         Args:
             asked: those that were asked already for what the server holds.
         """
-        number = played.number
-        present = self.roster.refresh(number)
-        able, expected = self._able(number)
+        number, registry = played.number, self._channel.registry
+        present = registry.refresh(number)
+        able, expected = self._eligibility.clients(self._known.strategy, number)
         able = [index for index in able if index in present and str(index) not in self._pending and index not in asked]
-        while able and (lacking := self.per_round - len(self._pending)) > 0:
-            chosen = self.clock.cohort(number, able, lacking, self.roster.peers, expected)
+        while able and (lacking := self._eligibility.cohort_size - len(self._pending)) > 0:
+            chosen = self._clock.cohort(number, able, lacking, registry.peers, expected)
             asked.update(chosen)
             able = [index for index in able if index not in asked]
             self._set_to_work(played, chosen)
 
     def _set_to_work(self, played: Round, chosen: Sequence[int]) -> None:
-        def take(peer: Peer, update: Update, blob: bytes, asked: Asked) -> None:
+        def take(peer: Peer, received: ReceivedUpdate, sent: SentInstruction) -> None:
             timed = played.turns.pop()
             played.told.pop(peer.index)
+            update = received.update
             waiting = {
                 "version": played.number - 1,
                 "begun": timed.begun,
@@ -116,14 +151,14 @@ class AsynchronousServer(Server):
                 "examples": update.examples,
                 "metrics": dict(update.metrics),
                 "norm": played.norms.pop(peer.index),
-                "blob": torch.frombuffer(bytearray(blob), dtype=torch.uint8),
-                "told": asked.heard.tensors,
-                "lost": asked.lost,
+                "blob": torch.frombuffer(bytearray(received.blob), dtype=torch.uint8),
+                "told": sent.decoded.tensors,
+                "lost": sent.lost,
             }
-            self.clock.progress = replace(self.clock.progress, pending={**self._pending, str(peer.index): waiting})
+            self._clock.progress = replace(self._clock.progress, pending={**self._pending, str(peer.index): waiting})
 
-        for index, arrival in self._ask(played.number, chosen):
-            self._receive(index, arrival, played, take)
+        for index, arrival in self._channel.ask(played.number, chosen):
+            self._channel.receive(index, arrival, played, take)
 
     def _next(self, played: Round) -> tuple[Peer, Update] | None:
         """The answer that is there first, of equal ones the lowest index's; the clock goes on to then. None if it is
@@ -132,19 +167,19 @@ class AsynchronousServer(Server):
         index = min(map(int, self._pending), key=lambda index: (self._pending[str(index)]["end"], index))
         pending = dict(self._pending)
         ended = pending.pop(str(index))
-        seconds = max(self.clock.progress.seconds, ended["end"])
-        self.clock.progress = replace(self.clock.progress, seconds=seconds, pending=pending)
+        seconds = max(self._clock.progress.seconds, ended["end"])
+        self._clock.progress = replace(self._clock.progress, seconds=seconds, pending=pending)
         told, blob = ended["told"], ended["blob"].numpy().tobytes()
-        known = self.party.known(Instruction(told))
-        tensors = decode(self.party.codec_up, blob, known)
+        known = self._channel.uplink.known(Instruction(told))
+        tensors = decode(self._workspace.codec_up, blob, known)
         update = Update(tensors, ended["examples"], ended["metrics"])
         staleness = played.number - 1 - ended["version"]
-        out = self.aggregator.implausible(played.norms | norms, {index: told}).get(index, "")
+        out = self._aggregator.implausible(played.norms | norms, {index: told}).get(index, "")
         played.turns.append(Timed(index, Turn(**ended["turn"]), ended["begun"], staleness, out))
         if out:
-            self._refuse(index, played, out)
+            self._channel.refuse(index, played, out)
             return None
-        self._count(index, update, blob, told, played)
+        self._channel.count(index, update, blob, told, played)
         played.norms[index] = ended["norm"]
         # As of a client that heard all that was meant (`Replies.add`)
         start = {name: known[name] for name in tensors if name in known}
@@ -152,16 +187,12 @@ class AsynchronousServer(Server):
         update = replace(update, tensors=moved, start=start)
         return Peer(index, **ended["peer"], staleness=staleness), update
 
-    def _check_buffer(self, played: Round, got: int) -> None:
-        """
+    def _check(self, played: Round, got: int) -> None:
+        """Check that a round with that many updates counts.
+
         Raises:
-            QuorumError: if a round with that many updates doesn't count.
+            QuorumError: if it doesn't.
         """
-        enough = self.experiment.population.enough(self.buffer)
-        if got < enough:
-            self.folder.append_failures(played.failures)
-            first = next((f"; client {peer}: {reason}" for _, peer, reason in played.failures), "")
-            raise QuorumError(
-                f"round {played.number}: {got} of {self.buffer} updates came and nobody is left to ask, "
-                f"population.quorum asks for {enough}{first}"
-            )
+        enough = self._workspace.experiment.population.enough(self._buffer)
+        what = "updates came and nobody is left to ask,"
+        check_quorum(played, got, self._buffer, what, enough, self._folder)

@@ -1,245 +1,249 @@
-"""A server's talk with its clients: instructions out, updates in, and both booked."""
+"""The server's channel to its clients: instructions out, updates in, and both recorded."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 
 from fedtune.config.compatibility import traits_of
 from fedtune.core.errors import CapacityError, ClientError, FedtuneError
-from fedtune.core.protocol import Instruction, Tensors, Update, is_lossless, same_instruction, same_tensors
-from fedtune.core.seeds import fold
+from fedtune.core.protocol import Instruction, Peer, Tensors, Update, is_lossless, same_instruction, same_tensors
 from fedtune.lowrank.residual import VERSION
+from fedtune.planning.turn_times import Timed
 from fedtune.runs.ledger import Entry, Ledger
 from fedtune.server.client_registry import Roster
-from fedtune.server.plausibility import check_examples, norm_of_change
+from fedtune.server.plausibility import norm_of_change
 from fedtune.server.progress import View
-from fedtune.server.round import Asked, Round, Take
+from fedtune.server.round import Round
+from fedtune.server.state import ServerState
 from fedtune.server.update_similarity import signs_of
-from fedtune.server.virtual_clock import Clock, Timed
-from fedtune.training.apply_instruction import SCALING, check_scaling
+from fedtune.server.virtual_clock import Clock
 from fedtune.wire import messages as wire
-from fedtune.wire.broadcast_chain import Sent
-from fedtune.wire.delta_coding import left_out
-from fedtune.wire.flower_private import content_bytes
 from fedtune.wire.transport import Arrival, Exchange
-from fedtune.workspace.party import Party
+from fedtune.workspace.downlink import Downlink, SentInstruction
+from fedtune.workspace.uplink import ReceivedUpdate, Uplink
+from fedtune.workspace.workspace import Workspace
+
+# What becomes of a valid update, given what its client was sent
+Take = Callable[[Peer, ReceivedUpdate, SentInstruction], None]
 
 
 @dataclass(frozen=True)
-class _Packed:
+class _Shared:
     """What some of a round's clients are sent alike."""
 
-    asked: Asked
     since: int  # the broadcast that they hold
-    content: RecordDict
-    payload_bytes: int
+    sent: SentInstruction
+    kept: SentInstruction  # as far as the answer needs it
 
 
-class Talk:
-    """What a server says and hears, whatever its rounds are like.
+class ClientChannel:
+    """What a server sends to its clients and takes from them, whatever its rounds are like.
 
     Attributes:
-        state: the strategy's.
-        sent: the last broadcast, where broadcasts build on one another.
+        registry: the clients that said who they are.
+        ledger: what crossed the wire.
+        downlink: the server's end of it; likewise `uplink`.
+
+    Args:
+        keeps_decoded: whether what a client was sent is needed when it answers, whatever the codec.
     """
 
-    def __init__(self, exchange: Exchange, party: Party, view: View):
-        self.exchange = exchange
-        self.party = party
-        self.experiment = party.experiment
-        self.strategy = party.strategy
-        self.view = view
-        self.clock = Clock(party)
+    def __init__(
+        self,
+        transport: Exchange,
+        workspace: Workspace,
+        known: ServerState,
+        clock: Clock,
+        view: View,
+        keeps_decoded: bool,
+    ):
+        experiment = workspace.experiment
+        self.transport = transport
         self.ledger = Ledger()
+        self.downlink, self.uplink = Downlink(workspace), Uplink(workspace)
+        self._workspace = workspace
+        self._experiment = experiment
+        self._known = known
+        self._clock = clock
+        self._view = view
         # In a simulation the server divided the data itself; a device may have its own
-        self.knows_samples = self.experiment.runtime.name != "flower"
-        known = party.samples if self.knows_samples else None
-        layout, data = party.model.layout, party.data.sha256
-        self.roster = Roster(exchange, self.experiment, layout, self._book, view.note, data, known)
-        self.state: Any = None
-        self.sent = Sent()
-        self._asked: dict[int, Asked] = {}  # the clients whose answers are awaited
+        self._knows_samples = experiment.runtime.name != "flower"
+        samples = workspace.samples if self._knows_samples else None
+        layout, data = workspace.model.layout, workspace.data.sha256
+        self.registry = Roster(transport, experiment, layout, self.record, view.note, data, samples)
+        self._lossy_up = traits_of(workspace.strategy).lossy_up
+        lossless = is_lossless(workspace.codec_up) and is_lossless(workspace.codec_down)
+        self._exact = lossless and not (keeps_decoded or experiment.evaluate.similarity)
+        self._awaited: dict[int, SentInstruction] = {}  # what those were sent who haven't answered
 
-    @property
-    def keeps_told(self) -> bool:
-        """Whether what a client was told is needed when it answers, whatever the codec."""
-        return self.experiment.evaluate.similarity
-
-    @property
-    def idle(self) -> set[int]:
-        """The clients without training data: by their own word, and before they came by the division."""
-        known, peers = set(self.party.data.idle), self.roster.peers
-        return {index for index in known | peers.keys() if not (peers[index].samples if index in peers else 0)}
-
-    @property
-    def per_round(self) -> int:
-        """How many clients a round asks: no more than have data."""
-        population = self.experiment.population
-        return min(population.per_round, population.clients - len(self.idle))
-
-    def _book(self, entry: Entry) -> None:
+    def record(self, entry: Entry) -> None:
+        """Put a message into the ledger."""
         self.ledger.book(entry)
 
-    def _ask(
+    def ask(
         self, number: int, cohort: Iterable[int], kind: str = MessageType.TRAIN, label: int | None = None
     ) -> Iterator[tuple[int, Arrival]]:
         """Send each client its instruction, and yield what comes, with whom it is from.
 
         Args:
             number: the round that the instructions are made for.
-            label: the round under which they are booked, if that is another.
+            label: the round under which they are recorded, if that is another.
         """
-        index_of = {self.roster.nodes[index]: index for index in cohort}
-        messages = list(self._instructions(number, index_of.values(), kind, number if label is None else label))
+        index_of = {self.registry.nodes[index]: index for index in cohort}
+        messages = list(self._messages(number, index_of.values(), kind, number if label is None else label))
         try:
-            for arrival in self.exchange.send(messages, self.experiment.runtime.timeout):
+            for arrival in self.transport.send(messages, self._experiment.runtime.timeout):
                 index = index_of[arrival.node]
                 yield index, arrival
-                del self._asked[index]  # its tensors are a state's that has gone
+                del self._awaited[index]  # its tensors are a state's that has gone
         finally:
-            self._asked.clear()
+            self._awaited.clear()
 
-    def _instructions(self, number: int, cohort: Iterable[int], kind: str, label: int) -> Iterator[Message]:
-        """A message for each client, booked. Clients that are sent the same tensors and settings share one content."""
-        packed: list[_Packed] = []
-        key = fold(self.experiment.seed, "down", number)
-        announced = self.party.announced(self.state, number)
+    def _messages(self, number: int, cohort: Iterable[int], kind: str, label: int) -> Iterator[Message]:
+        """A message for each client, recorded. Clients that are sent the same share one content."""
+        shared: list[_Shared] = []
+        chained = self.downlink.chained(self._known.strategy, number)
         for index in cohort:
             begun = time.perf_counter()
-            peer = self.roster.peers[index]
+            peer = self.registry.peers[index]
             try:
-                instruction = self.strategy.configure(self.state, number, peer)
+                instruction = self._clock.instructions.make(self._known.strategy, number, peer)
             except CapacityError:
                 if kind == MessageType.EVALUATE:  # a device that can take no part holds no model to score
                     continue
                 raise
-            if kind == MessageType.TRAIN and index in self.clock.timed:
-                instruction = self.clock.shortened(peer, instruction)
-            last = self.sent if announced and same_tensors(announced.tensors, instruction.tensors) else None
+            if kind == MessageType.TRAIN and index in self._clock.timed:
+                instruction = self._clock.shortened(peer, instruction)
+            last = self._known.sent if chained and same_tensors(chained.tensors, instruction.tensors) else None
             since = peer.heard if last else 0
             known = next(
-                (made for made in packed if made.since == since and same_instruction(made.asked.meant, instruction)),
+                (made for made in shared if made.since == since and same_instruction(made.kept.original, instruction)),
                 None,
             )
             if known is None:
-                content, heard = self.party.tell(instruction, key, self.roster.run, last, since)
-                lost = {} if is_lossless(self.party.codec_down) else left_out(instruction.tensors, heard.tensors)
-                exact = is_lossless(self.party.codec_up) and is_lossless(self.party.codec_down)
-                if exact and not self.keeps_told:
-                    # Nothing of it is needed with the answer
-                    heard = Instruction({}, heard.settings)
-                asked = Asked(instruction, heard, lost, content_bytes(content))
-                known = _Packed(asked, since, content, wire.payload_bytes(content))
-                packed.append(known)
-            if last and kind == MessageType.TRAIN:  # taken back if its turn fails
-                self.roster.peers[index] = replace(peer, heard=last.number)
-            message = Message(known.content, self.roster.nodes[index], kind, group_id=str(label))
-            sent = wire.wire_bytes(message, known.asked.content_bytes)
-            self._asked[index] = known.asked
-            framing = self.exchange.lines.down(message, sent)
+                sent = self.downlink.encode(instruction, number, self._known.run_id, last, since)
+                known = _Shared(since, sent, sent.for_the_answer(self._exact))
+                shared.append(known)
+            if last and kind == MessageType.TRAIN:  # taken back if this client fails
+                self.registry.peers[index] = replace(peer, heard=last.number)
+            message = Message(known.sent.content, self.registry.nodes[index], kind, group_id=str(label))
+            size = wire.wire_bytes(message, known.sent.content_bytes)
+            self._awaited[index] = known.kept
+            framing = self.transport.lines.down(message, size)
             seconds = time.perf_counter() - begun
-            self._book(Entry(label, index, "down", kind, known.payload_bytes, sent, framing, seconds))
+            self.record(Entry(label, index, "down", kind, known.sent.payload_bytes, size, framing, seconds))
             yield message
 
-    def _receive(self, index: int, arrival: Arrival, played: Round, take: Take) -> None:
-        """Check one reply and hand it on, or book its failure."""
-        peer, asked = self.roster.peers[index], self._asked[index]
+    def receive(self, index: int, arrival: Arrival, played: Round, take: Take) -> None:
+        """Check one reply and hand it on, or record its failure."""
+        peer, sent = self.registry.peers[index], self._awaited[index]
         part, payload, size = "failed", 0, None
         try:
             content = arrival.content()
             blob = wire.blob_of(content)
             payload = len(blob)
-            told = asked.heard
-            known = self.party.known(told)
-            update = wire.unpack_update(content, blob, self.party.codec_up, known)
-            check_examples(update, peer, self.knows_samples)
-            check_scaling(update, float(told.settings.get(SCALING, self.party.model.layout.scaling)))
-            self.strategy.validate(self.state, played.number, peer, update)
-            size = wire.update_bytes(blob, update)
-            self._check_time(index, asked, size, played)
+
+            def validate(update: Update) -> None:
+                self._workspace.strategy.validate(self._known.strategy, played.number, peer, update)
+
+            received = self.uplink.decode(content, blob, peer, sent.decoded, validate, self._knows_samples)
+            size = received.content_bytes
+            self._check_time(index, sent, size, played)
         except FedtuneError as error:
-            self._fail(index, played, str(error))
+            self.fail(index, played, str(error))
             self._doubt(index)
         else:
-            played.told[index] = (told.tensors or asked.meant.tensors) if traits_of(self.strategy).lossy_up else {}
-            played.norms[index] = norm_of_change(update.tensors, played.told[index])
-            if (version := int(told.settings.get(VERSION, 0))) != peer.installed_version:
-                self.roster.peers[index] = replace(peer, installed_version=version)
-            self._trust(index, True)
-            take(peer, update, blob, asked)
+            self._believe(peer, received, sent, played)
+            take(peer, received, sent)
             part = "train"
-        self._book_arrival(played.number, index, part, arrival, payload, size)
+        self.record_reply(played.number, index, part, arrival, payload, size)
 
-    def _check_time(self, index: int, asked: Asked, size: int, played: Round) -> None:
-        """
+    def _believe(self, peer: Peer, received: ReceivedUpdate, sent: SentInstruction, played: Round) -> None:
+        """What a valid update says of its client, and how far it is from where it started."""
+        index, told = peer.index, sent.decoded
+        played.told[index] = (told.tensors or sent.original.tensors) if self._lossy_up else {}
+        played.norms[index] = norm_of_change(received.update.tensors, played.told[index])
+        if (version := int(told.settings.get(VERSION, 0))) != peer.installed_version:
+            self.registry.peers[index] = replace(peer, installed_version=version)
+        self._known.trust(index, True)
+
+    def _check_time(self, index: int, sent: SentInstruction, size: int, played: Round) -> None:
+        """Have the virtual clock see the reply.
+
         Raises:
-            ClientError: if by the virtual clock this reply never came, or came too late.
+            ClientError: if by that clock it never came, or came too late.
         """
         reason = ""
-        if self.clock.drops_out(played.number, index):
-            reason = f"it dropped out, as population.dropout={self.experiment.population.dropout:g} has it"
-        if index in self.clock.timed:
-            turn = self.clock.turn(self.roster.peers[index], asked.meant, asked.content_bytes, size)
-            self.clock.measure(asked.meant, asked.content_bytes, size)
-            reason = reason or self.clock.late(turn)
-            played.turns.append(Timed(index, turn, self.clock.progress.seconds, not_counted=reason))
+        if self._clock.drops_out(played.number, index):
+            reason = f"it dropped out, as population.dropout={self._experiment.population.dropout:g} has it"
+        if index in self._clock.timed:
+            turn = self._clock.turn(self.registry.peers[index], sent.original, sent.content_bytes, size)
+            self._clock.measure(sent.original, sent.content_bytes, size)
+            reason = reason or self._clock.late(turn)
+            played.turns.append(Timed(index, turn, self._clock.progress.seconds, not_counted=reason))
         if reason:
             raise ClientError(reason)
 
-    def _count(self, index: int, update: Update, blob: bytes, told: Tensors, played: Round) -> None:
+    def count(self, index: int, update: Update, blob: bytes, told: Tensors, played: Round) -> None:
         """Take a valid update into the round's figures."""
         played.count(index, update)
-        if self.experiment.evaluate.similarity:
-            start = told if traits_of(self.strategy).lossy_up else None
-            known = self.party.known(Instruction(told))
-            played.signs[index] = signs_of(update.tensors, blob, self.party.codec_up, start, known)
+        if self._experiment.evaluate.similarity:
+            start = told if self._lossy_up else None
+            known = self.uplink.known(Instruction(told))
+            played.signs[index] = signs_of(update.tensors, blob, self._workspace.codec_up, start, known)
 
-    def _leave_out(self, index: int, played: Round, reason: str) -> None:
+    def exclude(self, index: int, played: Round, reason: str) -> None:
         """Take back an update that was counted and can't be believed: the round goes on as if it had been refused."""
         played.forget(index, reason)
-        self._refuse(index, played, reason)
+        self.refuse(index, played, reason)
 
-    def _refuse(self, index: int, played: Round, reason: str) -> None:
-        """Book an update that came, and was booked so, as failed after all."""
-        self._fail(index, played, reason)
+    def refuse(self, index: int, played: Round, reason: str) -> None:
+        """Record an update that came, and was recorded so, as failed after all."""
+        self.fail(index, played, reason)
         self.ledger.fail(played.number, index)
         self._doubt(index)
 
+    def forget_versions(self, indices: Iterable[int]) -> None:
+        """Send these clients everything next time, whatever they say they hold."""
+        for index in indices:
+            self.registry.peers[index] = replace(self.registry.peers[index], installed_version=0, heard=0)
+
     def _doubt(self, index: int) -> None:
-        """Nobody knows what a client kept of a turn that failed: next time it is sent everything."""
-        self.roster.peers[index] = replace(self.roster.peers[index], installed_version=0, heard=0)
-        self._trust(index, False)
+        """Nobody knows what a client kept of a round in which it failed: next time it is sent everything."""
+        self.forget_versions([index])
+        self._known.trust(index, False)
 
-    def _trust(self, index: int, sure: bool) -> None:
-        """Whether it is known what a client keeps. It is asked after a resume too, and says what it keeps, but not of
-        which turn: so who is to be sent everything is remembered."""
-        progress = self.clock.progress
-        if sure is (index in progress.unsure):
-            others = {other for other in progress.unsure if other != index}
-            self.clock.progress = replace(progress, unsure=sorted(others if sure else others | {index}))
-
-    def _book_arrival(
+    def record_reply(
         self, number: int, index: int, part: str, arrival: Arrival, payload: int = 0, size: int | None = None
     ) -> None:
-        """Args:
-        payload: bytes of the blob.
-        size: bytes of the message's content, where they are known; else they are measured.
+        """Put what came of a message into the ledger.
+
+        Args:
+            payload: bytes of the blob.
+            size: bytes of the message's content, where they are known; else they are measured.
         """
         sent = framing = 0
         if arrival.message is not None and arrival.crossed:
             sent = wire.wire_bytes(arrival.message, size)
-            framing = self.exchange.lines.up(arrival.node, arrival.message, sent)
-        self._book(Entry(number, index, "up", part, payload, sent, framing, arrival.seconds))
+            framing = self.transport.lines.up(arrival.node, arrival.message, sent)
+        self.record(Entry(number, index, "up", part, payload, sent, framing, arrival.seconds))
 
-    def _miss(self, index: int, played: Round) -> None:
-        """A client of the cohort whose node isn't there to be asked."""
-        self._fail(index, played, "its node is not connected")
-        self._book(Entry(played.number, index, "up", "failed", 0, 0, 0, 0.0))
-        self.view.reply(played.mean("train_loss"), len(played.failures), self.ledger.totals)
+    def record_idle(self, number: int) -> None:
+        """Put what connections moved beside messages into the ledger."""
+        index_of = {node: index for index, node in self.registry.nodes.items()}
+        for node, moved in self.transport.lines.take_idle(index_of).items():
+            if moved and node in index_of:
+                self.record(Entry(number, index_of[node], "up", "idle", 0, 0, moved, 0.0))
 
-    def _fail(self, index: int, played: Round, reason: str) -> None:
+    def miss(self, index: int, played: Round) -> None:
+        """Record a client of the cohort whose node isn't there to be asked."""
+        self.fail(index, played, "its node is not connected")
+        self.record(Entry(played.number, index, "up", "failed", 0, 0, 0, 0.0))
+        self._view.reply(played.mean("train_loss"), len(played.failures), self.ledger.totals)
+
+    def fail(self, index: int, played: Round, reason: str) -> None:
+        """Say and remember why a client's update doesn't count."""
         played.fail(index, reason)
-        self.view.failure(played.number, index, reason)
+        self._view.failure(played.number, index, reason)

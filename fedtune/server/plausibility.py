@@ -16,7 +16,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fedtune.core.errors import DivergedError, WireError
+from fedtune.core.errors import DivergedError
 from fedtune.core.protocol import Peer, Strategy, Tensors, Update
 from fedtune.runs.checkpoint import flatten
 from fedtune.wire.delta_coding import starts_of, wide
@@ -24,23 +24,6 @@ from fedtune.wire.delta_coding import starts_of, wide
 ENOUGH = 3  # updates that changed anything, below which their median says nothing
 BY_FAR = 10  # times what the others' median is
 FINE = 1 << 20  # steps of an example in which weights are cut
-
-
-def check_examples(update: Update, peer: Peer, known: bool) -> None:
-    """
-    Args:
-        known: whether `peer.samples` is what the server knows, rather than what the client said.
-
-    Raises:
-        WireError: if the client claims another number of examples than it has.
-    """
-    if known and update.examples != peer.samples:
-        raise WireError(
-            f"it claims {update.examples} examples, and the division of the data gives it {peer.samples}: expected as "
-            "many, which are its `batches.examples`"
-        )
-    if update.examples > peer.samples:
-        raise WireError(f"it claims {update.examples} examples; at the handshake it had {peer.samples}")
 
 
 def norm_of_change(tensors: Tensors, told: Tensors) -> float:

@@ -17,7 +17,7 @@ from fedtune.config.schema import FULL, Experiment
 from fedtune.data.row_counts import describe
 
 if TYPE_CHECKING:  # torch comes with it, and a report needs none
-    from fedtune.workspace.party import Party
+    from fedtune.workspace.workspace import Workspace
 
 
 class View(Protocol):
@@ -25,7 +25,7 @@ class View(Protocol):
 
     def loading(self, experiment: Experiment) -> None: ...
 
-    def started(self, experiment: Experiment, party: "Party", folder: Path, done: int) -> None: ...
+    def started(self, experiment: Experiment, party: "Workspace", folder: Path, done: int) -> None: ...
 
     def round_begins(self, number: int, cohort: int) -> None: ...
 
@@ -56,7 +56,7 @@ class LineView:
     def loading(self, experiment: Experiment) -> None:
         self._say(f"loading {experiment.model.name} and {experiment.data.name} ...")
 
-    def started(self, experiment: Experiment, party: "Party", folder: Path, done: int) -> None:
+    def started(self, experiment: Experiment, party: "Workspace", folder: Path, done: int) -> None:
         for line in headline(experiment, party, folder):
             self._say(line)
         if done >= 0:
@@ -116,7 +116,7 @@ class LiveView:
     def loading(self, experiment: Experiment) -> None:
         self._status.plain = f"loading {experiment.model.name} and {experiment.data.name} ..."
 
-    def started(self, experiment: Experiment, party: "Party", folder: Path, done: int) -> None:
+    def started(self, experiment: Experiment, party: "Workspace", folder: Path, done: int) -> None:
         self._status.plain = ""
         first, *rest = headline(experiment, party, folder)
         self._console.print(f"[bold]{escape(first)}[/bold]")
@@ -211,7 +211,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def headline(experiment: Experiment, party: "Party", folder: Path) -> list[str]:
+def headline(experiment: Experiment, party: "Workspace", folder: Path) -> list[str]:
     """What is about to run, on what."""
     model, data = party.model, party.data
     held = model.quantization if model.quantization != "none" else str(model.module.dtype)

@@ -1,26 +1,12 @@
 """What a round has come to so far."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from fedtune.core.protocol import Instruction, Peer, Tensors, Update
+from fedtune.core.protocol import Tensors, Update
+from fedtune.planning.turn_times import Timed
 from fedtune.server.update_similarity import Signs
-from fedtune.server.virtual_clock import Timed
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a client was sent."""
-
-    meant: Instruction  # whole
-    heard: Instruction  # as far as its answer needs it
-    lost: Tensors  # what the codec left out: meant less heard; nothing of a lossless one
-    content_bytes: int  # of the message, without its addresses
-
-
-# What becomes of a valid update, its blob, and what its client was sent
-Take = Callable[[Peer, Update, bytes, Asked], None]
 
 
 @dataclass
@@ -32,6 +18,7 @@ class Round:
     virtual_seconds: float | None = None  # the virtual clock at its end, where there is one
     turns: list[Timed] = field(default_factory=list)
     error: float | None = None  # how far the server's update is from the mean of the clients'
+    rounding: float | None = None  # of the base that changed, where it is held in few bits (model.merge=requantize)
     signs: dict[int, Signs] = field(default_factory=dict)  # of the updates that count, if they are asked for
     norms: dict[int, float] = field(default_factory=dict)  # of the updates that came: how far each is from its start
     told: dict[int, Tensors] = field(default_factory=dict)  # what that is, where an update is a change of it

@@ -1,6 +1,8 @@
 """The round loop: what the server does, on any Flower Grid.
 
-    sample -> configure -> encode -> push ... pull -> check -> decode -> aggregate -> evaluate -> write -> checkpoint
+    play      ask a cohort, receive, check, aggregate    (synchronous.py or asynchronous.py, over client_channel.py)
+    finish    evaluate what clients decode               (held_out.py)
+              write it down, the checkpoint last         (round_recorder.py)
 
 A failed client is a line in the ledger and in failures.csv. The round counts while a quorum of its cohort replied.
 """
@@ -9,43 +11,45 @@ import gc
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import replace
 from threading import Event
-from typing import Any
+from typing import Any, Protocol
 
-from flwr.app import MessageType
 from flwr.serverapp import Grid
 
 from fedtune.config.compatibility import check_client, traits_of
 from fedtune.config.compose import differences
-from fedtune.core.errors import DivergedError, FedtuneError, Interrupted, QuorumError, RunFolderError
-from fedtune.core.protocol import Instruction, Peer, Update
-from fedtune.evaluation.scoring import Score, mean_score
-from fedtune.planning.population import server_peer
-from fedtune.runs.adapter_files import ADAPTER_CONFIG, adapter_files
-from fedtune.runs.checkpoint import Checkpoint, state_sha256
-from fedtune.runs.ledger import Entry, Ledger, sums
-from fedtune.runs.model_file import TunedModel, dump
+from fedtune.core.errors import DivergedError, Interrupted, RunFolderError
+from fedtune.runs.checkpoint import state_sha256
+from fedtune.runs.ledger import Ledger
 from fedtune.runs.run_folder import RunFolder, check_vacant
-from fedtune.runs.update_store import Replies
 from fedtune.server.aggregation import Aggregator
-from fedtune.server.aggregation_error import aggregation_error
+from fedtune.server.asynchronous import AsynchronousRounds
 from fedtune.server.budget import Spent, ended_by
-from fedtune.server.client_channel import Talk
+from fedtune.server.client_channel import ClientChannel
+from fedtune.server.eligibility import Eligibility
+from fedtune.server.held_out import HeldOut
 from fedtune.server.progress import View, make_view
-from fedtune.server.round import Asked, Round
-from fedtune.server.summary import summarise
+from fedtune.server.round import Round
+from fedtune.server.round_recorder import RoundRecorder
+from fedtune.server.state import ServerState
+from fedtune.server.synchronous import SynchronousRounds
 from fedtune.server.trackers import Tracking
-from fedtune.server.update_similarity import every_two
-from fedtune.server.virtual_clock import Turn
-from fedtune.wire import messages as wire
+from fedtune.server.virtual_clock import Clock
 from fedtune.wire.transport import Exchange
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 
-def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None = None) -> None:
+class Rounds(Protocol):
+    """How a round is played."""
+
+    def play(self, number: int) -> Round:
+        """One round, up to the aggregated state."""
+        ...
+
+
+def run(grid: Grid, workspace: Workspace, resume: str | None = None, stop: Event | None = None) -> None:
     """Run an experiment to its last round, or go on with the one in `resume`, and leave a run folder behind.
 
     Args:
@@ -54,10 +58,9 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
     Raises:
         FedtuneError: of whichever kind; everything up to the last finished round is then in the run folder.
     """
-    from fedtune.server.asynchronous import AsynchronousServer
-
-    experiment = party.experiment
-    check_client(experiment, party.strategy, party.client)
+    experiment = workspace.experiment
+    check_client(experiment, workspace.strategy, workspace.client)
+    workspace.use_threads()
     if resume is None and experiment.out is not None:
         check_vacant(experiment.out)
     view = make_view()
@@ -65,16 +68,16 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
         tracking = Tracking(experiment.tracker, view.note)
         view.loading(experiment)
         # Loaded before the folder is made: a wrong path leaves no half-made run behind
-        party.model, party.data  # noqa: B018
+        workspace.model, workspace.data  # noqa: B018
         # What is loaded stays until the end. Unfrozen, every full collection walks it: a pause of 0.4 s
         gc.collect()
         gc.freeze()
         folder = RunFolder.open(resume) if resume else RunFolder.create(experiment.out, experiment.name)
         if experiment.runtime.name == "flower":  # whoever reads the log is in another folder
             folder.path = folder.path.resolve()
-        kind = AsynchronousServer if traits_of(party.strategy).asynchronous else Server
         try:
-            kind(Exchange(grid, stop), party, folder, view, tracking).run()
+            known = restored(workspace, folder)
+            RoundLoop(Exchange(grid, stop), workspace, known, folder, view, tracking).run()
         finally:
             folder.close()
     finally:
@@ -82,318 +85,174 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
         view.close()
 
 
-class Server(Talk):
-    """One run of one experiment: the state that lasts between rounds, and the steps of a round."""
+def restored(workspace: Workspace, folder: RunFolder) -> ServerState:
+    """The server's state as the folder's last checkpoint has it, or a new run's.
 
-    def __init__(self, exchange: Exchange, party: Party, folder: RunFolder, view: View, tracking: Tracking):
-        super().__init__(exchange, party, view)
-        self.folder = folder
-        self.tracking = tracking
-        self.me = server_peer(self.experiment, party.model.layout)
-        self.aggregator = Aggregator(self.experiment, self.strategy, view.note, self._leave_out)
-        self.adapter_config = b""  # as last written
-        self.named: dict[int, str] = {}  # who was said to be left out, and why
-        self.run_id = secrets.token_hex(8)  # a resumed run has the one it began with
-        self.said_untimed = False
-        self.status = "running"
-        self.done = -1  # the last finished round
-        self.seconds = 0.0  # of the rounds so far, without evaluation: the virtual clock's where it runs
-        self.loss: float | None = None  # the last held-out one
-        self.before = (0, 0.0)  # bytes and seconds when the last round began
-        self.memory_bytes: float | None = None  # of a client's turn, where devices have no limits
-        self.state_sha256 = ""  # of the state after it
+    Raises:
+        RunFolderError: if the checkpoint can't be read, or is of other settings.
+        DataError: if it is of other data.
+    """
+    experiment = workspace.experiment
+    state = workspace.strategy.init(workspace.layout)
+    if (checkpoint := folder.load_checkpoint(state)) is None:
+        return ServerState(state, run_id=secrets.token_hex(8))
+    if checkpoint.config_sha256 != experiment.sha256:
+        asked = differences(folder.read_config().fixed(), experiment.fixed())
+        changed = f": {'; '.join(asked)}. Leave these out" if asked else "; its config.yaml was changed. Put it back"
+        raise RunFolderError(
+            f"{folder.path} was started with other settings{changed}, or start a new run with another out="
+        )
+    workspace.data.check_same(checkpoint.data, f"{folder.path} can't go on")
+    return ServerState.restored(checkpoint)
+
+
+class RoundLoop:
+    """One run of one experiment: its rounds, its budget, and how it ends.
+
+    Attributes:
+        known: what lasts between rounds.
+        rounds: how they are played.
+    """
+
+    def __init__(
+        self,
+        transport: Exchange,
+        workspace: Workspace,
+        known: ServerState,
+        folder: RunFolder,
+        view: View,
+        tracking: Tracking,
+    ):
+        experiment, strategy = workspace.experiment, workspace.strategy
+        asynchronous = traits_of(strategy).asynchronous
+        self.known = known
+        self._workspace = workspace
+        self._experiment = experiment
+        self._folder = folder
+        self._view = view
+        self._tracking = tracking
+        self._clock = Clock(workspace, known)
+        self._channel = ClientChannel(transport, workspace, known, self._clock, view, asynchronous)
+        eligibility = Eligibility(workspace, self._channel.registry, self._clock, view)
+        self._aggregator = Aggregator(experiment, strategy, view.note, self._channel.exclude)
+        self._held_out = HeldOut(workspace, self._channel, eligibility, self._aggregator, folder, view)
+        self._recorder = RoundRecorder(workspace, known, folder)
+        parts = (workspace, self._channel, eligibility, self._aggregator, self._clock, known, folder, view)
+        synchronous = SynchronousRounds(*parts)
+        buffer = getattr(strategy, "buffer", 1)
+        self.rounds: Rounds = AsynchronousRounds(buffer, synchronous, *parts) if asynchronous else synchronous
+        self._status = "running"
+        self._seconds = 0.0  # of the rounds so far, without evaluation: the virtual clock's where it runs
+        self._loss: float | None = None  # the last held-out one
+        self._before = (0, 0.0)  # bytes and seconds when the last round began
+        self._memory_bytes: float | None = None  # of a client's work, where devices have no limits
 
     def run(self) -> None:
-        """All rounds that are not done yet."""
-        self._restore()
-        self.folder.write_config(replace(self.experiment, out=str(self.folder.path)))
+        """All rounds that are not done yet.
+
+        Raises:
+            FedtuneError: as `run`, outside.
+        """
+        self._take_up()
+        known, folder, view = self.known, self._folder, self._view
+        folder.write_config(replace(self._experiment, out=str(folder.path)))
         self._summarise()
-        self.view.started(self.experiment, self.party, self.folder.path, self.done)
-        for note in self.party.notes:
-            self.view.note(note)
-        self.tracking.begin(self.experiment, self.folder.path, self.folder.metrics(), self.done)
+        view.started(self._experiment, self._workspace, folder.path, known.done)
+        for note in self._workspace.notes:
+            view.note(note)
+        self._tracking.begin(self._experiment, folder.path, folder.metrics(), known.done)
         try:
-            if self.done < self.experiment.rounds:
-                self.roster.gather(max(self.done, 0))
-                for index in set(self.clock.progress.unsure) & self.roster.peers.keys():
-                    self.roster.peers[index] = replace(self.roster.peers[index], installed_version=0, heard=0)
-            if self.done < 0:
-                self._finish_round(Round(0))
-            while not self._is_last(self.done):
-                self._finish_round(self._play(self.done + 1))
+            self._play_all()
         except BaseException as error:
-            self.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            self._status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(RunFolderError):  # the first error is the one to show
-                self.folder.append_ledger(self.ledger.take_pending())
+                folder.append_ledger(self._channel.ledger.take_pending())
                 self._summarise(error)
-            self.tracking.end(self.status, self.ledger.totals)
+            self._tracking.end(self._status, self._totals)
             if isinstance(error, KeyboardInterrupt):
-                done = f"after round {self.done}" if self.done >= 0 else "before round 0 was done"
-                raise Interrupted(f"interrupted {done}; go on with: fedtune run resume={self.folder.path}") from error
+                done = f"after round {known.done}" if known.done >= 0 else "before round 0 was done"
+                raise Interrupted(f"interrupted {done}; go on with: fedtune run resume={folder.path}") from error
             raise
-        self.status = "finished"
-        if (limit := self._spent(self.done)) and self.done < self.experiment.rounds:
-            self.view.note(
-                f"ended after round {self.done} of {self.experiment.rounds}: {limit} has no room for another"
-            )
-        if not self.clock.timed:
-            self.memory_bytes = self.clock.memory(self.state, self.done + 1)
+        self._status = "finished"
+        if (limit := self._spent(known.done)) and known.done < self._experiment.rounds:
+            view.note(f"ended after round {known.done} of {self._experiment.rounds}: {limit} has no room for another")
+        if not self._clock.timed:
+            self._memory_bytes = self._clock.memory(known.strategy, known.done + 1)
         summary = self._summarise()
-        self.tracking.end(self.status, self.ledger.totals)
-        self.view.finished(summary, self.folder.path)
+        self._tracking.end(self._status, self._totals)
+        view.finished(summary, folder.path)
+
+    def _play_all(self) -> None:
+        known, registry = self.known, self._channel.registry
+        if known.done < self._experiment.rounds:
+            registry.gather(max(known.done, 0))
+            self._channel.forget_versions(set(known.progress.unsure) & registry.peers.keys())
+        if known.done < 0:
+            self._finish(Round(0))
+        while not self._is_last(known.done):
+            self._before = (self._totals["spent_bytes"], self._seconds)
+            self._finish(self.rounds.play(known.done + 1))
+
+    def _take_up(self) -> None:
+        """Go on with what the folder's tables say of finished rounds."""
+        done = self.known.done
+        entries = self._folder.forget_after(done)
+        self._channel.ledger = Ledger(entries)
+        self._seconds, self._loss, last = self._folder.spent()
+        earlier = Ledger(entry for entry in entries if entry.round < done)
+        self._before = (earlier.totals["spent_bytes"], self._seconds - last)
+        self._channel.registry.run = self.known.run_id
+
+    @property
+    def _totals(self) -> Any:
+        return self._channel.ledger.totals
 
     def _spent(self, number: int) -> str | None:
         """The limit of the budget that leaves no room for another round after this one."""
-        bytes, seconds = self.ledger.totals["spent_bytes"], self.seconds
-        before = self.before if number else (bytes, seconds)  # round 0 is no round like the others
-        spent = Spent(number, bytes, seconds, self.loss, bytes - before[0], seconds - before[1])
-        return ended_by(self.experiment.budget, spent)
-
-    def _restore(self) -> None:
-        """Take up the last checkpoint, if there is one."""
-        self.state = self.strategy.init(self.party.layout)
-        checkpoint = self.folder.load_checkpoint(self.state)
-        if checkpoint is not None:
-            if checkpoint.config_sha256 != self.experiment.sha256:
-                asked = differences(self.folder.read_config().fixed(), self.experiment.fixed())
-                raise RunFolderError(
-                    f"{self.folder.path} was started with other settings"
-                    + (
-                        f": {'; '.join(asked)}. Leave these out"
-                        if asked
-                        else "; its config.yaml was changed. Put it back"
-                    )
-                    + ", or start a new run with another out="
-                )
-            self.party.data.check_same(checkpoint.data, f"{self.folder.path} can't go on")
-            self.state, self.done, self.run_id = checkpoint.state, checkpoint.round, checkpoint.run
-            self.sent, self.clock.progress = checkpoint.sent, checkpoint.progress
-            self.state_sha256 = state_sha256(self.state)
-        entries = self.folder.forget_after(self.done)
-        self.ledger = Ledger(entries)
-        self.seconds, self.loss, last = self.folder.spent()
-        earlier = Ledger(entry for entry in entries if entry.round < self.done)
-        self.before = (earlier.totals["spent_bytes"], self.seconds - last)
-        self.roster.run = self.run_id
-
-    def _play(self, number: int) -> Round:
-        """One round, up to the aggregated state."""
-        played = Round(number)
-        begun = time.monotonic()
-        self.before = (self.ledger.totals["spent_bytes"], self.seconds)
-        present = self.roster.refresh(number)
-        able, expected = self._able(number)
-        self._check_able(number, able)
-        cohort = self.clock.cohort(number, able, self.per_round, self.roster.peers, expected)
-        asked = [index for index in cohort if index in present]
-        self.view.round_begins(number, len(cohort))
-        with closing(Replies(self.party.codec_up, self.folder.path)) as replies:
-
-            def take(peer: Peer, update: Update, blob: bytes, asked: Asked) -> None:
-                replies.add(peer, update, blob, self.party.known(asked.heard), asked.lost)
-                self._count(peer.index, update, blob, asked.heard.tensors, played)
-
-            for index in cohort:
-                if index not in present:
-                    self._miss(index, played)
-            for index, arrival in self._ask(number, asked):
-                self._receive(index, arrival, played, take)
-                self.view.reply(played.mean("train_loss"), len(played.failures), self.ledger.totals)
-            self.aggregator.sift(played, replies)
-            self._check_quorum(played, len(replies), len(cohort))
-            replies.sort()
-            self._aggregate(played, replies, lambda got: self._check_quorum(played, got, len(cohort)))
-        self.clock.hear(played.reported("train_loss"))
-        if self.clock.timed:
-            played.virtual_seconds = self.clock.advance(played.turns, played.clients < len(asked))
-        played.seconds = time.monotonic() - begun
-        return played
-
-    def _able(self, number: int) -> tuple[list[int], dict[int, Turn]]:
-        """Who can take part in round `number`, and what the devices with limits are expected to take."""
-        peers, population, idle = self.roster.peers, self.experiment.population, self.idle
-        expected: dict[int, Turn] = {}
-        if self._is_timed():
-            expected = self.clock.admit(self.state, number, {i: peer for i, peer in peers.items() if i not in idle})
-        else:
-            self.clock.forget()
-            self._say_untimed()
-        out = self.clock.left_out
-        for reason in dict.fromkeys(out.values()):
-            new = [index for index in out if out[index] == reason and self.named.get(index) != reason]
-            if new:
-                self.view.note(f"left out from round {number}: client {', '.join(map(str, new))}, which {reason}")
-        self.named = dict(out)
-        able = [
-            index
-            for index in range(population.clients)
-            if index not in out and index not in idle and self.clock.is_there(number, index, peers)
-        ]
-        return able, expected
-
-    def _is_timed(self) -> bool:
-        return self.clock.runs(self.roster.peers)
-
-    def _say_untimed(self) -> None:
-        """What was asked for and means nothing without a clock."""
-        if not self.said_untimed and (note := self.clock.untimed(self.roster.peers)):
-            self.view.note(note)
-        self.said_untimed = True
-
-    def _check_able(self, number: int, able: Sequence[int]) -> None:
-        """
-        Raises:
-            QuorumError: if a round with nobody else can't count.
-        """
-        population = self.experiment.population
-        needed = population.enough(self.per_round)
-        if len(able) < needed:
-            out = self.clock.left_out
-            away = population.clients - len(able) - len(out) - len(self.idle)
-            why = [f"client {index} {reason}" for index, reason in out.items()][:1]
-            why += [f"{len(self.idle)} have no rows"] if self.idle else []
-            why += [f"{away} are away in this round, by their devices' availability"] if away else []
-            able_of = f"round {number}: {len(able)} of {population.clients} clients can take part"
-            raise QuorumError(f"{able_of}, population.quorum asks for {'; '.join([str(needed), *why])}")
-
-    def _check_quorum(self, played: Round, got: int, asked: int) -> None:
-        """
-        Raises:
-            QuorumError: if a round with that many usable updates doesn't count.
-        """
-        enough = self.experiment.population.enough(max(asked, self.per_round))
-        if got < enough:
-            self.folder.append_failures(played.failures)
-            first = next((f"; client {peer}: {reason}" for _, peer, reason in played.failures), "")
-            raise QuorumError(
-                f"round {played.number}: {got} of {asked} clients gave a usable update, "
-                f"population.quorum asks for {enough}{first}"
-            )
-
-    def _aggregate(self, played: Round, replies: Replies, check: Callable[[int], None]) -> None:
-        number, before = played.number, self.state
-        self.state, weighed = self.aggregator.aggregate(before, played, replies, check)
-        if self.experiment.evaluate.exactness:
-            layout = self.party.model.layout
-            played.error = aggregation_error(layout, self.strategy, number, before, self.state, weighed, self.me)
-
-    def _finish_round(self, played: Round) -> None:
-        """Evaluate, then write everything down: lines first and the checkpoint last, so that a round counts as done
-        only when all of it is on disk."""
-        self.view.evaluating()
-        begun = time.monotonic()
-        number, every = played.number, self.experiment.evaluate.every
-        self.sent = self.party.announce(self.sent, self.state, number + 1)
-        heard = self.party.broadcast(self.sent, self.state, number + 1)
-        self.party.install(heard, memory={})
-        personal = traits_of(self.strategy).personal
-        found, rounding = None, self.party.model.base_change.rounding
-        if every and number % every == 0:
-            found = self._examine(number, heard) if personal else self.party.evaluate()
-        self.seconds = self.seconds + played.seconds if played.virtual_seconds is None else played.virtual_seconds
-        self.loss = self.loss if found is None else found.loss
-        if self._asks_peers(number) and not personal:
-            self._examine(number, heard)
-        if found is not None and not math.isfinite(found.loss):
-            said = f"round {number}: the held-out loss became {found.loss}"
-            raise DivergedError(f"{said}. {self.aggregator.advice(played)}")
-        index_of = {node: index for index, node in self.roster.nodes.items()}
-        for node, moved in self.exchange.lines.take_idle(index_of).items():
-            if moved and node in index_of:
-                self._book(Entry(number, index_of[node], "up", "idle", 0, 0, moved, 0.0))
-        entries = self.ledger.take_pending()
-        row = {
-            "round": number,
-            "eval_loss": None,
-            "eval_accuracy": None,
-            "train_loss": played.mean("train_loss"),
-            "seconds": round(played.seconds, 3),
-            "eval_seconds": round(time.monotonic() - begun, 3),
-            "clients": played.clients,
-            "failed": len(played.failures),
-            **sums(entry for entry in entries if entry.round == number),
-            "client_eval_loss": played.mean("client_eval_loss"),
-            "client_eval_accuracy": played.mean("client_eval_accuracy"),
-            "aggregation_error": played.error,
-            "requantization_error": rounding,
-            "virtual_seconds": played.virtual_seconds,
-            "merge_error": merged.error if (merged := getattr(self.state, "merged", None)) else None,
-            **(found.row() if found else {}),
-        }
-        self.folder.append_ledger(entries)
-        self.folder.append_failures(played.failures)
-        self.folder.append_clock(number, played.turns)
-        self.folder.append_similarity(number, every_two(played.signs))
-        self.folder.append_metrics(row)
-        files = adapter_files(self.party.model)
-        for name, content in files.items() if number == 0 else ():
-            self.folder.write_adapter(name, content, "start")
-        if (config := files.get(ADAPTER_CONFIG, b"")) == self.adapter_config:  # it changes with the ranks alone
-            files.pop(ADAPTER_CONFIG, None)
-        for name, content in files.items():
-            self.folder.write_adapter(name, content)
-        self.adapter_config = config
-        if self.party.model.is_seeded:
-            model = self.party.model
-            self.folder.write_model(dump(TunedModel(self.experiment, heard, model.origin, model.dtype, number)))
-        self._save(number)
-        self.done, self.state_sha256 = number, state_sha256(self.state)
-        self._summarise()
-        self.tracking.log(row)
-        self.view.round_ends(row)
-
-    def _save(self, number: int) -> None:
-        peers, progress = self.roster.peers, self.clock.progress
-        # Who has said since what it keeps is known
-        unsure = [i for i in progress.unsure if i in peers and not (peers[i].heard or peers[i].installed_version)]
-        self.clock.progress = replace(progress, unsure=unsure)
-        kept = (self.run_id, self.sent, self.clock.progress, self.party.data.identity)
-        self.folder.save_checkpoint(Checkpoint(number, self.experiment.sha256, self.state, *kept))
+        bytes, seconds = self._totals["spent_bytes"], self._seconds
+        before = self._before if number else (bytes, seconds)  # round 0 is no round like the others
+        spent = Spent(number, bytes, seconds, self._loss, bytes - before[0], seconds - before[1])
+        return ended_by(self._experiment.budget, spent)
 
     def _is_last(self, number: int) -> bool:
         """Whether the run ends with this round, by its number or its budget."""
-        return number >= self.experiment.rounds or self._spent(number) is not None
+        return number >= self._experiment.rounds or self._spent(number) is not None
 
-    def _asks_peers(self, number: int) -> bool:
-        """Whether clients are to score the global model after this round."""
-        spec = self.experiment.evaluate
-        every = spec.peers == "every" and spec.every > 0 and number % spec.every == 0
-        return every or (spec.peers == "last" and self._is_last(number))
-
-    def _examine(self, number: int, heard: Instruction) -> Score | None:
-        """How good what the clients hold is after round `number` (the global model, or their own), each on its own
-        held-out data: the mean over all that are there, weighted by samples.
-
-        Args:
-            heard: what the server's own model is to hold afterwards.
-        """
-        present, idle = self.exchange.nodes(), self.idle
-        there = [i for i in sorted(self.roster.nodes) if self.roster.nodes[i] in present and i not in idle]
-        scores: dict[int, Score] = {}
-        for index, arrival in self._ask(number + 1, there, MessageType.EVALUATE, number):
-            part = "evaluate"
-            try:
-                if (score := wire.unpack_score(arrival.content())) is not None:
-                    scores[index] = score
-            except FedtuneError as error:
-                part = "failed"
-                self.view.note(f"client {index} could not be evaluated: {error}")
-            self._book_arrival(number, index, part, arrival)
-        self.party.install(heard, memory={})  # clients in this process had the model meanwhile
-        self.folder.append_clients(number, scores)
-        counted = self.aggregator.weights([self.roster.peers[index].samples for index in scores])
-        return mean_score(dict(zip(scores, counted, strict=True)), scores)
+    def _finish(self, played: Round) -> None:
+        """Evaluate what clients will decode, and write the round down."""
+        self._view.evaluating()
+        begun = time.monotonic()
+        number, known, downlink = played.number, self.known, self._channel.downlink
+        downlink.forget()
+        known.sent = downlink.next_broadcast(known.sent, known.strategy, number + 1)
+        broadcast = downlink.broadcast(known.sent, known.strategy, number + 1)
+        self._workspace.install(broadcast, memory={})
+        played.rounding = self._workspace.model.base_change.rounding
+        found = self._held_out.score(number, broadcast)
+        self._seconds = self._seconds + played.seconds if played.virtual_seconds is None else played.virtual_seconds
+        self._loss = self._loss if found is None else found.loss
+        if self._held_out.clients_are_due(number, self._is_last(number)):
+            self._held_out.ask_clients(number, broadcast)
+        if found is not None and not math.isfinite(found.loss):
+            said = f"round {number}: the held-out loss became {found.loss}"
+            raise DivergedError(f"{said}. {self._aggregator.advice(played)}")
+        self._channel.record_idle(number)
+        seconds = time.monotonic() - begun
+        peers = self._channel.registry.peers
+        row = self._recorder.record(played, found, seconds, broadcast, self._channel.ledger, peers)
+        known.done, known.sha256 = number, state_sha256(known.strategy)
+        self._summarise()
+        self._tracking.log(row)
+        self._view.round_ends(row)
 
     def _summarise(self, error: BaseException | None = None) -> dict[str, Any]:
-        scores = self.folder.scores()
-        if limit := self._spent(self.done):
-            scores["ended_by"] = limit
-        if self.memory_bytes is not None:
-            scores["memory_bytes"] = round(self.memory_bytes)
+        more: dict[str, Any] = {}
+        if limit := self._spent(self.known.done):
+            more["ended_by"] = limit
+        if self._memory_bytes is not None:
+            more["memory_bytes"] = round(self._memory_bytes)
         if error is not None:
-            scores["error"] = f"{type(error).__name__}: {error}"
-        if self.clock.left_out:
-            scores["left_out"] = {str(index): reason for index, reason in self.clock.left_out.items()}
-        summary = summarise(self.party, self.status, self.done, self.ledger.totals, self.state_sha256, scores)
-        self.folder.write_summary(summary)
-        return summary
+            more["error"] = f"{type(error).__name__}: {error}"
+        if self._clock.left_out:
+            more["left_out"] = {str(index): reason for index, reason in self._clock.left_out.items()}
+        return self._recorder.summarise(self._status, self._totals, more)

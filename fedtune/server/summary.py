@@ -9,13 +9,13 @@ from typing import Any
 import fedtune
 from fedtune.config.schema import to_dict
 from fedtune.data.sources import describe_source
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 PACKAGES = ("torch", "transformers", "peft", "flwr", "bitsandbytes", "numpy", "safetensors", "tokenizers")
 
 
 def summarise(
-    party: Party, status: str, done: int, totals: Mapping[str, int], state: str, scores: Mapping[str, Any]
+    party: Workspace, status: str, done: int, totals: Mapping[str, int], state: str, scores: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The content of summary.json.
 

@@ -17,7 +17,7 @@ one goes on with the others when the last of these has answered. Nobody waits fo
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -26,89 +26,67 @@ import numpy as np
 from fedtune.config.compatibility import tells_its_work, traits_of
 from fedtune.core.costs import Costs, Weight, Work
 from fedtune.core.errors import CapacityError, QuorumError
-from fedtune.core.protocol import Capability, Instruction, Peer
+from fedtune.core.protocol import Capability, Instruction, Peer, size_of
 from fedtune.core.seeds import bits, fold
 from fedtune.lowrank.algebra import pairs
 from fedtune.planning.client_sampling import PATIENCE, believed, select
 from fedtune.planning.population import server_peer
+from fedtune.planning.turn_times import Timed, Turn
 from fedtune.runs.checkpoint import Progress
-from fedtune.runs.update_store import size_of
+from fedtune.server.instructions import Instructions
+from fedtune.server.state import ServerState
 from fedtune.training.apply_instruction import BATCH, BITS, RANK, STEPS, TRAIN
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Workspace
 
 BESIDE_BYTES = 500  # of a message that holds no tensor, about
 ANY_BATCH = 1 << 30  # samples of a client that never runs short of a batch
 LONGEST = 1e9  # virtual seconds of a turn, 30 years: one that takes more would drown all others in their sum
 
 
-@dataclass(frozen=True)
-class Turn:
-    """What one client's turn takes on its device."""
-
-    device: str
-    down_bytes: float
-    download: float  # seconds
-    compute: float
-    up_bytes: float
-    upload: float
-    memory_bytes: float
-    limit_bytes: float  # what the device has
-    bits: int
-    batch_size: int
-    steps: int
-    layers: int
-    numbers: int  # that it trains
-
-    @property
-    def seconds(self) -> float:
-        return self.download + self.compute + self.upload
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A turn as the clock saw it: a line of clock.csv."""
-
-    peer: int
-    turn: Turn
-    begun: float  # what the clock showed when the client was asked
-    staleness: int = 0  # updates of the server's since then
-    not_counted: str = ""  # why its update isn't part of the round; empty if it is
-
-
 class Clock:
     """One run's time, by its clients' devices.
 
     Attributes:
-        progress: what lasts.
+        instructions: what clients are told, made once for each.
         left_out: why which clients can't take part, by index.
         timed: the clients whose turns are timed.
     """
 
-    def __init__(self, party: Party):
-        self._party = party
-        self._population = party.experiment.population
-        self._partial = traits_of(party.strategy).partial
+    def __init__(self, workspace: Workspace, known: ServerState | None = None):
+        self._workspace = workspace
+        self._known = known or ServerState()
+        self.instructions = Instructions(workspace.strategy)
+        self._population = workspace.experiment.population
+        self._partial = traits_of(workspace.strategy).partial
         self._measured = [0.0, 0.0]  # this round's largest messages, down and up, as shares of what was expected
-        self.progress = Progress()
         self.left_out: dict[int, str] = {}
         self.timed: set[int] = set()
 
+    @property
+    def progress(self) -> Progress:
+        """What lasts from round to round."""
+        return self._known.progress
+
+    @progress.setter
+    def progress(self, progress: Progress) -> None:
+        self._known.progress = progress
+
     @cached_property
     def _costs(self) -> Costs:
-        self._party.model.reset()  # what a method has put into the base would be measured with it
-        return self._party.costs
+        self._workspace.model.reset()  # what a method has put into the base would be measured with it
+        return self._workspace.costs
 
     @cached_property
     def _weights(self) -> dict[str, Weight]:
-        return {weight.module: weight for weight in self._party.weights}
+        return {weight.module: weight for weight in self._workspace.weights}
 
     def runs(self, peers: Mapping[int, Peer]) -> bool:
         """Whether there is anything to time: a device with a limit."""
-        return tells_its_work(self._party.client) and any(limited(peer.capability) for peer in peers.values())
+        return tells_its_work(self._workspace.client) and any(limited(peer.capability) for peer in peers.values())
 
     def untimed(self, peers: Mapping[int, Peer]) -> str | None:
         """What was asked for and means nothing where this clock doesn't run."""
-        client = self._party.client
+        client = self._workspace.client
         if not tells_its_work(client) and any(limited(peer.capability) for peer in peers.values()):
             return (
                 f"{type(client).__name__} doesn't say what a turn takes (it has no `work`): no virtual clock, and "
@@ -129,8 +107,8 @@ class Clock:
         """
         can, costs = peer.capability, self._costs
         work = self._work(told)
-        batch = min(int(told.settings.get(BATCH, self._party.experiment.train.batch_size)), max(peer.samples, 1))
-        held = int(told.settings.get(BITS, self._party.bits))
+        batch = min(int(told.settings.get(BATCH, self._workspace.experiment.train.batch_size)), max(peer.samples, 1))
+        held = int(told.settings.get(BITS, self._workspace.bits))
         ranks, numbers, block, per_token = self._trained(peer, told)
         with np.errstate(over="ignore"):  # a stranger may say that it takes one operation in 1e300 seconds
             if work.backward:
@@ -159,11 +137,11 @@ class Clock:
     def memory(self, state: Any, number: int) -> float | None:
         """Bytes that a turn of round `number` takes of a device without limits, by the cost model; None where that
         can't be known."""
-        if not tells_its_work(self._party.client):
+        if not tells_its_work(self._workspace.client):
             return None
-        peer = replace(server_peer(self._party.experiment, self._party.model.layout), samples=ANY_BATCH)
+        peer = replace(server_peer(self._workspace.experiment, self._workspace.model.layout), samples=ANY_BATCH)
         try:
-            return self.turn(peer, self._party.strategy.configure(state, number, peer), 0, 0).memory_bytes
+            return self.turn(peer, self._workspace.strategy.configure(state, number, peer), 0, 0).memory_bytes
         except Exception:  # whatever it is: all rounds are done, and a figure for the report is no reason to fail
             return None
 
@@ -180,7 +158,7 @@ class Clock:
         self._measured = [max(self._measured[0], down_bytes / size), max(self._measured[1], up_bytes / size)]
 
     def _work(self, told: Instruction) -> Work:
-        client: Any = self._party.client
+        client: Any = self._workspace.client
         if STEPS in told.settings:
             client = replace(client, steps=int(told.settings[STEPS]))
         work: Work = client.work(told.settings)
@@ -188,9 +166,9 @@ class Clock:
 
     def _trained(self, peer: Peer, told: Instruction) -> tuple[dict[str, int], int, int, float]:
         """Ranks by layer, trainable numbers, the lowest block, and LoRA's bytes per token."""
-        layout, costs, weights = self._party.model.layout, self._costs, self._weights
+        layout, costs, weights = self._workspace.model.layout, self._costs, self._weights
         if not layout.is_low_rank:
-            return {slot.module: 0 for slot in layout.slots}, self._party.model.trainable, 0, 0.0
+            return {slot.module: 0 for slot in layout.slots}, self._workspace.model.trainable, 0, 0.0
         if self._partial:
             ranks = {module: product.rank for module, product in pairs(told.tensors).items()}
         else:
@@ -213,11 +191,11 @@ class Clock:
         """
         self.forget()
         self.timed = set(peers)
-        if (foresee := getattr(self._party.strategy, "foresee", None)) is not None:
+        if (foresee := getattr(self._workspace.strategy, "foresee", None)) is not None:
             foresee(state, [peer.capability for peer in peers.values()])
         expected: dict[int, Turn] = {}
         known: dict[tuple[Capability, int, int, int], Turn | str] = {}
-        least = self._party.experiment.train.batch_size
+        least = self._workspace.experiment.train.batch_size
         for index, peer in sorted(peers.items()):
             key = (peer.capability, peer.rank, peer.installed_version, min(peer.samples, least))
             if key not in known:
@@ -241,7 +219,7 @@ class Clock:
 
     def _fits(self, state: Any, number: int, peer: Peer) -> Turn | str:
         try:
-            told = self._party.strategy.configure(state, number, peer)
+            told = self.instructions.foresee(state, number, peer)
         except CapacityError as error:
             return str(error)
         if not peer.capability.backprop and self._work(told).backward:
@@ -286,7 +264,7 @@ class Clock:
         return self._population.dropout > 0 and self._drawn("dropout", number, index) < self._population.dropout
 
     def _drawn(self, purpose: str, number: int, index: int) -> float:
-        word = bits(fold(self._party.experiment.seed, purpose, number, index), 1)[0]
+        word = bits(fold(self._workspace.experiment.seed, purpose, number, index), 1)[0]
         return float(word >> np.uint64(11)) * 2.0**-53
 
     def cohort(
@@ -297,7 +275,7 @@ class Clock:
         reported = {int(index): loss for index, loss in progress.losses.items()}
         chosen = select(
             population.selection,
-            seed=self._party.experiment.seed,
+            seed=self._workspace.experiment.seed,
             round=number,
             able=able,
             cohort=count,

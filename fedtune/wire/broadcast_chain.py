@@ -23,8 +23,7 @@ import torch
 
 from fedtune.codecs.packed import Packed, Reader, varint
 from fedtune.core.errors import ClientError, WireError
-from fedtune.core.protocol import Codec, Tensors, expect_like
-from fedtune.runs.update_store import size_of
+from fedtune.core.protocol import Codec, Tensors, expect_like, size_of
 from fedtune.wire import delta_coding as coding
 
 MAGIC = b"fl"

@@ -1,33 +1,47 @@
 """What a client does with a message, wherever it runs: content in, content out."""
 
 import re
+import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flwr.app import MessageType, RecordDict
 
 from fedtune.config.population import MEASURED
 from fedtune.core.errors import MALFORMED, ClientError, ConfigError, WireError
-from fedtune.core.protocol import UNLIMITED, Capability, Peer
+from fedtune.core.protocol import UNLIMITED, Capability, Instruction, Peer, Update, grid
+from fedtune.core.seeds import fold
 from fedtune.device.owner import Owner
+from fedtune.evaluation.scoring import Score
 from fedtune.planning.population import profile_of
+from fedtune.training.apply_instruction import BATCH, STEPS
 from fedtune.training.client_state import home
 from fedtune.wire.messages import pack_greeting, pack_score, unpack_question
-from fedtune.workspace.party import Party, party_of
+from fedtune.workspace.downlink import Downlink
+from fedtune.workspace.uplink import Uplink
+from fedtune.workspace.workspace import Workspace, workspace_of
 
 # What a node's owner may declare of it, in Flower's spelling of keys
 LIMITS = {name.replace("_", "-"): name for name in Capability.__dataclass_fields__}
 
 
-def take_turn(
+@dataclass(frozen=True)
+class Handled:
+    """An answer, and how long its training took."""
+
+    content: RecordDict
+    training_seconds: float = 0.0
+
+
+def handle_message(
     kind: str,
     round: str,
     content: RecordDict,
     run_config: Mapping[str, Any],
     node_config: Mapping[str, Any],
     owner: Owner | None = None,
-) -> RecordDict:
+) -> Handled:
     """Answer a message.
 
     Args:
@@ -41,7 +55,7 @@ def take_turn(
         FedtuneError: if this client can't do its part.
     """
     try:
-        return _answer(kind, round, content, party_of(run_config, owner), node_config)
+        return _answer(kind, round, content, workspace_of(run_config, owner), node_config)
     except MALFORMED as error:
         if owner is None:
             raise
@@ -50,25 +64,81 @@ def take_turn(
         raise ClientError(f"what the server asks for can't be done here: {type(error).__name__}: {reason}") from error
 
 
-def _answer(kind: str, round: str, content: RecordDict, party: Party, node_config: Mapping[str, Any]) -> RecordDict:
-    index = index_of(node_config)
+def _answer(
+    kind: str, round: str, content: RecordDict, workspace: Workspace, node_config: Mapping[str, Any]
+) -> Handled:
+    index, downlink = index_of(node_config), Downlink(workspace)
     if kind == MessageType.QUERY:
-        run, before = unpack_question(content)
-        version, heard, lost = party.holds(run, index, before) if run else (0, 0, False)
-        own = home() if party.experiment.population.devices == MEASURED else None
-        capability = capability_of(node_config, profile_of(index, party.experiment, own))
-        peer = Peer(index, party.samples(index), capability, installed_version=version, heard=heard)
-        return pack_greeting(peer, party.model.layout.sha256, party.data.sha256, lost)
+        return Handled(_greeting(content, workspace, downlink, index, node_config))
     if kind not in (MessageType.TRAIN, MessageType.EVALUATE):
         raise WireError(f"message type {kind[:40]!r} is not known: expected query, train or evaluate")
     if not re.fullmatch(r"[0-9]{1,18}", round):
         raise WireError(f"expected the round's number as the message's group, got {round[:40]!r}")
     number = int(round)
     if kind == MessageType.EVALUATE:
-        instruction, run = party.hear(content, index, number + 1)
-        return pack_score(party.examine(run, index, number, instruction))
-    instruction, run = party.hear(content, index, number, number)
-    return party.answer(run, index, number, instruction)
+        instruction, run = downlink.decode(content, index, number + 1)
+        return Handled(pack_score(evaluate_client(workspace, run, index, number, instruction)))
+    instruction, run = downlink.decode(content, index, number, number)
+    return answer(workspace, run, index, number, instruction)
+
+
+def _greeting(
+    content: RecordDict, workspace: Workspace, downlink: Downlink, index: int, node_config: Mapping[str, Any]
+) -> RecordDict:
+    run, before = unpack_question(content)
+    version, heard, lost = downlink.held(run, index, before) if run else (0, 0, False)
+    own = home() if workspace.experiment.population.devices == MEASURED else None
+    capability = capability_of(node_config, profile_of(index, workspace.experiment, own))
+    peer = Peer(index, workspace.samples(index), capability, installed_version=version, heard=heard)
+    return pack_greeting(peer, workspace.model.layout.sha256, workspace.data.sha256, lost)
+
+
+def answer(workspace: Workspace, run: str, index: int, round: int, instruction: Instruction) -> Handled:
+    """Client `index` does its part of a round: its update as it is sent."""
+    before = workspace.client_states.recall(run, index, round) if grid(workspace.codec_up) else {}
+    update, seconds = _train(workspace, run, index, round, instruction)
+    return Handled(Uplink(workspace).encode(update, run, index, round, instruction, before), seconds)
+
+
+def local_update(workspace: Workspace, run: str, index: int, round: int, instruction: Instruction) -> Update:
+    """Client `index` trains, on a model that holds nothing of the client before.
+
+    Args:
+        run: the run's id, under which what the client keeps is found.
+    """
+    return _train(workspace, run, index, round, instruction)[0]
+
+
+def _train(workspace: Workspace, run: str, index: int, round: int, instruction: Instruction) -> tuple[Update, float]:
+    experiment = workspace.experiment
+    key = fold(experiment.seed, "train", round, index)
+    memory = workspace.client_states.recall(run, index, round)
+    model = workspace.install(instruction, memory)
+    settings = instruction.settings
+    batches = workspace.data.batches(index, int(settings.get(BATCH, experiment.train.batch_size)), key)
+    own = workspace.data.heldout[index]
+    found = workspace.score(own, model) if experiment.evaluate.clients and len(own) else None
+    client: Any = workspace.client
+    if STEPS in settings:
+        client = replace(client, steps=int(settings[STEPS]))
+    begun = time.perf_counter()
+    update: Update = client.train(model, batches, instruction, memory, key)
+    seconds = time.perf_counter() - begun
+    if memory:
+        workspace.client_states.keep(run, index, round, memory)
+    if found is not None:
+        scores = {"client_eval_loss": found.loss, "client_eval_accuracy": found.accuracy}
+        update = replace(update, metrics={**update.metrics, **scores})
+    return update, seconds
+
+
+def evaluate_client(workspace: Workspace, run: str, index: int, round: int, instruction: Instruction) -> Score | None:
+    """Score what client `index` holds after `round` on its own held-out data; None if it has none."""
+    own = workspace.data.heldout[index]
+    if not len(own):
+        return None
+    memory = workspace.client_states.recall(run, index, round + 1)
+    return workspace.appraise(own, workspace.install(instruction, memory))
 
 
 def index_of(node_config: Mapping[str, Any]) -> int:

@@ -40,7 +40,8 @@ from fedtune.core.seeds import fold
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
 from fedtune.training.first_order import fit
-from fedtune.workspace.party import Party, party_of
+from fedtune.workspace.client_handler import local_update
+from fedtune.workspace.workspace import Workspace, workspace_of
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def bare(words: Sequence[str] = (), clients: int = 20) -> list[tuple[str, ...]]:
         ]
     )
     text = experiment.text()
-    party = party_of({"config": text})
+    party = workspace_of({"config": text})
     inner = make_client_app()
     bare_seconds = [0.0]
 
@@ -206,7 +207,7 @@ def bare(words: Sequence[str] = (), clients: int = 20) -> list[tuple[str, ...]]:
     ]
 
 
-def train_once(party: Party, index: int) -> None:
+def train_once(party: Workspace, index: int) -> None:
     """A client's optimizer steps and nothing else."""
     settings = party.experiment.train
     key = fold(party.experiment.seed, "train", 1, index)
@@ -232,9 +233,9 @@ def template(words: Sequence[str] = (), turns: int = 4) -> list[tuple[str, ...]]
     found = []
     for label, quantization in (("bfloat16", "none"), ("as the template is shipped, 4-bit", "nf4")):
         settings = ["model=smollm2", f"model.quantization={quantization}", "evaluate.every=0", *words]
-        party = Party(compose(settings))
+        party = Workspace(compose(settings))
         received = Instruction(party.model.read())
-        turn = partial(party.turn, "0" * 16, round=1, instruction=received)
+        turn = partial(local_update, party, "0" * 16, round=1, instruction=received)
         usual = partial(usual_turn, party, received)
         turn(0), usual(0)
         pairs = [(timed(turn, index), timed(usual, index)) for index in range(1, turns + 1)]
@@ -252,7 +253,7 @@ def timed(call: Callable[[int], object], index: int) -> float:
     return time.perf_counter() - begun
 
 
-def usual_turn(party: Party, received: Instruction, index: int) -> None:
+def usual_turn(party: Workspace, received: Instruction, index: int) -> None:
     """Load, adapt, install, build a Trainer, train, read back."""
     from peft import (
         LoraConfig,

@@ -1,0 +1,82 @@
+"""How good the model is after a round: on the server's held-out rows, and on the clients' own, by the clients."""
+
+from flwr.app import MessageType
+
+from fedtune.config.compatibility import traits_of
+from fedtune.core.errors import FedtuneError
+from fedtune.core.protocol import Instruction
+from fedtune.evaluation.scoring import Score, mean_score
+from fedtune.runs.run_folder import RunFolder
+from fedtune.server.aggregation import Aggregator
+from fedtune.server.client_channel import ClientChannel
+from fedtune.server.eligibility import Eligibility
+from fedtune.server.progress import View
+from fedtune.wire.messages import unpack_score
+from fedtune.workspace.workspace import Workspace
+
+
+class HeldOut:
+    """One run's evaluation."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        channel: ClientChannel,
+        eligibility: Eligibility,
+        aggregator: Aggregator,
+        folder: RunFolder,
+        view: View,
+    ):
+        self._workspace = workspace
+        self._spec = workspace.experiment.evaluate
+        self._personal = traits_of(workspace.strategy).personal
+        self._channel = channel
+        self._eligibility = eligibility
+        self._aggregator = aggregator
+        self._folder = folder
+        self._view = view
+
+    def score(self, number: int, broadcast: Instruction) -> Score | None:
+        """The round's score, where one is due: of a personal method the clients' own models'.
+
+        Args:
+            broadcast: what the server's own model holds, which it is to hold afterwards as well.
+        """
+        every = self._spec.every
+        if not (every and number % every == 0):
+            return None
+        return self.ask_clients(number, broadcast) if self._personal else self._workspace.evaluate()
+
+    def clients_are_due(self, number: int, last: bool) -> bool:
+        """Whether clients are to score the global model after this round.
+
+        Args:
+            last: whether the run ends with it.
+        """
+        every = self._spec.peers == "every" and self._spec.every > 0 and number % self._spec.every == 0
+        return not self._personal and (every or (self._spec.peers == "last" and last))
+
+    def ask_clients(self, number: int, broadcast: Instruction) -> Score | None:
+        """How good what the clients hold is after round `number` (the global model, or their own), each on its own
+        held-out data: the mean over all that are there, weighted by samples.
+
+        Args:
+            broadcast: as for `score`.
+        """
+        channel, registry = self._channel, self._channel.registry
+        present, idle = channel.transport.nodes(), self._eligibility.idle
+        there = [i for i in sorted(registry.nodes) if registry.nodes[i] in present and i not in idle]
+        scores: dict[int, Score] = {}
+        for index, arrival in channel.ask(number + 1, there, MessageType.EVALUATE, number):
+            part = "evaluate"
+            try:
+                if (score := unpack_score(arrival.content())) is not None:
+                    scores[index] = score
+            except FedtuneError as error:
+                part = "failed"
+                self._view.note(f"client {index} could not be evaluated: {error}")
+            channel.record_reply(number, index, part, arrival)
+        self._workspace.install(broadcast, memory={})  # clients in this process had the model meanwhile
+        self._folder.append_clients(number, scores)
+        counted = self._aggregator.weights([registry.peers[index].samples for index in scores])
+        return mean_score(dict(zip(scores, counted, strict=True)), scores)

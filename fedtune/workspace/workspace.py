@@ -1,0 +1,223 @@
+"""The workspace: the method, the model and the data of an experiment, as one process of either side holds them.
+
+What goes over the wire is made and read by fedtune/workspace/downlink.py and uplink.py, what a client does with a
+message is fedtune/workspace/client_handler.py's; both work with this.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedtune.config.compatibility import check_codecs, check_traits, traits_of
+from fedtune.config.compose import build, from_run_config
+from fedtune.config.schema import FULL, DataSpec, Experiment, ModelSpec
+from fedtune.core.costs import Costs, Weight
+from fedtune.core.errors import DataError, ModelError
+from fedtune.core.protocol import Client, Instruction, Layout, Strategy, Tensors, is_lossless
+from fedtune.core.seeds import fold, permutation
+from fedtune.data.federated_data import FederatedData, load_data
+from fedtune.device.owner import Owner, check_room
+from fedtune.evaluation.scoring import Score, appraise, score
+from fedtune.models.adapted_model import LocalModel
+from fedtune.models.base import Base, pick_device
+from fedtune.models.model_checks import check_tokens, positions_for
+from fedtune.models.shared_base import base_for
+from fedtune.planning.cost_probe import base_bytes, costs_of, weights_of
+from fedtune.training.apply_instruction import BITS
+from fedtune.training.client_state import Memory, home
+from fedtune.wire.delta_coding import build_codec
+
+QUANTIZATION = {4: "nf4", 8: "int8"}  # by the bits that a client is told; as it is otherwise
+
+
+class Workspace:
+    """The method, the codecs, the model and the data of an experiment. Model and data are loaded on first use.
+
+    Args:
+        owner: whose machine this is, where the experiment is another's; None: it is this user's own.
+    """
+
+    def __init__(self, experiment: Experiment, owner: Owner | None = None):
+        if owner is not None:
+            owner.check(experiment)
+        self.experiment, self.owner = experiment, owner
+        allowed = None if owner is None else owner.targets
+        self._beside: dict[int, LocalModel] = {}  # by bits, beside `model`
+        self.strategy: Strategy[Any] = build(experiment.strategy, "method.strategy", allowed)
+        self.client: Client[LocalModel] = build(experiment.method.client, "method.client", allowed)
+        check_traits(experiment, traits_of(self.strategy))
+        self.codec_up, self.feedback = build_codec(experiment.codec_up, "codec_up", feedback=False, allowed=allowed)
+        # Whether a broadcast is the difference from the one before
+        self.codec_down, self.chained = build_codec(experiment.codec_down, "codec_down", feedback=True, allowed=allowed)
+        check_codecs(experiment, traits_of(self.strategy), self.codec_up, self.codec_down)
+
+    def use_threads(self) -> None:
+        """Have torch take as many threads as the run's settings say. A device with fewer cores than the server is not
+        made to run more than it has."""
+        torch.set_num_threads(min(self.experiment.runtime.threads, os.cpu_count() or 1))
+
+    @cached_property
+    def model(self) -> LocalModel:
+        return self._load(self.experiment.model)
+
+    def model_for(self, instruction: Instruction) -> LocalModel:
+        """The model on a base in the bits that the instruction asks for. Each is loaded once a process.
+
+        Raises:
+            ModelError: if this base can't be held in so many bits, or not on this machine.
+        """
+        asked = int(instruction.settings[BITS]) if BITS in instruction.settings else self.bits
+        if asked == self.bits:
+            return self.model
+        if str(asked) not in (known := base_bytes(self.model)):
+            raise ModelError(f"this base can't be held in {asked} bits; it can in {', '.join(known)}")
+        if asked not in self._beside:
+            spec = replace(self.experiment.model, quantization=QUANTIZATION.get(asked, "none"))
+            self._beside[asked] = self._load(spec)
+        return self._beside[asked]
+
+    @cached_property
+    def bits(self) -> int:
+        """That the run's own base is held in: it is what is evaluated and exported."""
+        asked = {name: bits for bits, name in QUANTIZATION.items()}.get(self.experiment.model.quantization)
+        return asked or max(int(bits) for bits in base_bytes(self.model))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """What is trained; with what that costs, for methods that plan by it."""
+        layout = self.model.layout
+        if not traits_of(self.strategy).plans:
+            return layout
+        return replace(layout, costs=self.costs, weights=self.weights)
+
+    @cached_property
+    def weights(self) -> tuple[Weight, ...]:
+        """The layers that have a LoRA adapter."""
+        return tuple(weights_of(self.model))
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What training this model on these data takes."""
+        return costs_of(self.model, self.data, self.experiment.train.batch_size, self.experiment.seed)
+
+    def _load(self, spec: ModelSpec) -> LocalModel:
+        changes = self.experiment.adapter.kind == FULL or self.experiment.model.merge == "requantize"
+        return self._on(base_for(spec, pick_device(self.experiment.runtime.device), changes))
+
+    def take(self, base: Base) -> None:
+        """Have the model on this base, which was loaded already."""
+        self.model = self._on(base)
+
+    def _on(self, base: Base) -> LocalModel:
+        experiment = self.experiment
+        if self.owner is not None and self.owner.is_device:
+            check_room(base.model, experiment.adapter)
+        return LocalModel(base, experiment.adapter, experiment.seed, experiment.model.merge == "requantize")
+
+    @cached_property
+    def data_spec(self) -> DataSpec:
+        """The data's settings, with examples no longer than the model has positions for."""
+        room = positions_for(self.model.base, self.experiment.adapter)
+        spec = self.experiment.data
+        return spec if room is None else replace(spec, max_length=min(spec.max_length, room))
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of model and data when a run starts."""
+        asked, taken = self.experiment.data.max_length, self.data_spec.max_length
+        cut = f"data.max_length={asked} is more than the model has positions for: examples are cut to {taken} tokens"
+        return [*self.model.notes, *([cut] if taken < asked else [])]
+
+    @cached_property
+    def data(self) -> FederatedData:
+        population = self.experiment.population
+        clients = population.pooled or population.clients
+        loaded = load_data(self.data_spec, clients, self.model.tokenizer, self.experiment.seed)
+        check_tokens(loaded.corpus, self.model.base)
+        data = replace(loaded, pad=self.model.pad)
+        return data.pooled() if population.pooled else data
+
+    @cached_property
+    def client_states(self) -> Memory:
+        """What this process's clients keep: in the run folder, or on a device of its own in that device's home."""
+        return self._store("clients")
+
+    @cached_property
+    def residuals(self) -> Memory:
+        """What their messages left out so far (codec_up.feedback), in the same way."""
+        return self._store("residuals")
+
+    @cached_property
+    def broadcasts(self) -> Memory:
+        """What they decoded of the last broadcast, where broadcasts build on one another."""
+        return self._store("broadcasts")
+
+    def _store(self, name: str) -> Memory:
+        out = self.experiment.out
+        # Nobody else says where a device writes
+        if self.owner is not None or self.experiment.runtime.name == "flower" or out is None:
+            return Memory(home() / name)
+        return Memory(Path(out).expanduser() / name, Path(out).expanduser())
+
+    def samples(self, index: int) -> int:
+        """Training examples of client `index`.
+
+        Raises:
+            DataError: if there is no such client.
+        """
+        if not 0 <= index < len(self.data.train):
+            raise DataError(f"there is no client {index}: the data is divided among {len(self.data.train)}")
+        return len(self.data.train[index])
+
+    @cached_property
+    def start(self) -> Tensors:
+        """What every model starts from: what a lossy broadcast is the difference from, the first at least."""
+        return {} if is_lossless(self.codec_down) else self.model.layout.initial
+
+    def install(self, instruction: Instruction, memory: Tensors) -> LocalModel:
+        """Make the model, which is returned, what a client with this memory would hold after hearing `instruction`."""
+        model = self.model_for(instruction)
+        model.reset()
+        self.client.receive(model, instruction, memory)
+        return model
+
+    def evaluate(self) -> Score | None:
+        """Score the model as it stands on data that no client holds; None if there is none (data.heldout=0)."""
+        rows = self.data.server
+        if not len(rows):
+            return None
+        if (limit := self.experiment.evaluate.examples) and limit < len(rows):
+            rows = rows[permutation(fold(self.experiment.seed, "evaluate"), len(rows))[:limit]]
+        return self.appraise(rows, self.model)
+
+    def evaluate_on(self, index: int) -> Score | None:
+        """Score the model as it stands on client `index`'s held-out data; None if it has none."""
+        own = self.data.heldout[index]
+        return self.appraise(own, self.model) if len(own) else None
+
+    def score(self, rows: Any, model: LocalModel) -> Score:
+        """The loss and accuracy of a model on these rows, and nothing that takes generating."""
+        return score(model, self.data.corpus, rows, self.experiment.evaluate.batch_size, self.data.pad)
+
+    def appraise(self, rows: Any, model: LocalModel) -> Score:
+        """All that `evaluate.` asks for of a model on these rows."""
+        spec, key = self.experiment.evaluate, fold(self.experiment.seed, "generate")
+        return appraise(model, self.data.corpus, rows, spec, self.data.pad, key)
+
+
+def workspace_of(run_config: Mapping[str, Any], owner: Owner | None = None) -> Workspace:
+    """The workspace of the run that this config describes, on `owner`'s machine; one a process, however many ask."""
+    text = run_config.get("config") or from_run_config(run_config).text()
+    return _workspace(str(text), owner)
+
+
+@lru_cache(maxsize=1)
+def _workspace(text: str, owner: Owner | None) -> Workspace:
+    workspace = Workspace(from_run_config({"config": text}), owner)
+    workspace.use_threads()
+    return workspace
