@@ -150,8 +150,10 @@ def party_for(found: Source, base: str | None, **settings: Any) -> Party:
 
 
 def check_one_model(found: Source, party: Party) -> None:
-    """Raises:
-    ExportError: if the run left parts of the model with its clients.
+    """Check that what the server holds is one whole model.
+
+    Raises:
+        ExportError: if the run left parts of the model with its clients.
     """
     if traits_of(party.strategy).personal:
         raise ExportError(

@@ -200,12 +200,12 @@ def converted(gguf: Path, sha256: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """$FEDTUNE_CACHE, or the user's cache folder."""
+    """Where caches are kept: $FEDTUNE_CACHE, or the user's cache folder."""
     return Path(os.environ.get("FEDTUNE_CACHE") or platformdirs.user_cache_dir("fedtune"))
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one.
+    """The device to run on; `auto` is CUDA where there is one.
 
     Raises:
         ModelError: if the device doesn't exist here.
@@ -222,7 +222,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+    """The dtype of the base; `auto` is bfloat16 where the hardware multiplies it natively, else float32."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     if device.type == "cuda":
