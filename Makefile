@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED ?= 0
 export FLWR_DISABLE_UPDATE_CHECK ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: demo deploy-demo test lint setup clean
+.PHONY: demo deploy-demo test lint docs setup clean
 
 demo: setup  ## fine-tune SmolLM2 across 20 clients
 	$(RUN)/fedtune run experiment=demo
@@ -25,6 +25,10 @@ lint: setup  ## format check, lint, types
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 
+docs: $(VENV)/.docs  ## the pages and an API reference, into build/site
+	$(RUN)/properdocs build --strict --quiet
+	@echo "build/site/index.html, or with search: $(RUN)/python -m http.server -b 127.0.0.1 -d build/site"
+
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -37,6 +41,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@env -u PYTHONDONTWRITEBYTECODE $(RUN)/python -m compileall -q -j 0 \
 		-x '/(tests?|testing|onnx|_inductor)/|/ray/(rllib|tune|train|data|serve|air|llm)/|transformers/models/[b-z]' \
 		$(VENV)/lib > /dev/null || true
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 clean:

@@ -64,7 +64,7 @@ class FirstOrder:
 
 
 def proximal(model: LocalModel, mu: float) -> Callable[[], Tensor]:
-    """(mu / 2) |theta - theta_t|^2 over the tensors that are trained, theta_t being their values now."""
+    """The term (mu / 2) |theta - theta_t|^2 over the tensors that are trained, theta_t being their values now."""
     live = model.parameters()
     start = [parameter.detach().clone() for parameter in live]
 

@@ -76,7 +76,7 @@ class Sensitivity:
                     self._follow((module, part), entries.abs())
 
     def scores(self) -> Tensor:
-        """sum_j S_j of each layer, (layers,) float32 on the CPU, in the order of their names."""
+        """The score sum_j S_j of each layer, (layers,) float32 on the CPU, in the order of their names."""
         found = []
         for module in sorted(self._live):
             line, left, right = (self._score(module, part) for part in "LPQ")

@@ -41,6 +41,6 @@ class SelfPruning(FirstOrder):
 
 
 def tail(adapter: Mapping[str, Tensor], head: int) -> Tensor:
-    """sum_layers ||B[:, head:]||_F ||A[head:, :]||_F, a function of the factors themselves."""
+    """What the tail weighs: sum_layers ||B[:, head:]||_F ||A[head:, :]||_F, a function of the factors themselves."""
     norms = [p.b[:, head:].norm() * p.a[head:].norm() for p in pairs(dict(adapter)).values()]
     return torch.stack(norms).sum()

@@ -84,7 +84,7 @@ def slopes_of(instruction: Instruction) -> Tensor:
 
 
 def drawn(key: int, count: int, directions: int, probabilities: Tensor | None = None) -> np.ndarray:
-    """`count` places in the pool, int64, with repetition: uniform, or by `probabilities`, (directions,)."""
+    """Draw `count` places in the pool, int64, with repetition: uniform, or by `probabilities`, (directions,)."""
     words = bits(key, count)
     if probabilities is None:
         return (words % np.uint64(directions)).astype(np.int64)

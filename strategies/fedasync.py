@@ -35,7 +35,8 @@ __all__ = ["FedAsync", "State"]
 
 @dataclass(frozen=True)
 class FedAsync:
-    """
+    """The server's side of FedAsync: each update is mixed in as it comes, less the staler it is.
+
     Raises:
         ConfigError: for a setting that is unknown or out of range.
     """
@@ -74,7 +75,7 @@ class FedAsync:
         )
 
     def weight(self, staleness: int) -> float:
-        """a_k = alpha s(staleness).
+        """The weight a_k = alpha s(staleness) of an update.
 
         Args:
             staleness: server updates since the client was sent what it trained on.

@@ -34,7 +34,8 @@ __all__ = ["FedBuff", "State"]
 
 @dataclass(frozen=True)
 class FedBuff:
-    """
+    """The server's side of FedBuff: a step for every `buffer` updates, each weighed by its staleness.
+
     Raises:
         ConfigError: for a setting out of range.
     """

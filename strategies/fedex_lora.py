@@ -70,7 +70,9 @@ class FedExLoRA:
 
 
 def spread(terms: Sequence[LowRank], mean: LowRank, weights: Sequence[float]) -> LowRank:
-    """sum_{k<N} w_k (B_k - B)(A_k - A_N), in float64: with sum_k w_k (B_k - B) = 0, the last term is nothing, whatever
-    is taken from every A_k."""
+    """The sum over k < N of w_k (B_k - B)(A_k - A_N), in float64.
+
+    With sum_k w_k (B_k - B) = 0, the last term is nothing, whatever is taken from every A_k.
+    """
     last = terms[-1].a.double()
     return stack([LowRank(t.b.double() - mean.b, t.a.double() - last) for t in terms[:-1]], weights[:-1])

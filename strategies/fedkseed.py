@@ -66,8 +66,10 @@ class FedKSeed:
 
 
 def check_steps(update: Update, directions: int, rules: Rules) -> None:
-    """Raises:
-    WireError: if these are not (n,) directions of the pool and as many slopes, n at most what a client measures.
+    """Check the steps that a client says it took.
+
+    Raises:
+        WireError: if these are not (n,) directions of the pool and as many slopes, n at most what a client measures.
     """
     if update.tensors.keys() != {"index", "slopes"}:
         raise WireError(f"expected the tensors 'index' and 'slopes', got {sorted(update.tensors)[:5]}")

@@ -72,7 +72,7 @@ class FedKSeedPro:
 
 
 def probabilities(state: State) -> Tensor:
-    """p: (K,) float32."""
+    """The probabilities p of the directions, (K,) float32."""
     a = state.met / state.times.clamp(min=1)
     spread = a.max() - a.min()
     scaled = (a - a.min()) / spread if spread > 0 else torch.zeros_like(a)

@@ -81,7 +81,8 @@ class State:
 
 @dataclass(frozen=True)
 class FedPipe:
-    """
+    """The server's side of FedPipe: a plan for each device, and an average of each layer over those who trained it.
+
     Raises:
         ConfigError: for a setting out of range.
     """
@@ -170,7 +171,7 @@ class FedPipe:
         )
 
     def values(self, state: State, ranks: Sequence[int]) -> np.ndarray:
-        """(layers, ranks): what each layer is worth at each rank, layers in the order of their names."""
+        """What each layer is worth at each rank, (layers, ranks), layers in the order of their names."""
         mean = sum(state.scores.values()) / max(len(state.scores), 1) or 1.0
         rows = []
         for weight in weights_of(state):
@@ -232,7 +233,7 @@ def weights_of(state: State) -> list[Weight]:
 
 
 def halves(largest: int) -> list[int]:
-    """`largest` and what is left of it by halving, ascending: 1, 2, 4, 8 of 8."""
+    """Batch sizes: `largest` and what is left of it by halving, ascending: 1, 2, 4, 8 of 8."""
     return sorted({largest >> by for by in range(largest.bit_length())})
 
 

@@ -75,7 +75,7 @@ class HetLoRA:
         )
 
     def head(self, rank: int) -> int:
-        """t, the components in front of the tail."""
+        """The number t of components in front of the tail."""
         return min(math.floor(self.gamma * rank + 1e-9), rank - 1)
 
     def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
@@ -97,7 +97,7 @@ class HetLoRA:
 
 
 def rank_of(state: State, peer: Peer) -> int:
-    """r_k: what pruning left of the rank that the peer's device takes."""
+    """The rank r_k: what pruning left of the rank that the peer's device takes."""
     widest = max(product.rank for product in pairs(state.adapter).values())
     return min(peer.rank or widest, state.ranks.get(str(peer.index), widest))
 

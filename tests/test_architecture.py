@@ -1,6 +1,7 @@
 """The house rules that a scan can check."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,38 @@ def test_the_docs_tell_of_every_method_what_its_class_says():
         strategy = Workspace(compose(["model=tiny", f"method={name}"])).strategy
         if not hasattr(strategy, "base"):  # else it is as what it is put around
             assert cells[5].startswith("yes" if traits_of(strategy).mixed_ranks else "no"), name
+
+
+# Public names whose docstrings have no sentence yet, by module and name
+UNSAID = {
+    "fedtune.wire.broadcast_chain.hear",
+    "fedtune.server.virtual_clock.Clock.expected",
+    "fedtune.wire.delta_coding.encode",
+    "fedtune.comparisons.command.Record",
+    "fedtune.wire.messages.check_finite",
+}
+
+
+def public(node, name):
+    """(name, docstring) of everything in a module that is public and documented, itself and methods included."""
+    if text := ast.get_docstring(node):
+        yield name, text
+    for inner in node.body:
+        kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(inner, kinds) and not inner.name.startswith("_") and not isinstance(node, kinds[1:]):
+            yield from public(inner, f"{name}.{inner.name}")
+
+
+def test_a_public_docstring_begins_with_a_sentence():
+    """It ends with a full stop, and Args and Raises come after it: an API reference shows the sentence alone. Only a
+    module's may begin with what it is about, as `fedtune report` or raFLoRA."""
+    wrong = set()
+    for path in sorted([*CORE, *(ROOT / "strategies").glob("*.py"), *(ROOT / "clients").glob("*.py")]):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for name, text in public(ast.parse(path.read_text()), module):
+            first = text.partition("\n\n")[0]
+            section = re.match(r"(Args|Attributes|Raises|Returns|Yields|Example):", first)
+            capital = name == module or re.match(r"[A-Z]", first)
+            if section or not capital or not re.search(r"[.:?]$", first):
+                wrong.add(name)
+    assert wrong == UNSAID

@@ -149,7 +149,9 @@ def test_a_score_costs_no_pass(model, monkeypatch, asked):
     passes = []
     backward, loss_of = torch.Tensor.backward, fedtune.training.first_order.loss_of
     monkeypatch.setattr(torch.Tensor, "backward", lambda *words: (passes.append("back"), backward(*words))[1])
-    monkeypatch.setattr(fedtune.training.first_order, "loss_of", lambda *words: (passes.append("forth"), loss_of(*words))[1])
+    monkeypatch.setattr(
+        fedtune.training.first_order, "loss_of", lambda *words: (passes.append("forth"), loss_of(*words))[1]
+    )
     client, plain = Scoring(steps=3), {}
     for settings in ({}, {SCORE: asked}):
         passes.clear()

@@ -34,7 +34,8 @@ class Bf16:
     contracts: ClassVar[bool] = True
 
     def encode(self, tensors: Tensors, key: int) -> bytes:
-        """
+        """Round every value to bfloat16, to nearest even; 2 bytes a value.
+
         Raises:
             WireError: naming the tensor that isn't floating, or not finite.
         """

@@ -83,7 +83,7 @@ def as_scales(part: Array, most: np.float32 = LARGEST) -> Array:
 
 
 def largest(values: Array, length: int) -> Array:
-    """max |x| of each `length` values in a row, the last of which may be fewer."""
+    """The largest magnitude max |x| of each `length` values in a row, the last of which may be fewer."""
     return np.maximum.reduceat(np.abs(values).reshape(-1), np.arange(0, values.size, length))
 
 

@@ -38,7 +38,8 @@ SCALES = ("global", "per_tensor")
 
 @dataclass(frozen=True)
 class ComPEFT:
-    """
+    """Signs of the largest values, times one magnitude for each tensor or for all.
+
     Args:
         alpha: a number, several to choose from, or None.
         feedback: whether what is left out is sent later.
@@ -80,8 +81,10 @@ class ComPEFT:
         return [replace(self, alpha=alpha) for alpha in self.alpha] if isinstance(self.alpha, Sequence) else ()
 
     def encode(self, tensors: Tensors, key: int) -> bytes:
-        """Raises:
-        ConfigError: if alpha isn't chosen yet.
+        """Keep the `density` largest values of all tensors together, as signs, positions and magnitudes.
+
+        Raises:
+            ConfigError: if alpha isn't chosen yet.
         """
         if isinstance(self.alpha, Sequence):
             raise ConfigError(f"codec.alpha={list(self.alpha)}: one of these has to be chosen first")

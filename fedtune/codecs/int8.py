@@ -56,7 +56,9 @@ class Int8:
         return self.feedback
 
     def encode(self, tensors: Tensors, key: int) -> bytes:
-        """
+        """Write each row as whole multiples of its largest value / 127, rounded at random by `key`, or to nearest with
+        feedback.
+
         Raises:
             WireError: naming the tensor that isn't floating, not finite, or has values within 2^-23 of float32's
                 largest.

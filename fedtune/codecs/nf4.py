@@ -67,7 +67,8 @@ class Nf4:
             raise ConfigError(f"codec.block={self.block!r}: expected a whole number from 1 up")
 
     def encode(self, tensors: Tensors, key: int) -> bytes:
-        """
+        """Write each value as the nearest of 16 normal quantiles times the largest of its block; 4 bits a value.
+
         Raises:
             WireError: naming the tensor that isn't floating, or not finite.
         """

@@ -66,7 +66,9 @@ class Packed:
     lossless: ClassVar[bool] = True
 
     def encode(self, tensors: Tensors, key: int) -> bytes:
-        """
+        """Write floats as they are and whole numbers at the bits that their range needs, after a short head for each
+        tensor.
+
         Raises:
             WireError: naming the tensor of a dtype, name or shape that the format has no place for.
         """

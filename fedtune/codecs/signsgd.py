@@ -37,7 +37,8 @@ class SignSGD:
     contracts: ClassVar[bool] = True
 
     def encode(self, tensors: Tensors, key: int) -> bytes:
-        """
+        """Write each value's sign, a bit each, and each tensor's mean magnitude in float32.
+
         Raises:
             WireError: naming the tensor that isn't floating, or not finite.
         """

@@ -40,8 +40,10 @@ APART = len(CODERS)  # and the code of Golomb by tensors
 
 
 def check(density: float, coder: str) -> None:
-    """Raises:
-    ConfigError: for a density that isn't a share, or a coder that there isn't.
+    """Check the settings that all sparse codecs share.
+
+    Raises:
+        ConfigError: for a density that isn't a share, or a coder that there isn't.
     """
     if isinstance(density, bool) or not 0 < density <= 1:
         raise ConfigError(f"codec.density={density}: expected a share above 0 and up to 1")
@@ -154,7 +156,8 @@ def shapes_of(tensors: Tensors) -> Shapes:
 
 
 def encode(magic: bytes, coder: str, positions: Array, ends: Array, values: bytes) -> bytes:
-    """
+    """The blob of a sparse codec: its head, the coded positions, then what it says of the values there.
+
     Args:
         ends: of the tensors (`ends_of`).
         values: what the codec says of them.
@@ -223,7 +226,7 @@ def signs_of(values: Array) -> bytes:
 
 
 def read_signs(blob: bytes, count: int) -> Array:
-    """-1 or 1 each, float32."""
+    """The signs of `signs_of`, -1 or 1 each, float32."""
     bits = np.unpackbits(np.frombuffer(blob, np.uint8), bitorder="little")
     if bits[count:].any():
         raise WireError("the bits after the last sign should be zero")

@@ -18,7 +18,8 @@ MAGIC = b"ft"
 
 @dataclass(frozen=True)
 class STC:
-    """
+    """Sparse ternary compression: signs of the largest values, times their mean magnitude.
+
     Raises:
         ConfigError: naming the setting that is out of range.
     """

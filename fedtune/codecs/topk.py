@@ -20,7 +20,8 @@ LARGEST = torch.finfo(torch.bfloat16).max
 
 @dataclass(frozen=True)
 class TopK:
-    """
+    """The largest values by magnitude, and where they are.
+
     Raises:
         ConfigError: naming the setting that is out of range.
     """

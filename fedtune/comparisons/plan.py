@@ -77,8 +77,10 @@ class Plan:
         return shlex.join(["fedtune", "compare", *self.words])
 
     def cell(self, entry: Entry, seed: int, chosen: Sequence[str] = ()) -> Cell:
-        """Args:
-        chosen: the words that tuning came to.
+        """The run of this entry with this seed: its words, and the folder that it is played in.
+
+        Args:
+            chosen: the words that tuning came to.
         """
         words = (*self.common, *entry.words, *chosen, f"seed={seed}")
         return Cell(entry.label, self.out / slug(entry.label) / f"seed-{seed}", seed, words)
@@ -108,7 +110,8 @@ class Plan:
 
 
 def plan(words: Sequence[str]) -> Plan:
-    """
+    """Read the words of `fedtune compare` into all that is to be run.
+
     Raises:
         ConfigError: for a list that can't be read, an unknown method or codec, or settings that fit no entry.
     """

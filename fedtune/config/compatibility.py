@@ -23,8 +23,10 @@ def tells_its_work(client: Any) -> bool:
 
 
 def check_traits(experiment: Experiment, traits: Traits) -> None:
-    """Raises:
-    ConfigError: if the method can't take the population's ranks, its deadline or the kind of adapter.
+    """Check that the method can do what the experiment asks of it.
+
+    Raises:
+        ConfigError: if the method can't take the population's ranks, its deadline or the kind of adapter.
     """
     name, kind = experiment.method_name, experiment.adapter.kind
     ranks, deadline = experiment.population.ranks, experiment.population.deadline
@@ -91,7 +93,8 @@ def check_client(experiment: Experiment, strategy: Any, client: Any) -> None:
 
 
 def check_codecs(experiment: Experiment, traits: Traits, up: Codec, down: Codec) -> None:
-    """
+    """Check that the method's messages survive these codecs.
+
     Raises:
         ConfigError: for a lossy codec where messages have to come as they were sent, or a choice by held-out loss for
             those who hold no data of their own.

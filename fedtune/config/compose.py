@@ -107,7 +107,7 @@ def _asking(given: Any, key: str = "") -> Iterator[str]:
 
 
 def load_file(path: Path) -> Experiment:
-    """`load` of a run's config.yaml.
+    """What `load` makes of a run's config.yaml.
 
     Raises:
         ConfigError: if it can't be read or isn't UTF-8 text, as whatever fedtune writes is.
@@ -176,7 +176,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def describe_keys() -> Iterator[tuple[str, Any, str]]:
-    """(key, default, help) of every setting, for `fedtune run --help`."""
+    """The (key, default, help) of every setting, for `fedtune run --help`."""
     for outer in fields(Experiment):
         factory = outer.default_factory
         if factory is not MISSING and is_dataclass(factory):

@@ -144,8 +144,10 @@ class PopulationSpec:
 
 
 def check_devices(devices: object) -> None:
-    """Raises:
-    ConfigError: if `population.devices` is none of its forms, or names a device that isn't catalogued.
+    """Check the form of `population.devices`, and that its devices are known.
+
+    Raises:
+        ConfigError: if `population.devices` is none of its forms, or names a device that isn't catalogued.
     """
     if devices is None or devices == MEASURED:
         return

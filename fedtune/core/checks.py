@@ -36,6 +36,6 @@ def fraction(key: str, value: float) -> None:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """`; did you mean ...?`, or nothing where no known word is near."""
+    """The words `; did you mean ...?`, or nothing where no known word is near."""
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -139,7 +139,7 @@ class Layout:
 
     @cached_property
     def rank(self) -> int:
-        """r of the layers' B A; 0 for adapters that have none."""
+        """The rank r of the layers' B A; 0 for adapters that have none."""
         return max((slot.shape[0] for slot in self.slots if slot.role == "lora_A"), default=0)
 
     @cached_property

@@ -26,7 +26,7 @@ def fold(seed: int, *path: int | str) -> int:
 
 
 def bits(key: int, count: int) -> np.ndarray:
-    """`count` independent uint64 values."""
+    """Draw `count` independent uint64 values."""
     return np.random.Philox(key=key).random_raw(count)
 
 

@@ -20,7 +20,7 @@ from fedtune.data.rows import Example
 
 
 def texts(corpus: Corpus) -> np.ndarray:
-    """[row]: the first row that has the same tokens, itself if there is none before it; int64."""
+    """By row, the first one that has the same tokens, itself if there is none before it; int64."""
     first: dict[bytes, int] = {}
     spans = (corpus.tokens[start:end] for start, end in zip(corpus.starts[:-1], corpus.starts[1:], strict=True))
     found = [first.setdefault(blake2b(tokens.tobytes(), digest_size=16).digest(), i) for i, tokens in enumerate(spans)]
@@ -43,7 +43,7 @@ def distinct(same: np.ndarray, labels: Sequence[str]) -> np.ndarray:
 
 
 def groups(examples: Sequence[Example], same: np.ndarray) -> np.ndarray:
-    """[row]: a number that rows with one text or one prompt share, int64.
+    """By row, a number that rows with one text or one prompt share, int64.
 
     A prompt that more than half of the rows have, as an instruction that is the same everywhere, tells nothing of what
     is learnt from them: these rows are told apart by their texts.

@@ -127,7 +127,8 @@ class FederatedData:
         }
 
     def check_same(self, before: Mapping[str, Any], refused: str) -> None:
-        """
+        """Check that these are the rows, the tokens and the division that a run began with.
+
         Args:
             before: the `identity` of the data that a run began with; empty where nothing is known of them.
             refused: what can't be done if these are others.

@@ -74,8 +74,10 @@ def parse_address(key: str, text: str, host: str | None = None) -> tuple[str, in
 
 
 def check_seconds(seconds: float) -> None:
-    """Raises:
-    ConfigError: if it is no time that a listener takes.
+    """Refuse a time of listening that is no time, or too long.
+
+    Raises:
+        ConfigError: if it is no time that a listener takes.
     """
     if not 0 < seconds <= MAX_SECONDS:
         raise ConfigError(f"--seconds {seconds:g}: expected more than 0 and at most {MAX_SECONDS:g}")

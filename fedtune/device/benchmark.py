@@ -61,7 +61,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Fit:
-    """seconds = flop / flop_per_s + read / read_bytes_per_s; inf: no part of the time was of that kind."""
+    """Speeds in seconds = flop / flop_per_s + read / read_bytes_per_s; inf: no part of the time was of that kind."""
 
     flop_per_s: float
     read_bytes_per_s: float
@@ -97,7 +97,7 @@ def device_name(device: torch.device) -> str:
 
 
 def matmul_rates(device: torch.device, seconds: float = 0.5) -> Iterator[Matmul]:
-    """2 n^3 / best time of n x n products, one dtype after another.
+    """Rates 2 n^3 / best time of n x n products, one dtype after another.
 
     Args:
         seconds: about how long each takes.

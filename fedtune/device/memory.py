@@ -12,10 +12,12 @@ UNLIMITED = 1 << 60  # version 1 of control groups says "no limit" as the larges
 
 @dataclass(frozen=True)
 class MemoryFound:
-    """Attributes:
-    total: bytes that the device, or the container, has.
-    free: bytes of them that a new program can have; what the system keeps only until somebody asks counts.
-    limit: what sets the total, in words.
+    """The memory of a device, and how much of it is left.
+
+    Attributes:
+        total: bytes that the device, or the container, has.
+        free: bytes of them that a new program can have; what the system keeps only until somebody asks counts.
+        limit: what sets the total, in words.
     """
 
     total: int

@@ -31,7 +31,8 @@ FILES = ("model.path", "data.path", "population.devices")
 
 @dataclass(frozen=True)
 class Owner:
-    """
+    """What the owner of a machine allows an experiment from elsewhere.
+
     Attributes:
         targets: classes that may be made besides those of `fedtune.config.targets.table`.
         folders: where files may be read; None: anywhere, as on a server, whose operator starts the runs.
@@ -82,8 +83,10 @@ class Owner:
 
 
 def check_targets(experiment: Experiment, where: str, allowed: frozenset[str]) -> None:
-    """Raises:
-    ConfigError: if the experiment has a class made that is neither fedtune's nor allowed.
+    """Check the classes that an experiment from elsewhere would have made on this machine.
+
+    Raises:
+        ConfigError: if the experiment has a class made that is neither fedtune's nor allowed.
     """
     for what, spec in (
         ("method.strategy", experiment.strategy),
@@ -117,7 +120,8 @@ def _paths(given: object) -> Iterator[str]:
 
 
 def check_room(model: Any, spec: AdapterSpec) -> None:
-    """
+    """Check that the adapter that an experiment asks for fits this machine's memory, before it is made.
+
     Raises:
         CapacityError: if an adapter has more numbers than this machine has room for, whatever else it holds.
     """

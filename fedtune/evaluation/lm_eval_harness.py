@@ -15,8 +15,10 @@ MOST_NAMES = 20  # that an error lists
 
 
 def check_installed() -> None:
-    """Raises:
-    ConfigError: if lm-evaluation-harness isn't here.
+    """Check that lm-evaluation-harness can be imported, without importing it.
+
+    Raises:
+        ConfigError: if lm-evaluation-harness isn't here.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(f"--tasks runs lm-evaluation-harness, which is not installed: pip install {TESTED}")

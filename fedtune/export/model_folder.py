@@ -151,8 +151,10 @@ def party_for(found: Source, base: str | None, **settings: Any) -> Workspace:
 
 
 def check_one_model(found: Source, party: Workspace) -> None:
-    """Raises:
-    ExportError: if the run left parts of the model with its clients.
+    """Check that what the server holds is one whole model.
+
+    Raises:
+        ExportError: if the run left parts of the model with its clients.
     """
     if traits_of(party.strategy).personal:
         raise ExportError(

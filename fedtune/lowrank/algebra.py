@@ -60,7 +60,7 @@ def unpair(products: Mapping[str, LowRank], dtype: torch.dtype | None = None) ->
 
 
 def stack(terms: Sequence[LowRank], weights: Sequence[float] | None = None) -> LowRank:
-    """sum_i w_i B_i A_i as one product of rank sum r_i: [B_1 B_2 ...] [w_1 A_1; w_2 A_2; ...], in float64.
+    """The sum of w_i B_i A_i as one product of rank sum r_i, in float64: every B_i side by side, every w_i A_i stacked.
 
     The weights go into one factor only; in both they would count twice.
     """
@@ -175,8 +175,10 @@ class Sum:
             self._fold()
 
     def add_dense(self, matrix: Tensor, weight: float) -> None:
-        """Args:
-        matrix: (m, n).
+        """Add `weight` times a matrix that is no product of factors.
+
+        Args:
+            matrix: (m, n).
         """
         self._fold()
         scaled = matrix.double() * weight

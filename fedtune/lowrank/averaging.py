@@ -23,7 +23,8 @@ Weights = Sequence[float] | Mapping[str, Sequence[float]]
 def average(
     replies: Replies, like: Mapping[str, Tensor], weights: Weights | None = None, scaling: float = 0
 ) -> Tensors:
-    """sum_k w_k theta_k of the tensors that `like` names, in their dtypes; narrower ones count as padded with zeros.
+    """The mean sum_k w_k theta_k of the tensors that `like` names, in their dtypes; narrower ones count as padded with
+    zeros.
 
     Sums run in float64, so that identical updates average to exactly themselves.
 

@@ -57,8 +57,10 @@ def instruct(state: State, peer: Peer) -> Instruction:
 
 
 def check_factors(state: State, peer: Peer, update: Update) -> None:
-    """Raises:
-    WireError: if these are not A and B of every layer at this client's rank.
+    """Check the factors that a client sent: names, shapes and dtypes.
+
+    Raises:
+        WireError: if these are not A and B of every layer at this client's rank.
     """
     rank = peer.rank or state.rank
     expected: Tensors = {}
@@ -69,7 +71,7 @@ def check_factors(state: State, peer: Peer, update: Update) -> None:
 
 
 def stacked(replies: Sequence[tuple[Peer, Update]], scaling: float) -> dict[str, Callable[[], LowRank]]:
-    """dW* of each layer, in float64, once it is asked for.
+    """The exact update dW* of each layer, in float64, once it is asked for.
 
     Args:
         scaling: s_k of clients that have none of their own.

@@ -199,7 +199,7 @@ def converted(gguf: Path, sha256: str) -> Path:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one.
+    """The device to run on; `auto` is CUDA where there is one.
 
     Raises:
         ModelError: if the device doesn't exist here.
@@ -216,7 +216,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+    """The dtype of the base; `auto` is bfloat16 where the hardware multiplies it natively, else float32."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     if device.type == "cuda":

@@ -22,7 +22,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def check_config(name: str, config: Any) -> None:
-    """
+    """Refuse a model that predicts no next token, before its weights are loaded.
+
     Raises:
         ModelError: if it isn't the config of a causal language model.
     """
@@ -158,7 +159,8 @@ def no_tokenizer(name: str, where: str, reason: str = "") -> ModelError:
 
 
 def check_tokens(corpus: Corpus, model: Any) -> None:
-    """
+    """Check that the model has an embedding for every token of the data.
+
     Raises:
         ModelError: if an example has a token that the model has no row for.
     """

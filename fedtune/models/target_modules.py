@@ -71,7 +71,8 @@ def targets_for(model: Any, spec: AdapterSpec, reached: Collection[str] | None =
 
 
 def check_names(model: nn.Module, targets: Iterable[str]) -> None:
-    """
+    """Check that every target names a module of this model.
+
     Raises:
         ModelError: if a target is not the name of any module, listing the layers.
     """

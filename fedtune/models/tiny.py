@@ -29,7 +29,7 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_model() -> Any:
-    """54,192 parameters in float32, the same bits on every machine."""
+    """A toy model of 54,192 parameters in float32, the same bits on every machine."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -1,6 +1,6 @@
 """Which weights to adapt and with what ranks: every selection that could be the best of some device.
 
-A multiple-choice knapsack: a weight j is left alone or adapted with one of the ranks, for its value[j][r]. What that
+A multiple-choice knapsack: a weight j is left alone or adapted with one of the ranks, for its value[j, r]. What that
 takes is counted in two ways, because memory and time weigh them differently and each device has its own limits of both:
 
     P = sum r_j (rows_j + columns_j)                              trainable numbers

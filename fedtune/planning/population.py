@@ -35,7 +35,7 @@ def equip(peer: Peer, experiment: Experiment, layout: Layout) -> Peer:
 
 
 def scaling_at(rank: int, experiment: Experiment, layout: Layout) -> float:
-    """alpha / r of an adapter of that rank, or alpha / sqrt(r) for rsLoRA."""
+    """The scaling alpha / r of an adapter of that rank, or alpha / sqrt(r) for rsLoRA."""
     whole = layout.scaling
     if experiment.population.scaling == "equal":
         return whole

@@ -59,8 +59,10 @@ Sums = tuple[Tensor, Tensor]
 
 
 def check_kind(kind: str) -> str:
-    """Raises:
-    ConfigError: if there is no such distribution.
+    """The name of a distribution of directions, once it is known to be one.
+
+    Raises:
+        ConfigError: if there is no such distribution.
     """
     if kind not in SIGMA:
         raise ConfigError(f"noise={kind} is not known: expected {' or '.join(SIGMA)}")
@@ -68,7 +70,7 @@ def check_kind(kind: str) -> str:
 
 
 def coefficient(value: float) -> float:
-    """`value` to 20 significant bits, so that its product with any value of z is exact in float32."""
+    """Round `value` to 20 significant bits, so that its product with any value of z is exact in float32."""
     mantissa, exponent = math.frexp(value)
     return math.ldexp(round(math.ldexp(mantissa, 20)), exponent - 20)
 
@@ -96,7 +98,7 @@ class Table:
         self.rows = start
 
     def zeros(self, dtype: torch.dtype) -> Tensor:
-        """(rows, SPAN)."""
+        """Zeros of the table's own shape, (rows, SPAN)."""
         return torch.zeros(self.rows, SPAN, dtype=dtype, device=self.device)
 
     def sums(self) -> Sums:
@@ -136,7 +138,7 @@ class Table:
         return torch.from_numpy(mixed.astype("<u8").view("<i4").reshape(*mixed.shape, 2)).to(self.device)
 
     def spread(self, by_parameter: Tensor, rows: slice = slice(None)) -> Tensor:
-        """(..., parameters, n) as (rows, ..., n)."""
+        """Give every row of the table its parameter's numbers: (..., parameters, n) becomes (rows, ..., n)."""
         return by_parameter.movedim(-2, 0)[self.owner[rows]]
 
 
@@ -150,7 +152,7 @@ def values(seed: int, name: str, shape: Sequence[int], kind: str = "normal") -> 
 
 @torch.no_grad()
 def add_(weight: Tensor, seed: int, name: str, c: float, kind: str = "normal") -> None:
-    """weight += c z, in place.
+    """Add a direction, weight += c z, in place.
 
     Args:
         weight: contiguous, of any shape; sums run in float32, or in float64 if that is what it is.
@@ -180,7 +182,9 @@ def accumulate_(
     kind: str = "normal",
     names: Sequence[str] | None = None,
 ) -> None:
-    """sums += sum_s counts[s] SIGMA z_s, in place and exact modulo 2^32. One pass over memory for all seeds.
+    """Add directions in whole numbers, sums += sum_s counts[s] SIGMA z_s, in place and exact modulo 2^32.
+
+    One pass over memory serves all seeds.
 
     Args:
         names: the parameters that are added to; None takes all.
@@ -206,7 +210,7 @@ def render_(
     kind: str = "normal",
     bound: Tensor | None = None,
 ) -> None:
-    """out = start + scale sums + c z where |start| <= bound, and start elsewhere.
+    """Make weights of sums, out = start + scale sums + c z where |start| <= bound, and start elsewhere.
 
     Args:
         out: (rows, SPAN), floating; rounded to once, at the end, from float32 (or from float64, if `start` is).
@@ -227,7 +231,9 @@ def render_(
 
 @torch.no_grad()
 def project(vector: Tensor, seeds: Sequence[int], name: str, kind: str = "normal") -> Tensor:
-    """<z_s, vector> for every seed, (S,) float64. Sums run in float32 by blocks, so its last bits are a device's own.
+    """The dot product <z_s, vector> for every seed, (S,) float64.
+
+    Sums run in float32 by blocks, so its last bits are a device's own.
 
     Args:
         vector: of the parameter `name`, floating, contiguous.

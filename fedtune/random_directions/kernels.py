@@ -86,7 +86,12 @@ def add(kind: str, places: Tensor, c: Tensor, key: Tensor, word: Tensor, weight:
 def accumulate(
     kind: str, places: Tensor, counts: Tensor, keys: Tensor, word: Tensor, even: Tensor, odd: Tensor
 ) -> None:
-    """`keys` are (rows, seeds, 2), and `counts` (seeds,) int32."""
+    """Add counts[s] times direction s to `even` and `odd`, for every seed s.
+
+    Args:
+        counts: (seeds,) int32.
+        keys: (rows, seeds, 2).
+    """
     a, b = even, odd
     for place in range(keys.shape[1]):
         one, other = _numbers(kind, places, keys[:, place], word)
@@ -129,7 +134,8 @@ def _held(moved: Tensor, start: Tensor, bound: Tensor | None) -> Tensor:
 
 
 def dot(kind: str, places: Tensor, keys: Tensor, word: Tensor, vector: Tensor) -> Tensor:
-    """(seeds,), in the type in which sums run; `keys` as for `accumulate`."""
+    """The dot product of a vector with every direction, (seeds,), in the type in which sums run; `keys` as for
+    `accumulate`."""
     parts = _opened(vector)
     found = []
     for place in range(keys.shape[1]):

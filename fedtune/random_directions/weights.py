@@ -65,7 +65,7 @@ class Space:
 
     @cached_property
     def exponent(self) -> int:
-        """k: one n moves a weight by 2^-k times the whole number that z is made of."""
+        """The exponent k: one n moves a weight by 2^-k times the whole number that z is made of."""
         return math.ceil(-math.log2(self.lr * self.finest / SIGMA[self.noise]))
 
     @cached_property
@@ -87,8 +87,10 @@ class Space:
         return np.asarray(counts, np.float64) * self.quantum
 
     def check(self, counts: np.ndarray) -> None:
-        """Raises:
-        DivergedError: if a sum of so many steps might not fit 32 bits.
+        """Check that the sum of so many steps along every direction stays within int32.
+
+        Raises:
+            DivergedError: if a sum of so many steps might not fit 32 bits.
         """
         # An element of T is a sum of independent bounded terms, so Hoeffding's bound holds for it
         length = float(np.linalg.norm(np.asarray(counts, np.float64)))
@@ -101,7 +103,7 @@ class Space:
 
 
 def pool(pool_seed: int, count: int) -> list[int]:
-    """`count` seeds, each a function of `pool_seed` and its place."""
+    """Make `count` seeds, each a function of `pool_seed` and its place."""
     return [int(seed) for seed in bits(fold(pool_seed, "pool"), count)]
 
 

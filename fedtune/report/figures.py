@@ -48,8 +48,10 @@ class Figure:
 
 
 def figures(group: Group, table: Table) -> list[Figure]:
-    """Args:
-    table: who stands where at the point in which the runs are compared.
+    """All figures of a group of entries that there are data for.
+
+    Args:
+        table: who stands where at the point in which the runs are compared.
     """
     costs = [
         _front(group, table, "bytes", "bytes sent and received", _bytes, size, "bytes"),

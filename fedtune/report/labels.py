@@ -31,7 +31,7 @@ def settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def alike(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
-    """`settings` of each, by dotted key, such that an entry's seeds are equal: what repeats the run's seed, as
+    """The `settings` of each, by dotted key, such that an entry's seeds are equal: what repeats the run's seed, as
     method.strategy.basis_seed does, is "seed", unless a run with another seed has the same value there."""
     tables = [flat(settings(experiment)) for experiment in experiments]
     met: dict[str, set[int]] = {}  # the seeds of the runs that have this value under this key, and all else alike

@@ -53,8 +53,10 @@ class Shown:
 
 
 def lay_out(comparison: Comparison, question: Question | None = None) -> Shown:
-    """Raises:
-    ConfigError: if no entry is called what `reference` says.
+    """Everything that the page shows: sections of text, tables and figures, one for each group of entries.
+
+    Raises:
+        ConfigError: if no entry is called what `reference` says.
     """
     question = question or Question()
     labels = sorted({entry.label for group in comparison.groups for entry in group.entries})

@@ -25,8 +25,8 @@ WORDS = ("group", "label", "method", "codec_up", "codec_down")
 
 
 def write_results(comparison: Comparison, folder: Path, reference: str | None = None) -> list[Path]:
-    """results.csv and results.parquet: a line per run and round, all columns; summary.csv: a line per standing of every
-    table.
+    """Write all numbers: a line per run and round in results.csv and results.parquet, a line per standing of every
+    table in summary.csv.
 
     Args:
         reference: the label that tables compare with, in the groups that have it.

@@ -97,8 +97,10 @@ class Section:
 
 
 def section(group: Group, place: int, question: Question) -> Section:
-    """Raises:
-    ConfigError: if no entry is called what `reference` says.
+    """A group of entries as text, tables and figures.
+
+    Raises:
+        ConfigError: if no entry is called what `reference` says.
     """
     known = question.reference if question.reference in {entry.label for entry in group.entries} else None
     wanted = question.protocols or compared.protocols(group)

@@ -20,7 +20,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def adapter_files(model: LocalModel) -> dict[str, bytes]:
-    """adapter_config.json and adapter_model.safetensors of the adapter that `model` holds now.
+    """The files adapter_config.json and adapter_model.safetensors of the adapter that `model` holds now.
 
     The base is named by its hub id where it has one, because a path on this machine means nothing elsewhere. Where the
     base itself is trained there is no adapter, and so no file: all its weights are in the checkpoint, which would

@@ -59,17 +59,17 @@ class Run:
 
     @property
     def rounds(self) -> np.ndarray:
-        """(R,) int64."""
+        """The rounds that metrics.csv tells of, (R,) int64."""
         return self.metrics["round"].astype(np.int64)
 
     def spent(self, direction: str | None = None) -> Floats:
-        """(R,) wire bytes since the start, after each round: what the method costs. Messages that only measure
+        """Wire bytes (R,) since the start, after each round: what the method costs. Messages that only measure
         (part `evaluate`) aren't in it. NaN from the first round on whose messages aren't all in ledger.csv."""
         counted = [sizes for (way, part), sizes in self.wire.items() if part != MEASURING and direction in (None, way)]
         return np.cumsum(sum(counted, np.zeros(len(self.rounds))))
 
     def seconds(self) -> Floats:
-        """(R,) since the start, after each round: of the virtual clock where it runs, else as measured, without
+        """Seconds (R,) since the start, after each round: of the virtual clock where it runs, else as measured, without
         evaluation."""
         if not self.is_virtual:
             return np.cumsum(self.metrics["seconds"])

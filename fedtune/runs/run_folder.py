@@ -130,8 +130,10 @@ class RunFolder:
         self._append("clients.csv", rows)
 
     def append_similarity(self, round: int, pairs: Iterable[tuple[int, int, float | None]]) -> None:
-        """Args:
-        pairs: as fedtune.server.update_similarity.every_two has them.
+        """A line to similarity.csv for each two clients of a round.
+
+        Args:
+            pairs: as fedtune.server.update_similarity.every_two has them.
         """
         self._append("similarity.csv", [dict(zip(SIMILARITY, (round, *pair), strict=True)) for pair in pairs])
 
@@ -164,8 +166,10 @@ class RunFolder:
         return checkpoint
 
     def write_adapter(self, name: str, content: bytes, place: str = "adapter") -> None:
-        """Args:
-        place: `start` for the adapter before the first round, which `fedtune compress` takes the difference from.
+        """Write one file of a PEFT adapter, whole or not at all.
+
+        Args:
+            place: `start` for the adapter before the first round, which `fedtune compress` takes the difference from.
         """
         with self._writing(f"{place}/{name}") as path:
             path.parent.mkdir(exist_ok=True)
@@ -279,8 +283,10 @@ def free_folder(name: str) -> Path:
 
 
 def check_vacant(out: str) -> None:
-    """Raises:
-    RunFolderError: if `out` holds a run already, or is a file.
+    """Check that a new run may write to `out`.
+
+    Raises:
+        RunFolderError: if `out` holds a run already, or is a file.
     """
     path = Path(out).expanduser()
     if path.exists() and not path.is_dir():

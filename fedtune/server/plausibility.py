@@ -27,8 +27,9 @@ FINE = 1 << 20  # steps of an example in which weights are cut
 
 
 def norm_of_change(tensors: Tensors, told: Tensors) -> float:
-    """||theta_k - theta||_2 over all tensors, of those that the client was not sent ||theta_k||_2; inf where squares
-    are no numbers any more.
+    """How far a client went: ||theta_k - theta||_2 over all tensors, of those that it was not sent ||theta_k||_2.
+
+    It is inf where squares are no numbers any more.
 
     Args:
         told: what the client was sent, as far as its answer is a change of it.

@@ -88,7 +88,7 @@ def similarity(masks: Sequence[Masks]) -> npt.NDArray[np.float64]:
 
 
 def weighted_sum(masks: Sequence[Masks], weights: Sequence[float]) -> npt.NDArray[np.float32]:
-    """sum_k weights_k x_k of K vectors x_k: (d,), summed in float64.
+    """The sum of weights_k x_k over K vectors x_k: (d,), summed in float64.
 
     With p_k times its magnitude as an update's weight, that is the weighted mean of ComPEFT's updates.
 

@@ -71,8 +71,10 @@ class Tracking:
         self._tracker: Tracker | None = TRACKERS[spec.name](spec) if spec.name != "none" else None
 
     def begin(self, experiment: Experiment, folder: Path, rows: Iterable[Mapping[str, float]], done: int) -> None:
-        """Args:
-        rows: of metrics.csv, up to round `done`.
+        """Open the tracker, and tell it of the rounds that were played already.
+
+        Args:
+            rows: of metrics.csv, up to round `done`.
         """
         self._folder = folder
         with self._guarded():
@@ -89,8 +91,10 @@ class Tracking:
                 self._tracker.log(row["round"], figures(row))
 
     def end(self, status: str, totals: Mapping[str, int]) -> None:
-        """Args:
-        totals: of the ledger, over the whole run.
+        """Tell the tracker how the run ended, and close it.
+
+        Args:
+            totals: of the ledger, over the whole run.
         """
         with self._guarded():
             if self._tracker is not None:
@@ -112,8 +116,10 @@ class Tracking:
 
 
 def check_installed(spec: TrackerSpec) -> None:
-    """Raises:
-    ConfigError: if what the tracker needs can't be imported.
+    """Check that the chosen tracker's packages are here, without importing them.
+
+    Raises:
+        ConfigError: if what the tracker needs can't be imported.
     """
     modules, packages = NEEDS.get(spec.name, ((), ""))
     if missing := [name for name in modules if find_spec(name) is None]:

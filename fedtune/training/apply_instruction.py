@@ -49,8 +49,10 @@ def metrics_of(model: LocalModel) -> dict[str, float]:
 
 
 def check_scaling(update: Update, expected: float) -> None:
-    """Raises:
-    WireError: if the client trained with another alpha / r than it was told.
+    """Check that the client multiplied B A by what it was told.
+
+    Raises:
+        WireError: if the client trained with another alpha / r than it was told.
     """
     got = update.metrics.get(SCALING, expected)
     if got != expected:

@@ -27,7 +27,8 @@ def caught_up(instruction: Instruction, memory: Tensors, names: Sequence[str], o
     """All rows, which the client also keeps in `memory`.
 
     Args:
-        one, many: what messages call a row, and several.
+        one: what messages call a row.
+        many: what they call several.
 
     Raises:
         ClientError: if what was sent goes on from other rows than those that this client holds.

@@ -118,7 +118,7 @@ def _without_gradient(model: LocalModel, step: int, steps: int, loss: float, lr:
 
 
 def make_optimizer(name: str, parameters: list[torch.nn.Parameter], lr: float, weight_decay: float) -> Any:
-    """`adamw` or plain `sgd`.
+    """Make the optimizer: `adamw` or plain `sgd`.
 
     Raises:
         ConfigError: for any other name.

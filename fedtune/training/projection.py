@@ -151,8 +151,10 @@ def coordinates(
 
 
 def check_answer(update: Update, blocks: int, rules: Projection) -> None:
-    """Raises:
-    WireError: if this is nothing that `coordinates` can give.
+    """Check what a client sent for each block: its budget of slopes, and the slopes.
+
+    Raises:
+        WireError: if this is nothing that `coordinates` can give.
     """
     if update.tensors.keys() != {BUDGET, SLOPES}:
         raise WireError(f"expected the tensors '{BUDGET}' and '{SLOPES}', got {sorted(update.tensors)[:5]}")
@@ -171,8 +173,10 @@ def check_answer(update: Update, blocks: int, rules: Projection) -> None:
 
 
 def check_room(history: Tensors, rules: Projection) -> None:
-    """Raises:
-    DivergedError: if the sum of all answers might not fit, in some block.
+    """Check that all answers so far, added up, fit the whole numbers that weights are summed in.
+
+    Raises:
+        DivergedError: if the sum of all answers might not fit, in some block.
     """
     budget = history[BUDGET].long()
     block = torch.repeat_interleave(torch.arange(budget.shape[1]).repeat(len(budget)), budget.flatten())

@@ -195,8 +195,10 @@ def _loss(module: nn.Module, batch: Batch) -> float:
 
 
 def check_counts(name: str, counts: Tensor, shape: tuple[int, ...], space: Space) -> None:
-    """Raises:
-    WireError: if these are not int32 of that shape, each within what one step can be.
+    """Check the slopes that a client sent, in quanta.
+
+    Raises:
+        WireError: if these are not int32 of that shape, each within what one step can be.
     """
     if counts.dtype != torch.int32 or tuple(counts.shape) != shape:
         raise WireError(f"tensor '{name}': expected int32 {shape}, got {describe(counts)}")
@@ -206,8 +208,10 @@ def check_counts(name: str, counts: Tensor, shape: tuple[int, ...], space: Space
 
 
 def check_length(name: str, counts: Tensor, space: Space) -> None:
-    """Raises:
-    WireError: if these alone would leave no room for what others add.
+    """Check that a client's slopes alone don't come near the limit of the sum.
+
+    Raises:
+        WireError: if these alone would leave no room for what others add.
     """
     try:
         space.check(counts.numpy())

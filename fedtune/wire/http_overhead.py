@@ -251,14 +251,14 @@ class Line:
         return moved + self.link.poll(self.node) * polls
 
     def down(self, message: Message, objects: Objects, wire_bytes: int, now: float) -> Crossing:
-        """`Link.down` for a message sent now. Ask `idle` first: the node finds the message with its next poll."""
+        """Count a message sent now, as `Link.down`. Ask `idle` first: the node finds the message with its next poll."""
         # The polls keep one connection open, the second one for objects is gone if the last objects were long ago
         lapsed = self._next_poll - self._last_objects > KEEP_ALIVE_SECONDS
         self._works_since = max(now, self._next_poll)
         return self.link.down(message, objects, wire_bytes, PARALLEL - 1 if lapsed else 0)
 
     def up(self, reply: Message, objects: Objects, wire_bytes: int, now: float) -> Crossing:
-        """`Link.up` for a reply received now. Ask `idle` first."""
+        """Count a reply received now, as `Link.up`. Ask `idle` first."""
         lapsed = self._works_since is not None and now - self._works_since > KEEP_ALIVE_SECONDS
         # A heart that has just beaten leaves one open. When it beats is drawn at random, so this is right on average
         beaten = now - (self._next_beat - HEARTBEAT_SECONDS) < KEEP_ALIVE_SECONDS
