@@ -52,7 +52,8 @@ by_class = pytest.mark.parametrize("method", GUARDED, ids=lambda method: type(me
 @pytest.fixture(autouse=True, scope="module")
 def frozen():
     """As in a run (round_loop.py): Flower's Bulyan collects garbage once a reply, and would walk all of torch each
-    time.""" gc.freeze()
+    time."""
+    gc.freeze()
     yield
     gc.unfreeze()
 

@@ -142,7 +142,7 @@ def _is_edge(tuned: Mapping[str, Sequence[str]], best: int, count: int) -> bool:
 
 
 class Record:
-    """comparison.json: what was asked for, what was tuned, how each cell ended. What an earlier comparison in the same
+    """The file comparison.json: what was asked for, what was tuned, how each cell ended. What an earlier comparison in the same
     folder left there stays."""
 
     def __init__(self, made: Plan):

@@ -146,8 +146,11 @@ class Clock:
             return None
 
     def expected(self, peer: Peer, told: Instruction) -> Turn:
-        """`turn` before there are messages: both as large as the tensors that are sent, times what the largest of the
-        last round came to beside that."""
+        """What a turn is expected to take before there are messages.
+
+        Both are taken to be as large as the tensors that are sent, times what the largest of the last round came to
+        beside that.
+        """
         size = _expected_bytes(told)
         down, up = self.progress.measured
         return self.turn(peer, told, down * size, up * size)

@@ -103,7 +103,8 @@ def is_link(blob: bytes) -> bool:
 
 
 def hear(blob: bytes, codec: Codec, start: Tensors, recall: Callable[[], tuple[int, Tensors]]) -> Heard:
-    """
+    """Read a broadcast, building on what this client holds.
+
     Args:
         start: what every model starts from.
         recall: the number of the broadcast that this client keeps, and its `held`.

@@ -71,7 +71,8 @@ def _for_feedback(codec: Codec, where: str) -> Codec:
 
 
 def encode(codec: Codec, tensors: Tensors, key: int, known: Tensors) -> bytes:
-    """
+    """Encode tensors; with a lossy codec, as differences from what the other end holds.
+
     Args:
         key: of the codec's draws.
         known: what the other end holds, by name.

@@ -169,8 +169,10 @@ def blob_of(content: RecordDict) -> bytes:
 
 
 def check_finite(tensors: Tensors) -> None:
-    """Raises:
-    WireError: naming the first tensor with a NaN or an infinity.
+    """Check that every number is one.
+
+    Raises:
+        WireError: naming the first tensor with a NaN or an infinity.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
