@@ -142,8 +142,10 @@ def _is_edge(tuned: Mapping[str, Sequence[str]], best: int, count: int) -> bool:
 
 
 class Record:
-    """The file comparison.json: what was asked for, what was tuned, how each cell ended. What an earlier comparison in the same
-    folder left there stays."""
+    """The file comparison.json: what was asked for, what was tuned, how each cell ended.
+
+    What an earlier comparison in the same folder left there stays.
+    """
 
     def __init__(self, made: Plan):
         self.path = made.out / RECORD
