@@ -34,4 +34,4 @@ class Timed:
     turn: Turn
     begun: float  # what the clock showed when the client was asked
     staleness: int = 0  # updates of the server's since then
-    not_counted: str = ""  # why its update isn't part of the round; empty if it is
+    excluded_reason: str = ""  # why its update isn't part of the round; empty if it is

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import Instruction, Peer, Update
+from fedtune.core.protocol import ClientInfo, Instruction, Update
 from fedtune.planning.turn_times import Timed, Turn
 from fedtune.runs.run_folder import RunFolder
 from fedtune.runs.update_store import Buffered
@@ -138,7 +138,7 @@ class AsynchronousRounds:
             self._set_to_work(played, chosen)
 
     def _set_to_work(self, played: Round, chosen: Sequence[int]) -> None:
-        def take(peer: Peer, received: ReceivedUpdate, sent: SentInstruction) -> None:
+        def take(peer: ClientInfo, received: ReceivedUpdate, sent: SentInstruction) -> None:
             timed = played.turns.pop()
             played.told.pop(peer.index)
             update = received.update
@@ -160,7 +160,7 @@ class AsynchronousRounds:
         for index, arrival in self._channel.ask(played.number, chosen):
             self._channel.receive(index, arrival, played, take)
 
-    def _next(self, played: Round) -> tuple[Peer, Update] | None:
+    def _next(self, played: Round) -> tuple[ClientInfo, Update] | None:
         """The answer that is there first, of equal ones the lowest index's; the clock goes on to then. None if it is
         out of all proportion to those that are at work or counted."""
         norms = {int(index): waiting["norm"] for index, waiting in self._pending.items()}
@@ -185,7 +185,7 @@ class AsynchronousRounds:
         start = {name: known[name] for name in tensors if name in known}
         moved, start = (with_feedback(held, ended["lost"]) for held in (tensors, start))
         update = replace(update, tensors=moved, start=start)
-        return Peer(index, **ended["peer"], staleness=staleness), update
+        return ClientInfo(index, **ended["peer"], staleness=staleness), update
 
     def _check(self, played: Round, got: int) -> None:
         """Check that a round with that many updates counts.
@@ -193,6 +193,6 @@ class AsynchronousRounds:
         Raises:
             QuorumError: if it doesn't.
         """
-        enough = self._workspace.experiment.population.enough(self._buffer)
+        enough = self._workspace.experiment.population.min_replies(self._buffer)
         what = "updates came and nobody is left to ask,"
         check_quorum(played, got, self._buffer, what, enough, self._folder)

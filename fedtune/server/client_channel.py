@@ -8,11 +8,11 @@ from flwr.app import Message, MessageType
 
 from fedtune.config.compatibility import traits_of
 from fedtune.core.errors import CapacityError, ClientError, FedtuneError
-from fedtune.core.protocol import Instruction, Peer, Tensors, Update, is_lossless, same_instruction, same_tensors
+from fedtune.core.protocol import ClientInfo, Instruction, Tensors, Update, is_lossless, same_instruction, same_tensors
 from fedtune.lowrank.residual import VERSION
 from fedtune.planning.turn_times import Timed
-from fedtune.runs.ledger import Entry, Ledger
-from fedtune.server.client_registry import Roster
+from fedtune.runs.ledger import Ledger, LedgerRow
+from fedtune.server.client_registry import ClientRegistry
 from fedtune.server.plausibility import norm_of_change
 from fedtune.server.progress import View
 from fedtune.server.round import Round
@@ -20,13 +20,13 @@ from fedtune.server.state import ServerState
 from fedtune.server.update_similarity import signs_of
 from fedtune.server.virtual_clock import Clock
 from fedtune.wire import messages as wire
-from fedtune.wire.transport import Arrival, Exchange
+from fedtune.wire.transport import Reply, Transport
 from fedtune.workspace.downlink import Downlink, SentInstruction
 from fedtune.workspace.uplink import ReceivedUpdate, Uplink
 from fedtune.workspace.workspace import Workspace
 
 # What becomes of a valid update, given what its client was sent
-Take = Callable[[Peer, ReceivedUpdate, SentInstruction], None]
+Take = Callable[[ClientInfo, ReceivedUpdate, SentInstruction], None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ClientChannel:
 
     def __init__(
         self,
-        transport: Exchange,
+        transport: Transport,
         workspace: Workspace,
         known: ServerState,
         clock: Clock,
@@ -72,19 +72,19 @@ class ClientChannel:
         self._knows_samples = experiment.runtime.name != "flower"
         samples = workspace.samples if self._knows_samples else None
         layout, data = workspace.model.layout, workspace.data.sha256
-        self.registry = Roster(transport, experiment, layout, self.record, view.note, data, samples)
+        self.registry = ClientRegistry(transport, experiment, layout, self.record, view.note, data, samples)
         self._lossy_up = traits_of(workspace.strategy).lossy_up
         lossless = is_lossless(workspace.codec_up) and is_lossless(workspace.codec_down)
         self._exact = lossless and not (keeps_decoded or experiment.evaluate.similarity)
         self._awaited: dict[int, SentInstruction] = {}  # what those were sent who haven't answered
 
-    def record(self, entry: Entry) -> None:
+    def record(self, entry: LedgerRow) -> None:
         """Put a message into the ledger."""
         self.ledger.book(entry)
 
     def ask(
         self, number: int, cohort: Iterable[int], kind: str = MessageType.TRAIN, label: int | None = None
-    ) -> Iterator[tuple[int, Arrival]]:
+    ) -> Iterator[tuple[int, Reply]]:
         """Send each client its instruction, and yield what comes, with whom it is from.
 
         Args:
@@ -133,10 +133,10 @@ class ClientChannel:
             self._awaited[index] = known.kept
             framing = self.transport.lines.down(message, size)
             seconds = time.perf_counter() - begun
-            self.record(Entry(label, index, "down", kind, known.sent.payload_bytes, size, framing, seconds))
+            self.record(LedgerRow(label, index, "down", kind, known.sent.payload_bytes, size, framing, seconds))
             yield message
 
-    def receive(self, index: int, arrival: Arrival, played: Round, take: Take) -> None:
+    def receive(self, index: int, arrival: Reply, played: Round, take: Take) -> None:
         """Check one reply and hand it on, or record its failure."""
         peer, sent = self.registry.peers[index], self._awaited[index]
         part, payload, size = "failed", 0, None
@@ -160,13 +160,13 @@ class ClientChannel:
             part = "train"
         self.record_reply(played.number, index, part, arrival, payload, size)
 
-    def _believe(self, peer: Peer, received: ReceivedUpdate, sent: SentInstruction, played: Round) -> None:
+    def _believe(self, peer: ClientInfo, received: ReceivedUpdate, sent: SentInstruction, played: Round) -> None:
         """What a valid update says of its client, and how far it is from where it started."""
         index, told = peer.index, sent.decoded
         played.told[index] = (told.tensors or sent.original.tensors) if self._lossy_up else {}
         played.norms[index] = norm_of_change(received.update.tensors, played.told[index])
-        if (version := int(told.settings.get(VERSION, 0))) != peer.installed_version:
-            self.registry.peers[index] = replace(peer, installed_version=version)
+        if (version := int(told.settings.get(VERSION, 0))) != peer.base_version:
+            self.registry.peers[index] = replace(peer, base_version=version)
         self._known.trust(index, True)
 
     def _check_time(self, index: int, sent: SentInstruction, size: int, played: Round) -> None:
@@ -182,7 +182,7 @@ class ClientChannel:
             turn = self._clock.turn(self.registry.peers[index], sent.original, sent.content_bytes, size)
             self._clock.measure(sent.original, sent.content_bytes, size)
             reason = reason or self._clock.late(turn)
-            played.turns.append(Timed(index, turn, self._clock.progress.seconds, not_counted=reason))
+            played.turns.append(Timed(index, turn, self._clock.progress.seconds, excluded_reason=reason))
         if reason:
             raise ClientError(reason)
 
@@ -208,7 +208,7 @@ class ClientChannel:
     def forget_versions(self, indices: Iterable[int]) -> None:
         """Send these clients everything next time, whatever they say they hold."""
         for index in indices:
-            self.registry.peers[index] = replace(self.registry.peers[index], installed_version=0, heard=0)
+            self.registry.peers[index] = replace(self.registry.peers[index], base_version=0, heard=0)
 
     def _doubt(self, index: int) -> None:
         """Nobody knows what a client kept of a round in which it failed: next time it is sent everything."""
@@ -216,7 +216,7 @@ class ClientChannel:
         self._known.trust(index, False)
 
     def record_reply(
-        self, number: int, index: int, part: str, arrival: Arrival, payload: int = 0, size: int | None = None
+        self, number: int, index: int, part: str, arrival: Reply, payload: int = 0, size: int | None = None
     ) -> None:
         """Put what came of a message into the ledger.
 
@@ -228,19 +228,19 @@ class ClientChannel:
         if arrival.message is not None and arrival.crossed:
             sent = wire.wire_bytes(arrival.message, size)
             framing = self.transport.lines.up(arrival.node, arrival.message, sent)
-        self.record(Entry(number, index, "up", part, payload, sent, framing, arrival.seconds))
+        self.record(LedgerRow(number, index, "up", part, payload, sent, framing, arrival.seconds))
 
     def record_idle(self, number: int) -> None:
         """Put what connections moved beside messages into the ledger."""
         index_of = {node: index for index, node in self.registry.nodes.items()}
-        for node, moved in self.transport.lines.take_idle(index_of).items():
+        for node, moved in self.transport.lines.drain_idle_bytes(index_of).items():
             if moved and node in index_of:
-                self.record(Entry(number, index_of[node], "up", "idle", 0, 0, moved, 0.0))
+                self.record(LedgerRow(number, index_of[node], "up", "idle", 0, 0, moved, 0.0))
 
     def miss(self, index: int, played: Round) -> None:
         """Record a client of the cohort whose node isn't there to be asked."""
         self.fail(index, played, "its node is not connected")
-        self.record(Entry(played.number, index, "up", "failed", 0, 0, 0, 0.0))
+        self.record(LedgerRow(played.number, index, "up", "failed", 0, 0, 0, 0.0))
         self._view.reply(played.mean("train_loss"), len(played.failures), self.ledger.totals)
 
     def fail(self, index: int, played: Round, reason: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from fedtune.core.errors import QuorumError
 from fedtune.planning.turn_times import Turn
-from fedtune.server.client_registry import Roster
+from fedtune.server.client_registry import ClientRegistry
 from fedtune.server.progress import View
 from fedtune.server.virtual_clock import Clock
 from fedtune.workspace.workspace import Workspace
@@ -14,7 +14,7 @@ from fedtune.workspace.workspace import Workspace
 class Eligibility:
     """One run's, over its registry and its clock."""
 
-    def __init__(self, workspace: Workspace, registry: Roster, clock: Clock, view: View):
+    def __init__(self, workspace: Workspace, registry: ClientRegistry, clock: Clock, view: View):
         self._workspace = workspace
         self._population = workspace.experiment.population
         self._registry = registry
@@ -32,7 +32,7 @@ class Eligibility:
     @property
     def cohort_size(self) -> int:
         """How many clients a round asks: no more than have data."""
-        return min(self._population.per_round, self._population.clients - len(self.idle))
+        return min(self._population.cohort_size, self._population.clients - len(self.idle))
 
     @property
     def is_timed(self) -> bool:
@@ -48,12 +48,14 @@ class Eligibility:
         peers, idle = self._registry.peers, self.idle
         expected: dict[int, Turn] = {}
         if self.is_timed:
-            expected = self._clock.admit(state, number, {i: peer for i, peer in peers.items() if i not in idle})
+            expected = self._clock.eligible_clients(
+                state, number, {i: peer for i, peer in peers.items() if i not in idle}
+            )
         else:
             self._clock.forget()
             self._say_untimed()
         self._say_left_out(number)
-        out = self._clock.left_out
+        out = self._clock.excluded
         able = [
             index
             for index in range(self._population.clients)
@@ -62,7 +64,7 @@ class Eligibility:
         return able, expected
 
     def _say_left_out(self, number: int) -> None:
-        out = self._clock.left_out
+        out = self._clock.excluded
         for reason in dict.fromkeys(out.values()):
             new = [index for index in out if out[index] == reason and self._named.get(index) != reason]
             if new:
@@ -81,9 +83,9 @@ class Eligibility:
         Raises:
             QuorumError: if it can't.
         """
-        needed = self._population.enough(self.cohort_size)
+        needed = self._population.min_replies(self.cohort_size)
         if len(able) < needed:
-            out, idle = self._clock.left_out, self.idle
+            out, idle = self._clock.excluded, self.idle
             away = self._population.clients - len(able) - len(out) - len(idle)
             why = [f"client {index} {reason}" for index, reason in out.items()][:1]
             why += [f"{len(idle)} have no rows"] if idle else []

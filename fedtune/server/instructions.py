@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fedtune.core.protocol import Instruction, Peer, Strategy
+from fedtune.core.protocol import ClientInfo, Instruction, Strategy
 
 
 class Instructions:
@@ -11,9 +11,9 @@ class Instructions:
     def __init__(self, strategy: Strategy[Any]):
         self._strategy = strategy
         self._of: tuple[Any, int] = (None, -1)
-        self._made: dict[int, tuple[Peer, Instruction]] = {}
+        self._made: dict[int, tuple[ClientInfo, Instruction]] = {}
 
-    def make(self, state: Any, number: int, peer: Peer) -> Instruction:
+    def make(self, state: Any, number: int, peer: ClientInfo) -> Instruction:
         """What `peer` is told in round `number`.
 
         Raises:
@@ -24,7 +24,7 @@ class Instructions:
         known = self._made.pop(peer.index, None)
         return known[1] if known and known[0] == peer else self._strategy.configure(state, number, peer)
 
-    def foresee(self, state: Any, number: int, peer: Peer) -> Instruction:
+    def plan_for_all(self, state: Any, number: int, peer: ClientInfo) -> Instruction:
         """The same, kept until it is sent.
 
         Raises:

@@ -37,7 +37,7 @@ from fedtune.server.state import ServerState
 from fedtune.server.synchronous import SynchronousRounds
 from fedtune.server.trackers import Tracking
 from fedtune.server.virtual_clock import Clock
-from fedtune.wire.transport import Exchange
+from fedtune.wire.transport import Transport
 from fedtune.workspace.workspace import Workspace
 
 
@@ -77,7 +77,7 @@ def run(grid: Grid, workspace: Workspace, resume: str | None = None, stop: Event
             folder.path = folder.path.resolve()
         try:
             known = restored(workspace, folder)
-            RoundLoop(Exchange(grid, stop), workspace, known, folder, view, tracking).run()
+            RoundLoop(Transport(grid, stop), workspace, known, folder, view, tracking).run()
         finally:
             folder.close()
     finally:
@@ -116,7 +116,7 @@ class RoundLoop:
 
     def __init__(
         self,
-        transport: Exchange,
+        transport: Transport,
         workspace: Workspace,
         known: ServerState,
         folder: RunFolder,
@@ -186,7 +186,7 @@ class RoundLoop:
         known, registry = self.known, self._channel.registry
         if known.done < self._experiment.rounds:
             registry.gather(max(known.done, 0))
-            self._channel.forget_versions(set(known.progress.unsure) & registry.peers.keys())
+            self._channel.forget_versions(set(known.progress.state_unknown) & registry.peers.keys())
         if known.done < 0:
             self._finish(Round(0))
         while not self._is_last(known.done):
@@ -227,7 +227,7 @@ class RoundLoop:
         known.sent = downlink.next_broadcast(known.sent, known.strategy, number + 1)
         broadcast = downlink.broadcast(known.sent, known.strategy, number + 1)
         self._workspace.install(broadcast, memory={})
-        played.rounding = self._workspace.model.base_change.rounding
+        played.rounding = self._workspace.model.base_delta.rounding
         found = self._held_out.score(number, broadcast)
         self._seconds = self._seconds + played.seconds if played.virtual_seconds is None else played.virtual_seconds
         self._loss = self._loss if found is None else found.loss
@@ -253,6 +253,6 @@ class RoundLoop:
             more["memory_bytes"] = round(self._memory_bytes)
         if error is not None:
             more["error"] = f"{type(error).__name__}: {error}"
-        if self._clock.left_out:
-            more["left_out"] = {str(index): reason for index, reason in self._clock.left_out.items()}
+        if self._clock.excluded:
+            more["left_out"] = {str(index): reason for index, reason in self._clock.excluded.items()}
         return self._recorder.summarise(self._status, self._totals, more)

@@ -4,7 +4,7 @@ is on disk."""
 from collections.abc import Mapping
 from typing import Any
 
-from fedtune.core.protocol import Instruction, Peer
+from fedtune.core.protocol import ClientInfo, Instruction
 from fedtune.evaluation.scoring import Score
 from fedtune.runs.adapter_files import ADAPTER_CONFIG, adapter_files
 from fedtune.runs.ledger import Ledger, sums
@@ -33,7 +33,7 @@ class RoundRecorder:
         eval_seconds: float,
         broadcast: Instruction,
         ledger: Ledger,
-        peers: Mapping[int, Peer],
+        peers: Mapping[int, ClientInfo],
     ) -> dict[str, Any]:
         """Write a round down, and return its row of metrics.csv.
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedtune.core.protocol import Peer
+from fedtune.core.protocol import ClientInfo
 from fedtune.runs.checkpoint import Checkpoint, Progress, state_sha256
-from fedtune.wire.broadcast_chain import Sent
+from fedtune.wire.broadcast_chain import BroadcastChain
 
 
 @dataclass
@@ -23,7 +23,7 @@ class ServerState:
     """
 
     strategy: Any = None
-    sent: Sent = field(default_factory=Sent)
+    sent: BroadcastChain = field(default_factory=BroadcastChain)
     progress: Progress = field(default_factory=Progress)
     run_id: str = ""
     done: int = -1
@@ -36,17 +36,19 @@ class ServerState:
         return cls(*kept, sha256=state_sha256(checkpoint.state))
 
     def checkpoint(
-        self, number: int, config_sha256: str, data: dict[str, Any], peers: Mapping[int, Peer]
+        self, number: int, config_sha256: str, data: dict[str, Any], peers: Mapping[int, ClientInfo]
     ) -> Checkpoint:
         """What is kept when round `number` ends."""
         # Who has said since what it keeps is known
-        unsure = [i for i in self.progress.unsure if i in peers and not (peers[i].heard or peers[i].installed_version)]
-        self.progress = replace(self.progress, unsure=unsure)
+        unsure = [
+            i for i in self.progress.state_unknown if i in peers and not (peers[i].heard or peers[i].base_version)
+        ]
+        self.progress = replace(self.progress, state_unknown=unsure)
         return Checkpoint(number, config_sha256, self.strategy, self.run_id, self.sent, self.progress, data)
 
     def trust(self, index: int, sure: bool) -> None:
         """Remember whether it is known what a client keeps. It is asked after a resume too, and says what it keeps, but
         not of which round: so who is to be sent everything is remembered."""
-        if sure is (index in self.progress.unsure):
-            others = {other for other in self.progress.unsure if other != index}
-            self.progress = replace(self.progress, unsure=sorted(others if sure else others | {index}))
+        if sure is (index in self.progress.state_unknown):
+            others = {other for other in self.progress.state_unknown if other != index}
+            self.progress = replace(self.progress, state_unknown=sorted(others if sure else others | {index}))

@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 from fedtune.core.errors import QuorumError
-from fedtune.core.protocol import Peer
+from fedtune.core.protocol import ClientInfo
 from fedtune.planning.population import server_peer
 from fedtune.runs.run_folder import RunFolder
 from fedtune.runs.update_store import Replies
@@ -68,12 +68,12 @@ class SynchronousRounds:
         view.round_begins(number, len(cohort))
 
         def check(got: int) -> None:
-            enough = self._workspace.experiment.population.enough(max(len(cohort), size))
+            enough = self._workspace.experiment.population.min_replies(max(len(cohort), size))
             check_quorum(played, got, len(cohort), "clients gave a usable update,", enough, self._folder)
 
         with closing(Replies(self._workspace.codec_up, Path(self._folder.path))) as replies:
 
-            def take(peer: Peer, received: ReceivedUpdate, sent: SentInstruction) -> None:
+            def take(peer: ClientInfo, received: ReceivedUpdate, sent: SentInstruction) -> None:
                 replies.add(peer, received.update, received.blob, received.known, sent.lost)
                 channel.count(peer.index, received.update, received.blob, sent.decoded.tensors, played)
 

@@ -10,8 +10,8 @@ from flwr.app import MessageType, RecordDict
 
 from fedtune.config.population import MEASURED
 from fedtune.core.errors import MALFORMED, ClientError, ConfigError, WireError
-from fedtune.core.protocol import UNLIMITED, Capability, Instruction, Peer, Update, grid
-from fedtune.core.seeds import fold
+from fedtune.core.protocol import UNLIMITED, ClientInfo, DeviceProfile, Instruction, Update, grid
+from fedtune.core.seeds import derive_seed
 from fedtune.device.owner import Owner
 from fedtune.evaluation.scoring import Score
 from fedtune.planning.population import profile_of
@@ -23,7 +23,7 @@ from fedtune.workspace.uplink import Uplink
 from fedtune.workspace.workspace import Workspace, workspace_of
 
 # What a node's owner may declare of it, in Flower's spelling of keys
-LIMITS = {name.replace("_", "-"): name for name in Capability.__dataclass_fields__}
+LIMITS = {name.replace("_", "-"): name for name in DeviceProfile.__dataclass_fields__}
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ def _greeting(
     version, heard, lost = downlink.held(run, index, before) if run else (0, 0, False)
     own = home() if workspace.experiment.population.devices == MEASURED else None
     capability = capability_of(node_config, profile_of(index, workspace.experiment, own))
-    peer = Peer(index, workspace.samples(index), capability, installed_version=version, heard=heard)
+    peer = ClientInfo(index, workspace.samples(index), capability, base_version=version, heard=heard)
     return pack_greeting(peer, workspace.model.layout.sha256, workspace.data.sha256, lost)
 
 
 def answer(workspace: Workspace, run: str, index: int, round: int, instruction: Instruction) -> Handled:
     """Client `index` does its part of a round: its update as it is sent."""
-    before = workspace.client_states.recall(run, index, round) if grid(workspace.codec_up) else {}
+    before = workspace.client_states.load(run, index, round) if grid(workspace.codec_up) else {}
     update, seconds = _train(workspace, run, index, round, instruction)
     return Handled(Uplink(workspace).encode(update, run, index, round, instruction, before), seconds)
 
@@ -111,8 +111,8 @@ def local_update(workspace: Workspace, run: str, index: int, round: int, instruc
 
 def _train(workspace: Workspace, run: str, index: int, round: int, instruction: Instruction) -> tuple[Update, float]:
     experiment = workspace.experiment
-    key = fold(experiment.seed, "train", round, index)
-    memory = workspace.client_states.recall(run, index, round)
+    key = derive_seed(experiment.seed, "train", round, index)
+    memory = workspace.client_states.load(run, index, round)
     model = workspace.install(instruction, memory)
     settings = instruction.settings
     batches = workspace.data.batches(index, int(settings.get(BATCH, experiment.train.batch_size)), key)
@@ -125,7 +125,7 @@ def _train(workspace: Workspace, run: str, index: int, round: int, instruction: 
     update: Update = client.train(model, batches, instruction, memory, key)
     seconds = time.perf_counter() - begun
     if memory:
-        workspace.client_states.keep(run, index, round, memory)
+        workspace.client_states.save(run, index, round, memory)
     if found is not None:
         scores = {"client_eval_loss": found.loss, "client_eval_accuracy": found.accuracy}
         update = replace(update, metrics={**update.metrics, **scores})
@@ -137,8 +137,8 @@ def evaluate_client(workspace: Workspace, run: str, index: int, round: int, inst
     own = workspace.data.heldout[index]
     if not len(own):
         return None
-    memory = workspace.client_states.recall(run, index, round + 1)
-    return workspace.appraise(own, workspace.install(instruction, memory))
+    memory = workspace.client_states.load(run, index, round + 1)
+    return workspace.evaluate_all(own, workspace.install(instruction, memory))
 
 
 def index_of(node_config: Mapping[str, Any]) -> int:
@@ -155,7 +155,7 @@ def index_of(node_config: Mapping[str, Any]) -> int:
         ) from error
 
 
-def capability_of(node_config: Mapping[str, Any], assigned: Capability | None = None) -> Capability:
+def capability_of(node_config: Mapping[str, Any], assigned: DeviceProfile | None = None) -> DeviceProfile:
     """What a node can do.
 
     Args:

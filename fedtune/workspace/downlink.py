@@ -16,10 +16,10 @@ from flwr.app import RecordDict
 
 from fedtune.core.errors import ClientError
 from fedtune.core.protocol import Instruction, Setting, Tensors, is_lossless, same_tensors
-from fedtune.core.seeds import fold
-from fedtune.lowrank.residual import installed_version
+from fedtune.core.seeds import derive_seed
+from fedtune.lowrank.residual import base_version
 from fedtune.planning.population import server_peer
-from fedtune.wire.broadcast_chain import Sent, hear, is_link
+from fedtune.wire.broadcast_chain import BroadcastChain, hear, is_link
 from fedtune.wire.delta_coding import decode, encode, left_out
 from fedtune.wire.flower_private import content_bytes
 from fedtune.wire.messages import blob_of, check_finite, pack_told, unpack_instruction, unpack_settings
@@ -83,17 +83,17 @@ class Downlink:
 
     def key(self, number: int) -> int:
         """Of the codec's draws in round `number`."""
-        return fold(self._workspace.experiment.seed, "down", number)
+        return derive_seed(self._workspace.experiment.seed, "down", number)
 
     # The server's end
 
-    def next_broadcast(self, sent: Sent, state: Any, number: int) -> Sent:
+    def next_broadcast(self, sent: BroadcastChain, state: Any, number: int) -> BroadcastChain:
         """What will have been broadcast when round `number` begins."""
         if (instruction := self.chained(state, number)) is None:
             return sent
         return sent.follow(self._workspace.codec_down, instruction.tensors, self.key(number), self.start)
 
-    def broadcast(self, sent: Sent, state: Any, number: int) -> Instruction:
+    def broadcast(self, sent: BroadcastChain, state: Any, number: int) -> Instruction:
         """What a fully capable client that holds nothing yet decodes in round `number`: what is evaluated and exported
         is what clients decode."""
         if (instruction := self.chained(state, number)) is not None:
@@ -116,7 +116,7 @@ class Downlink:
         return instruction if alike else None
 
     def encode(
-        self, instruction: Instruction, number: int, run: str, sent: Sent | None = None, since: int = 0
+        self, instruction: Instruction, number: int, run: str, sent: BroadcastChain | None = None, since: int = 0
     ) -> SentInstruction:
         """An instruction of round `number` as it is sent.
 
@@ -156,7 +156,7 @@ class Downlink:
         peer = server_peer(workspace.experiment, workspace.model.layout)
         return workspace.strategy.configure(state, number, peer)
 
-    def _after(self, sent: Sent, instruction: Instruction) -> Instruction:
+    def _after(self, sent: BroadcastChain, instruction: Instruction) -> Instruction:
         return Instruction({**sent.told, **self._beside(instruction)}, instruction.settings)
 
     def _beside(self, instruction: Instruction) -> Tensors:
@@ -190,7 +190,7 @@ class Downlink:
         """Before `round`, which version of the base (fedtune/lowrank/residual.py) client `index` holds, and which
         broadcast; and whether it has lost what it kept."""
         try:
-            version, lost = installed_version(self._workspace.client_states.recall(run, index, round)), False
+            version, lost = base_version(self._workspace.client_states.load(run, index, round)), False
         except ClientError:
             version, lost = 0, True
         return version, self._recall(run, index, round)[0], lost
@@ -201,12 +201,12 @@ class Downlink:
         heard = hear(blob, self._workspace.codec_down, self.start, lambda: self._recall(run, index, before))
         if round is not None:
             kept = {**heard.held, NUMBER: torch.tensor(heard.number)}
-            self._workspace.broadcasts.keep(run, index, round, kept, alike=str(heard.number))
+            self._workspace.broadcasts.save(run, index, round, kept, alike=str(heard.number))
         return Instruction(heard.told, settings)
 
     def _recall(self, run: str, index: int, round: int) -> tuple[int, Tensors]:
         try:
-            kept = self._workspace.broadcasts.recall(run, index, round)
+            kept = self._workspace.broadcasts.load(run, index, round)
         except ClientError:  # the server can send the whole
             kept = {}
         number = kept.pop(NUMBER, None)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from flwr.app import RecordDict
 
 from fedtune.core.errors import WireError
-from fedtune.core.protocol import Codec, Instruction, Peer, Tensors, Update, grid, is_lossless
-from fedtune.core.seeds import fold
+from fedtune.core.protocol import ClientInfo, Codec, Instruction, Tensors, Update, grid, is_lossless
+from fedtune.core.seeds import derive_seed
 from fedtune.training.apply_instruction import SCALING, check_scaling
 from fedtune.wire.delta_coding import decode, encode, left_out, with_feedback
 from fedtune.wire.messages import blob_of, pack_update, unpack_update, update_bytes
@@ -54,8 +54,8 @@ class Uplink:
             before: what it kept before it trained, where the codec is chosen by held-out loss.
         """
         workspace = self._workspace
-        key, known = fold(workspace.experiment.seed, "up", round, index), self.known(decoded)
-        waiting = workspace.residuals.recall(run, index, round) if workspace.feedback else {}
+        key, known = derive_seed(workspace.experiment.seed, "up", round, index), self.known(decoded)
+        waiting = workspace.residuals.load(run, index, round) if workspace.feedback else {}
         update = replace(update, tensors=with_feedback(update.tensors, waiting))
         codec = self._best(index, decoded, update, before, key)
         content = pack_update(update, codec, key, known)
@@ -63,7 +63,7 @@ class Uplink:
             sent = decode(codec, blob_of(content), known)
             meant = {name: tensor for name, tensor in update.tensors.items() if name in known}  # others went whole
             # What was left out of tensors that are no part of this answer waits for one that they are part of
-            workspace.residuals.keep(run, index, round, waiting | left_out(meant, sent))
+            workspace.residuals.save(run, index, round, waiting | left_out(meant, sent))
         return content
 
     def _best(self, index: int, told: Instruction, update: Update, memory: Tensors, key: int) -> Codec:
@@ -92,7 +92,7 @@ class Uplink:
         self,
         content: RecordDict,
         blob: bytes,
-        peer: Peer,
+        peer: ClientInfo,
         decoded: Instruction,
         validate: Callable[[Update], None],
         knows_samples: bool,
@@ -116,7 +116,7 @@ class Uplink:
         return ReceivedUpdate(update, blob, known, update_bytes(blob, update))
 
 
-def check_examples(update: Update, peer: Peer, known: bool) -> None:
+def check_examples(update: Update, peer: ClientInfo, known: bool) -> None:
     """Check that a client claims as many examples as it has.
 
     Args:

@@ -19,17 +19,17 @@ from fedtune.config.schema import FULL, DataSpec, Experiment, ModelSpec
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import DataError, ModelError
 from fedtune.core.protocol import Client, Instruction, Layout, Strategy, Tensors, is_lossless
-from fedtune.core.seeds import fold, permutation
+from fedtune.core.seeds import derive_seed, permutation
 from fedtune.data.federated_data import FederatedData, load_data
 from fedtune.device.owner import Owner, check_room
-from fedtune.evaluation.scoring import Score, appraise, score
+from fedtune.evaluation.scoring import Score, evaluate_all, score
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import Base, pick_device
 from fedtune.models.model_checks import check_tokens, positions_for
 from fedtune.models.shared_base import base_for
 from fedtune.planning.cost_probe import base_bytes, costs_of, weights_of
 from fedtune.training.apply_instruction import BITS
-from fedtune.training.client_state import Memory, home
+from fedtune.training.client_state import ClientStateStore, home
 from fedtune.wire.delta_coding import build_codec
 
 QUANTIZATION = {4: "nf4", 8: "int8"}  # by the bits that a client is told; as it is otherwise
@@ -143,26 +143,26 @@ class Workspace:
         return data.pooled() if population.pooled else data
 
     @cached_property
-    def client_states(self) -> Memory:
+    def client_states(self) -> ClientStateStore:
         """What this process's clients keep: in the run folder, or on a device of its own in that device's home."""
         return self._store("clients")
 
     @cached_property
-    def residuals(self) -> Memory:
+    def residuals(self) -> ClientStateStore:
         """What their messages left out so far (codec_up.feedback), in the same way."""
         return self._store("residuals")
 
     @cached_property
-    def broadcasts(self) -> Memory:
+    def broadcasts(self) -> ClientStateStore:
         """What they decoded of the last broadcast, where broadcasts build on one another."""
         return self._store("broadcasts")
 
-    def _store(self, name: str) -> Memory:
+    def _store(self, name: str) -> ClientStateStore:
         out = self.experiment.out
         # Nobody else says where a device writes
         if self.owner is not None or self.experiment.runtime.name == "flower" or out is None:
-            return Memory(home() / name)
-        return Memory(Path(out).expanduser() / name, Path(out).expanduser())
+            return ClientStateStore(home() / name)
+        return ClientStateStore(Path(out).expanduser() / name, Path(out).expanduser())
 
     def samples(self, index: int) -> int:
         """Training examples of client `index`.
@@ -192,22 +192,22 @@ class Workspace:
         if not len(rows):
             return None
         if (limit := self.experiment.evaluate.examples) and limit < len(rows):
-            rows = rows[permutation(fold(self.experiment.seed, "evaluate"), len(rows))[:limit]]
-        return self.appraise(rows, self.model)
+            rows = rows[permutation(derive_seed(self.experiment.seed, "evaluate"), len(rows))[:limit]]
+        return self.evaluate_all(rows, self.model)
 
     def evaluate_on(self, index: int) -> Score | None:
         """Score the model as it stands on client `index`'s held-out data; None if it has none."""
         own = self.data.heldout[index]
-        return self.appraise(own, self.model) if len(own) else None
+        return self.evaluate_all(own, self.model) if len(own) else None
 
     def score(self, rows: Any, model: LocalModel) -> Score:
         """The loss and accuracy of a model on these rows, and nothing that takes generating."""
         return score(model, self.data.corpus, rows, self.experiment.evaluate.batch_size, self.data.pad)
 
-    def appraise(self, rows: Any, model: LocalModel) -> Score:
+    def evaluate_all(self, rows: Any, model: LocalModel) -> Score:
         """All that `evaluate.` asks for of a model on these rows."""
-        spec, key = self.experiment.evaluate, fold(self.experiment.seed, "generate")
-        return appraise(model, self.data.corpus, rows, spec, self.data.pad, key)
+        spec, key = self.experiment.evaluate, derive_seed(self.experiment.seed, "generate")
+        return evaluate_all(model, self.data.corpus, rows, spec, self.data.pad, key)
 
 
 def workspace_of(run_config: Mapping[str, Any], owner: Owner | None = None) -> Workspace:
