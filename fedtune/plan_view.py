@@ -31,7 +31,7 @@ from fedtune.workspace.workspace import Workspace
 BAR = 12  # characters
 WIDE = 140
 COLUMNS = (
-    "client", "device", "samples", "layers", "lowest_block", "ranks", "batch_size", "bits", "steps", "numbers",
+    "client", "device", "samples", "layers", "lowest_block", "ranks", "batch_size", "bits", "steps", "trainable_params",
     "memory_bytes", "limit_bytes", "down_bytes", "up_bytes", "download_seconds", "compute_seconds", "upload_seconds",
     "left_out",
 )  # fmt: skip
@@ -170,7 +170,7 @@ def table_of(party: Workspace, planned: Sequence[Planned]) -> str:
         lowest = min((block_of[module] for module in one.ranks), default="")
         ranks = " ".join(f"{module.removeprefix('base_model.model.')}:{rank}" for module, rank in one.ranks.items())
         writer.writerow([
-            *head, turn.layers, lowest, ranks, turn.batch_size, turn.bits, turn.steps, turn.numbers,
+            *head, turn.layers, lowest, ranks, turn.batch_size, turn.bits, turn.steps, turn.trainable_params,
             turn.memory_bytes, turn.limit_bytes, turn.down_bytes, turn.up_bytes,
             turn.download, turn.compute, turn.upload, "",
         ])  # fmt: skip

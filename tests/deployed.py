@@ -34,4 +34,4 @@ def run(fleet, *arguments, seconds=240):
 
 
 def failures(folder):
-    return {(int(row["round"]), int(row["peer"])): row["error"] for row in rows(folder, "failures.csv")}
+    return {(int(row["round"]), int(row["client"])): row["error"] for row in rows(folder, "failures.csv")}

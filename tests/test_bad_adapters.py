@@ -83,7 +83,7 @@ def test_a_client_with_another_alpha_is_left_out_and_both_are_named(overrides, s
     run_on(LocalGrid, app_with(with_alpha_halved), tmp_path / "run", *words)
     with (tmp_path / "run" / "failures.csv").open(newline="") as stream:
         failures = list(csv.DictReader(stream))
-    assert [(row["round"], row["peer"]) for row in failures] == [("1", "1")]
+    assert [(row["round"], row["client"]) for row in failures] == [("1", "1")]
     assert said in failures[0]["error"]
     run_on(LocalGrid, app_with(drop), tmp_path / "without", *words)
     assert summary_of(tmp_path / "run")["state_sha256"] == summary_of(tmp_path / "without")["state_sha256"]

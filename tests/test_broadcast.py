@@ -151,7 +151,7 @@ def test_lies_are_named():
 
 def train_rows(folder, direction="down"):
     return [
-        (int(row["round"]), int(row["peer"]), int(row["payload_bytes"]))
+        (int(row["round"]), int(row["client"]), int(row["payload_bytes"]))
         for row in rows(folder, "ledger.csv")
         if row["direction"] == direction and row["part"] == "train"
     ]
@@ -218,7 +218,7 @@ def test_a_client_that_lost_what_it_kept_says_so_when_asked_and_is_sent_the_whol
 def test_a_client_whose_turn_failed_is_sent_all_of_it(small_run, monkeypatch):
     monkeypatch.setenv("MISCHIEF", " ".join(f"raise:0:3:{index}" for index in range(1, 4)))
     folder = small_run(*WORDS, *mischief.WORDS, "population.clients=3", "population.quorum=0.1", rounds=4)
-    assert {(row["round"], row["peer"]) for row in rows(folder, "failures.csv")} == {("3", "1"), ("3", "2")}
+    assert {(row["round"], row["client"]) for row in rows(folder, "failures.csv")} == {("3", "1"), ("3", "2")}
     sent = sent_of(folder)
     sizes = {peer: size for number, peer, size in train_rows(folder) if number == 4}
     assert sizes == {0: size_of_links(sent, 3, 4), 1: size_of_links(sent, 0, 4), 2: size_of_links(sent, 0, 4)}

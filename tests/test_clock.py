@@ -75,7 +75,7 @@ def by_hand(party, rates, steps, down, up):
 
 
 def clock_of(folder):
-    return {(int(row["round"]), int(row["peer"])): row for row in rows(folder, "clock.csv")}
+    return {(int(row["round"]), int(row["client"])): row for row in rows(folder, "clock.csv")}
 
 
 @pytest.mark.parametrize("straggler", ["wait", "drop", "partial"])
@@ -86,7 +86,7 @@ def test_three_devices_by_hand(straggler, tmp_path, devices):
     grid = run_on(Weighing, make_client_app(), folder, *words)
     party, clock, seconds = Workspace(small(*words, out=folder)), clock_of(folder), 0.0
     booked = {
-        (int(row["round"]), int(row["peer"]), row["direction"]): row
+        (int(row["round"]), int(row["client"]), row["direction"]): row
         for row in rows(folder, "ledger.csv")
         if row["part"] in ("train", "failed")
     }
@@ -104,7 +104,7 @@ def test_three_devices_by_hand(straggler, tmp_path, devices):
             expected = by_hand(party, RATES[index], 2 if cut else 4, down, up)
             got = [float(row[key]) for key in ("download_seconds", "compute_seconds", "upload_seconds", "memory_bytes")]
             assert got == pytest.approx(list(expected), rel=1e-12)
-            assert (row["device"], row["steps"], row["numbers"]) == (name, "2" if cut else "4", "2688")
+            assert (row["device"], row["steps"], row["trainable_params"]) == (name, "2" if cut else "4", "2688")
             assert (row["bits"], row["batch_size"], row["limit_bytes"]) == ("32", "4", "")
             assert float(row["begun_seconds"]) == pytest.approx(seconds, rel=1e-12)
             missed = straggler == "drop" and index == 2
@@ -134,7 +134,7 @@ def test_who_is_dropped_changes_nothing_but_the_time(tmp_path, devices, small_ru
     states = [summary_of(folder)["state_sha256"] for folder in (dropped, tmp_path / "silent", whole)]
     assert states[0] == states[1] != states[2]
     failures = rows(dropped, "failures.csv")
-    assert [(row["round"], row["peer"]) for row in failures] == [("1", "2"), ("2", "2")]
+    assert [(row["round"], row["client"]) for row in failures] == [("1", "2"), ("2", "2")]
     assert "virtual seconds, and population.deadline is 0.9" in failures[0]["error"]
     sent = [int(row["wire_bytes"]) for row in rows(dropped, "ledger.csv") if row["part"] == "failed"]
     assert len(sent) == 2
@@ -161,7 +161,7 @@ def test_who_drops_out_is_drawn_by_the_seed(small_run):
     folder = small_run(*words, "population.quorum=0.1", rounds=2)
     drawn = [(n, k) for n in (1, 2) for k in range(4) if unit("dropout", n, k) < 0.4]
     failures = rows(folder, "failures.csv")
-    assert [(int(row["round"]), int(row["peer"])) for row in failures] == drawn
+    assert [(int(row["round"]), int(row["client"])) for row in failures] == drawn
     assert {row["error"] for row in failures} == {"it dropped out, as population.dropout=0.4 has it"}
     first = next(n for n in (1, 2) if any(number == n for number, _ in drawn))
     with pytest.raises(QuorumError, match=rf"round {first}: . of 4 .* asks for 4; client \d: it dropped out"):
@@ -173,7 +173,7 @@ def asked(folder):
     found = {}
     for row in rows(folder, "ledger.csv"):
         if (row["direction"], row["part"]) == ("down", "train"):
-            found.setdefault(int(row["round"]), set()).add(int(row["peer"]))
+            found.setdefault(int(row["round"]), set()).add(int(row["client"]))
     return found
 
 
@@ -290,7 +290,7 @@ def without_real_seconds(folder):
 
 
 def bytes_of(folder):
-    keys = ("round", "peer", "direction", "part", "payload_bytes", "wire_bytes")
+    keys = ("round", "client", "direction", "part", "payload_bytes", "wire_bytes")
     return [tuple(row[key] for key in keys) for row in rows(folder, "ledger.csv") if row["part"] != "handshake"]
 
 
@@ -405,7 +405,7 @@ def test_a_better_device_never_takes_longer(clock, name, given_rates, times, siz
 
 def test_a_rank_of_zero_is_the_layouts(clock):
     """As local_only says it, which sends no tensors."""
-    assert clock.turn(ClientInfo(0, 50), Instruction({}, {"rank": 0}), 0, 0).numbers == 2688
+    assert clock.turn(ClientInfo(0, 50), Instruction({}, {"rank": 0}), 0, 0).trainable_params == 2688
 
 
 def test_a_frozen_factor_is_not_counted_as_trained(clock):
@@ -415,5 +415,5 @@ def test_a_frozen_factor_is_not_counted_as_trained(clock):
         for more in ({"train": "lora_A"}, {"train": "lora_B"})
     ]
     both = clock.turn(ClientInfo(0, 50), told, 0, 0)
-    assert sum(turn.numbers for turn in counts) == both.numbers == 2688
+    assert sum(turn.trainable_params for turn in counts) == both.trainable_params == 2688
     assert all(turn.memory_bytes < both.memory_bytes for turn in counts)

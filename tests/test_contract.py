@@ -175,7 +175,7 @@ def test_the_ledger_is_what_crossed_the_grid(method, captured):
     among_several(method)
     grid = captured(method)
     booked = [
-        (int(r["round"]), int(r["peer"]), r["direction"], int(r["wire_bytes"]), int(r["payload_bytes"]))
+        (int(r["round"]), int(r["client"]), r["direction"], int(r["wire_bytes"]), int(r["payload_bytes"]))
         for r in rows(grid.folder, "ledger.csv")
     ]
     assert sorted(booked) == sorted(grid.captured)
@@ -225,10 +225,10 @@ def test_a_round_goes_on_without_a_client_that_drops_out(method, tampered):
     among_several(method)
     folder = tampered(method, without_client_one)
     failures = rows(folder, "failures.csv")
-    assert [(r["round"], r["peer"]) for r in failures] == [(number, "1") for number in "1234"]
+    assert [(r["round"], r["client"]) for r in failures] == [(number, "1") for number in "1234"]
     assert "the battery is flat" in failures[0]["error"]
     failed = [r for r in rows(folder, "ledger.csv") if r["part"] == "failed"]
-    assert [(r["round"], r["peer"], r["direction"], r["payload_bytes"]) for r in failed] == [
+    assert [(r["round"], r["client"], r["direction"], r["payload_bytes"]) for r in failed] == [
         (number, "1", "up", "0") for number in "1234"
     ]
     assert [r["failed"] for r in rows(folder, "metrics.csv")] == ["0", "1", "1", "1", "1"]

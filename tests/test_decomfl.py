@@ -134,8 +134,8 @@ def test_the_ledger_shows_what_catching_up_costs(small_run):
     sizes: dict[int, set[int]] = {}
     for row in rows(folder, "ledger.csv"):
         if row["part"] == "train" and row["direction"] == "down":
-            missed = int(row["round"]) - 1 - last.get(row["peer"], 0)
-            last[row["peer"]] = int(row["round"]) - 1
+            missed = int(row["round"]) - 1 - last.get(row["client"], 0)
+            last[row["client"]] = int(row["round"]) - 1
             sizes.setdefault(missed, set()).add(int(row["payload_bytes"]))
     assert len(sizes) > 2  # some were away, some were not
     for missed, found in sizes.items():

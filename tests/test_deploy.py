@@ -166,7 +166,7 @@ def test_only_turns_that_broke_are_lost(mishaps):
     assert broken <= mishaps.lost.keys() <= broken | away, mishaps.out
     assert rows(mishaps.folder, "metrics.csv")[-1]["clients"] == "4"
     assert "the worker died; starting it again, once" in mishaps.log_of_second
-    booked = {(int(r["round"]), int(r["peer"])) for r in rows(mishaps.folder, "ledger.csv") if r["part"] == "failed"}
+    booked = {(int(r["round"]), int(r["client"])) for r in rows(mishaps.folder, "ledger.csv") if r["part"] == "failed"}
     assert booked == mishaps.lost.keys()
 
 
@@ -191,7 +191,7 @@ def test_a_node_that_is_started_again_at_once_loses_its_turn_and_no_time(mishaps
     """Flower takes it back before it has missed it, so only we notice that its message is gone. It is asked again who
     it is: it may have come back as somebody else."""
     ledger = rows(mishaps.folder, "ledger.csv")
-    asked = [row["round"] for row in ledger if row["part"] == "handshake" and row["peer"] == "3"]
+    asked = [row["round"] for row in ledger if row["part"] == "handshake" and row["client"] == "3"]
     assert asked in (["0", "0", "4", "4"], ["0", "0", "5", "5"])
     assert float(rows(mishaps.folder, "metrics.csv")[3]["seconds"]) < 60
 

@@ -231,7 +231,7 @@ def test_a_table_that_is_gone_before_the_first_checkpoint_is_none(done):
     (done / "ledger.csv").touch()
     resume(done, rounds=1)
     with (done / "ledger.csv").open() as stream:
-        assert next(csv.reader(stream))[:3] == ["round", "peer", "direction"]
+        assert next(csv.reader(stream))[:3] == ["round", "client", "direction"]
 
 
 def test_greetings_of_a_resume_stay_in_the_ledger(done):

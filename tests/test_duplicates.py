@@ -265,7 +265,7 @@ def divided(words, clients):
 
 
 def asked_of(folder):
-    return {int(row["peer"]) for row in rows(folder, "ledger.csv") if row["part"] != "handshake"}
+    return {int(row["client"]) for row in rows(folder, "ledger.csv") if row["part"] != "handshake"}
 
 
 def test_clients_without_rows_are_never_asked(skewed, small_run, capsys):

@@ -75,7 +75,7 @@ def test_without_questions_or_answers_nothing_is_said_of_them(small_run):
 
 def test_clients_score_the_last_model_and_the_ledger_has_what_that_costs(learnt):
     asked = rows(learnt, "clients.csv")
-    assert [(row["round"], row["peer"]) for row in asked] == [("2", str(peer)) for peer in range(4)]
+    assert [(row["round"], row["client"]) for row in asked] == [("2", str(peer)) for peer in range(4)]
     assert all(float(row[f"eval_{name}"]) == 1.0 for row in asked for name in MORE)
     booked = [row for row in rows(learnt, "ledger.csv") if row["part"] == "evaluate"]
     assert [(row["round"], row["direction"]) for row in booked] == [("2", "down")] * 4 + [("2", "up")] * 4
@@ -107,7 +107,7 @@ def test_a_resumed_run_asks_after_its_own_last_round(small_run):
 def test_a_device_that_can_take_no_part_is_not_asked(small_run, devices):
     able, unable = "a,1e9,,,,1e9,true,1\n", "b,1e9,,,,10,true,1\n"
     folder = small_run(*devices(able + able + unable), "population.cohort=2", "method=fedpipe", "evaluate.peers=every")
-    assert [(row["round"], row["peer"]) for row in rows(folder, "clients.csv")] == [
+    assert [(row["round"], row["client"]) for row in rows(folder, "clients.csv")] == [
         (str(number), str(peer)) for number in range(3) for peer in range(2)
     ]
 
@@ -135,7 +135,7 @@ def test_the_command_finds_what_the_run_did(capsys, tmp_path, learnt):
     assert found["heldout"]["loss"] == float(last["eval_loss"])
     assert [found["heldout"][name] for name in MORE] == [1.0, 1.0, 1.0]
     for row in rows(learnt, "clients.csv"):
-        own = found["clients"][row["peer"]]
+        own = found["clients"][row["client"]]
         assert (own["loss"], own["accuracy"]) == (float(row["eval_loss"]), float(row["eval_accuracy"]))
     losses = [own["loss"] for own in found["clients"].values()]
     assert found["mean"]["loss"] == pytest.approx(sum(losses) / 4)  # all have as many samples

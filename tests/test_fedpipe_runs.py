@@ -62,7 +62,7 @@ def played(devices, tmp_path_factory):
 def payload(folder, number, direction):
     found = rows(folder, "ledger.csv")
     return {
-        int(r["peer"]): int(r["payload_bytes"])
+        int(r["client"]): int(r["payload_bytes"])
         for r in found
         if (r["round"], r["part"], r["direction"]) == (str(number), "train", direction)
     }
@@ -252,7 +252,7 @@ def lying(change):
 def test_a_lying_client_is_a_row_and_changes_nothing(change, said, tmp_path):
     run_on(LocalGrid, lying(change), tmp_path / "run", *WORDS, "rounds=1")
     (failure,) = rows(tmp_path / "run", "failures.csv")
-    assert failure["peer"] == "1"
+    assert failure["client"] == "1"
     assert re.search(said, failure["error"])
     assert summary_of(tmp_path / "run")["status"] == "finished"
 

@@ -109,7 +109,7 @@ def test_a_run_with_partial_cohorts_resumes_to_the_same_models(small_run):
     scores = []
     for folder in (whole, parts):
         with (folder / "clients.csv").open(newline="") as stream:
-            scores.append([(r["round"], r["peer"], r["eval_loss"]) for r in csv.DictReader(stream)])
+            scores.append([(r["round"], r["client"], r["eval_loss"]) for r in csv.DictReader(stream)])
     assert scores[0] == scores[1]
     last = [float(loss) for round, _, loss in scores[0] if round == "4"]
     assert len(set(last)) == len(last) == 4

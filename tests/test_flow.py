@@ -67,11 +67,11 @@ def test_three_devices_by_hand(method, devices, small_run, tmp_path):
     states = [party.strategy.init(party.layout)]
     for number, came in enumerate(expected, 1):
         lines = [row for row in table if int(row["round"]) == number]
-        read = [(int(row["peer"]), float(row["begun_seconds"]) / unit, int(row["staleness"])) for row in lines]
+        read = [(int(row["client"]), float(row["begun_seconds"]) / unit, int(row["staleness"])) for row in lines]
         assert [(peer, stale) for peer, _, stale in read] == [(peer, stale) for peer, _, stale in came]
         assert [begun for _, begun, _ in read] == pytest.approx([begun for _, begun, _ in came], rel=1e-9)
         for row in lines:
-            assert float(row["compute_seconds"]) == pytest.approx(SLOWER[int(row["peer"])] * unit, rel=1e-9)
+            assert float(row["compute_seconds"]) == pytest.approx(SLOWER[int(row["client"])] * unit, rel=1e-9)
             assert row["excluded_reason"] == ""
         end = max(begun + SLOWER[peer] for peer, begun, _ in came)
         assert float(metrics[number]["virtual_seconds"]) == pytest.approx(end * unit, rel=1e-9)
@@ -124,9 +124,9 @@ def test_a_client_that_fails_is_asked_once_for_each_state_and_holds_nobody_up(de
     words = (*devices(THREE), *METHODS["fedasync"][0], "rounds=5")
     run_on(LocalGrid, tampering_app(broken), tmp_path / "run", *words)
     failures = rows(tmp_path / "run", "failures.csv")
-    assert [(row["round"], row["peer"]) for row in failures] == [(number, "0") for number in "12345"]
+    assert [(row["round"], row["client"]) for row in failures] == [(number, "0") for number in "12345"]
     assert "the battery is flat" in failures[0]["error"]
-    assert {row["peer"] for row in rows(tmp_path / "run", "clock.csv")} == {"1", "2"}
+    assert {row["client"] for row in rows(tmp_path / "run", "clock.csv")} == {"1", "2"}
     assert [row["failed"] for row in rows(tmp_path / "run", "metrics.csv")] == ["0", "1", "1", "1", "1", "1"]
 
 
@@ -152,9 +152,9 @@ def test_an_update_is_made_of_what_came_if_that_is_a_quorum(devices, tmp_path):
 
 def test_who_drops_out_is_drawn_by_the_seed(devices, small_run):
     folder = small_run(*devices(THREE), *METHODS["fedasync"][0], "population.dropout=0.4", rounds=4)
-    failures = {(int(row["round"]), int(row["peer"])) for row in rows(folder, "failures.csv")}
+    failures = {(int(row["round"]), int(row["client"])) for row in rows(folder, "failures.csv")}
     asked = {
-        (int(row["round"]), int(row["peer"]))
+        (int(row["round"]), int(row["client"]))
         for row in rows(folder, "ledger.csv")
         if (row["direction"], row["part"]) == ("down", "train")
     }
@@ -178,21 +178,21 @@ def test_a_client_that_does_not_come_back_has_answered_all_the_same(devices, tmp
     grid = WithoutSlow(make_client_app(), 3, config)
     make_server_app(resume=str(parts))(grid=grid, context=server_context(config))
     assert summary_of(parts)["state_sha256"] == summary_of(whole)["state_sha256"]
-    assert rows(parts, "clock.csv")[-1]["peer"] == "2"
+    assert rows(parts, "clock.csv")[-1]["client"] == "2"
 
 
 def test_two_answers_of_one_client_in_a_round_are_both_written(devices, small_run):
     """Two of three are at work, so one may be asked late, be done soon after the update, and be asked again."""
     words = (*devices("a,5e8,,,,,,\nb,4e8,,,,,,\nc,1e9,,,,,,\n", "method=fedbuff"), "method.strategy.buffer=2")
     folder = small_run(*words, "population.cohort=2", "seed=2", rounds=4)
-    came = [[row["peer"] for row in rows(folder, "clock.csv") if row["round"] == str(n)] for n in range(1, 5)]
+    came = [[row["client"] for row in rows(folder, "clock.csv") if row["round"] == str(n)] for n in range(1, 5)]
     assert came[1] == ["2", "2"]
     assert [len(peers) for peers in came] == [2, 2, 2, 2]
 
 
 def test_similarity_is_of_the_updates_that_count(devices, small_run):
     folder = small_run(*devices(THREE), *METHODS["fedbuff"][0], "codec=int8", "evaluate.similarity=true", rounds=3)
-    pairs = [(row["round"], row["peer"], row["other"]) for row in rows(folder, "similarity.csv")]
+    pairs = [(row["round"], row["client"], row["other"]) for row in rows(folder, "similarity.csv")]
     assert pairs == [(str(n), *map(str, sorted(who for who, _, _ in came))) for n, came in enumerate(BUFFERED[:3], 1)]
 
 

@@ -265,7 +265,7 @@ def test_hostile_clients_change_nothing_and_are_named(kind, played, capsys):
     words, lied, failed = played(kind)
     out = capsys.readouterr().out
     assert all(line.isprintable() and len(line) < 2 * MAX_TEXT for line in out.split("\n"))
-    told = {(row["round"], int(row["peer"])): row["error"] for row in rows(lied, "failures.csv")}
+    told = {(row["round"], int(row["client"])): row["error"] for row in rows(lied, "failures.csv")}
     liars = dict(enumerate(LIES, HONEST))
     assert not [lie for index, lie in liars.items() if ("1", index) not in told or ("2", index) not in told]
     assert {index for _, index in told} == liars.keys()
@@ -296,9 +296,9 @@ def test_hostile_clients_of_an_asynchronous_server_are_named(method, tmp_path):
     run_on(LocalGrid, Cast(words, hostile).app, tmp_path / "run", *words)
     assert summary_of(tmp_path / "run")["status"] == "finished"
     failures = rows(tmp_path / "run", "failures.csv")
-    assert {row["peer"] for row in failures} == {str(index) for index in range(HONEST, CLIENTS)}
+    assert {row["client"] for row in failures} == {str(index) for index in range(HONEST, CLIENTS)}
     assert all(is_clean(row["error"]) for row in failures)
     counted = rows(tmp_path / "run", "clock.csv")
-    assert {row["peer"] for row in counted if not row["excluded_reason"]} <= {str(index) for index in range(HONEST)}
+    assert {row["client"] for row in counted if not row["excluded_reason"]} <= {str(index) for index in range(HONEST)}
     norm = max(float(tensor.norm()) for tensor in state_of(tmp_path / "run", words).adapter.values())
     assert norm < 100

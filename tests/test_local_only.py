@@ -64,10 +64,10 @@ def test_it_is_evaluated_where_the_models_are_and_learns(small_run):
 def test_who_was_not_drawn_still_holds_what_it_had(small_run):
     folder = small_run("method=local_only", "population.cohort=1", rounds=3)
     table = rows(folder, "clients.csv")
-    drawn = {row["round"]: row["peer"] for row in rows(folder, "ledger.csv") if row["part"] == "train"}
+    drawn = {row["round"]: row["client"] for row in rows(folder, "ledger.csv") if row["part"] == "train"}
     for round in ("1", "2", "3"):
         before, after = (
-            {row["peer"]: row["eval_loss"] for row in table if row["round"] == number}
+            {row["client"]: row["eval_loss"] for row in table if row["round"] == number}
             for number in (str(int(round) - 1), round)
         )
         assert {peer for peer in after if after[peer] != before[peer]} == {drawn[round]}

@@ -219,7 +219,7 @@ def test_a_run_writes_what_numpy_makes_of_the_decoded_updates(tmp_path, codecs):
     ]
     assert len(lines) == len(expected) == 2 * 3
     for line, (*place, value) in zip(lines, expected, strict=True):
-        assert [int(line[name]) for name in ("round", "peer", "other")] == place
+        assert [int(line[name]) for name in ("round", "client", "other")] == place
         assert float(line["similarity"]) == pytest.approx(value, abs=1e-12)
     assert all(0.01 < float(line["similarity"]) < 1 for line in lines)
 
@@ -246,7 +246,7 @@ def test_of_mixed_ranks_only_the_same_are_compared(small_run, codec):
     folder = small_run(
         *WORDS, "method=zero_pad", "population.ranks=[8,4]", "population.cohort=4", f"codec_up={codec}", rounds=1
     )
-    lines = {(row["peer"], row["other"]): row["similarity"] for row in rows(folder, "similarity.csv")}
+    lines = {(row["client"], row["other"]): row["similarity"] for row in rows(folder, "similarity.csv")}
     assert len(lines) == 6
     assert {pair for pair, value in lines.items() if value} == {("0", "2"), ("1", "3")}
 

@@ -81,7 +81,7 @@ def test_who_was_away_is_sent_what_it_lacks_and_holds_the_servers_bits(method, s
     width, always = (4, 0) if method == "flora" else (2, 2)
     seen, lacking = {}, []
     booked = {
-        (int(r["round"]), int(r["peer"])): int(r["payload_bytes"])
+        (int(r["round"]), int(r["client"])): int(r["payload_bytes"])
         for r in rows(folder, "ledger.csv")
         if (r["direction"], r["part"]) == ("down", "train")
     }
@@ -120,7 +120,7 @@ def test_after_a_turn_that_failed_everything_is_sent_again(method, states, tmp_p
     folder = tmp_path / "run"
     words = [f"method={method}", "rounds=5", "adapter.rank=1", "population.cohort=4"]
     grid = run_on(Listening, app, folder, *words)
-    assert [(r["round"], r["peer"]) for r in rows(folder, "failures.csv")] == [("3", "0")]
+    assert [(r["round"], r["client"]) for r in rows(folder, "failures.csv")] == [("3", "0")]
     built_on = {place: settings[FROM] for place, (settings, _) in grid.sent.items()}
     assert [built_on[number, 0] for number in range(1, 6)] == [0, 0, 1, 0, 3]
     assert [built_on[number, 1] for number in range(1, 6)] == [0, 0, 1, 2, 3]
@@ -142,7 +142,7 @@ def test_resumed_in_the_middle_it_ends_the_same(method, limit, tmp_path):
     assert summary_of(whole)["state_sha256"] == summary_of(parts)["state_sha256"]
 
     def sent(folder):
-        named = ("round", "peer", "direction", "part", "payload_bytes")
+        named = ("round", "client", "direction", "part", "payload_bytes")
         return [[row[name] for name in named] for row in rows(folder, "ledger.csv") if row["part"] == "train"]
 
     assert sent(whole) == sent(parts)

@@ -50,7 +50,7 @@ def payloads(folder):
     with (folder / "ledger.csv").open(newline="") as stream:
         for row in csv.DictReader(stream):
             if row["part"] == "train":
-                yield int(row["round"]), int(row["peer"]), row["direction"], int(row["payload_bytes"])
+                yield int(row["round"]), int(row["client"]), row["direction"], int(row["payload_bytes"])
 
 
 def check(payload, count, tensors):

@@ -26,12 +26,12 @@ def test_the_mean_is_weighted_by_samples():
 def test_after_each_round_every_client_is_asked_and_the_ledger_has_it(small_run):
     folder = small_run(*WORDS, rounds=3)
     asked = rows(folder, "clients.csv")
-    assert [(row["round"], row["peer"]) for row in asked] == [(str(r), str(p)) for r in range(4) for p in range(4)]
+    assert [(row["round"], row["client"]) for row in asked] == [(str(r), str(p)) for r in range(4) for p in range(4)]
     party = Workspace(compose([*SMALL, *WORDS]))
     samples = {str(index): party.samples(index) for index in range(4)}
     for metric in rows(folder, "metrics.csv"):
         own = [row for row in asked if row["round"] == metric["round"]]
-        mean = sum(samples[row["peer"]] * float(row["eval_loss"]) for row in own) / sum(samples.values())
+        mean = sum(samples[row["client"]] * float(row["eval_loss"]) for row in own) / sum(samples.values())
         assert float(metric["eval_loss"]) == pytest.approx(mean, rel=1e-12)
     booked = [row for row in rows(folder, "ledger.csv") if row["part"] == "evaluate"]
     assert len(booked) == 2 * 4 * 4
@@ -42,9 +42,9 @@ def test_after_each_round_every_client_is_asked_and_the_ledger_has_it(small_run)
 def test_a_client_is_scored_with_its_own_part(small_run):
     """After round 1, only those that took part hold a B that isn't zero, and only their scores have moved."""
     folder = small_run(*WORDS, rounds=1)
-    trained = {row["peer"] for row in rows(folder, "ledger.csv") if row["part"] == "train"}
+    trained = {row["client"] for row in rows(folder, "ledger.csv") if row["part"] == "train"}
     before, after = (
-        {row["peer"]: row["eval_loss"] for row in rows(folder, "clients.csv") if row["round"] == number}
+        {row["client"]: row["eval_loss"] for row in rows(folder, "clients.csv") if row["round"] == number}
         for number in ("0", "1")
     )
     assert len(trained) == 2
@@ -73,9 +73,9 @@ def test_a_client_that_does_not_answer_is_left_out_of_the_mean(tmp_path):
         return inner(message, context)
 
     run_on(LocalGrid, app, tmp_path / "run", *WORDS, "rounds=3")
-    assert {row["peer"] for row in rows(tmp_path / "run", "clients.csv")} == {"0", "1", "3"}
+    assert {row["client"] for row in rows(tmp_path / "run", "clients.csv")} == {"0", "1", "3"}
     failed = [row for row in rows(tmp_path / "run", "ledger.csv") if row["part"] == "failed"]
-    assert [(row["round"], row["peer"]) for row in failed] == [(str(number), "2") for number in range(4)]
+    assert [(row["round"], row["client"]) for row in failed] == [(str(number), "2") for number in range(4)]
     assert [row["clients"] for row in rows(tmp_path / "run", "metrics.csv")] == ["0", "2", "2", "2"]
 
 

@@ -54,14 +54,25 @@ def test_a_run_does_what_the_plan_said(three, tmp_path):
     planned = lines_of(Workspace(small(*words, out=tmp_path / "unused")))
     done = rows(out, "clock.csv")
     assert (
-        [line["client"] for line in planned if not line["left_out"]] == [row["peer"] for row in done] == ["0", "1", "3"]
+        [line["client"] for line in planned if not line["left_out"]]
+        == [row["client"] for row in done]
+        == ["0", "1", "3"]
     )
     assert "memory" in planned[2]["left_out"]
     for line, row in zip((line for line in planned if not line["left_out"]), done, strict=True):
-        for name in ("device", "layers", "batch_size", "bits", "steps", "numbers", "memory_bytes", "compute_seconds"):
+        for name in (
+            "device",
+            "layers",
+            "batch_size",
+            "bits",
+            "steps",
+            "trainable_params",
+            "memory_bytes",
+            "compute_seconds",
+        ):
             assert line[name] == row[name]
         assert 0 < float(line["upload_seconds"]) < float(row["upload_seconds"])
-    assert int(planned[1]["numbers"]) < int(planned[0]["numbers"])  # the slow one does less
+    assert int(planned[1]["trainable_params"]) < int(planned[0]["trainable_params"])  # the slow one does less
 
 
 def test_it_prints_a_line_for_each_kind_of_device_and_who_is_left_out(three, capsys, tmp_path):

@@ -205,9 +205,9 @@ def test_one_that_is_out_of_proportion_is_left_out_and_named(tmp_path, change, w
     lied, failed = (play(tmp_path / name, what, *words) for name, what in (("lied", change), ("failed", fail)))
     assert lied == failed
     (failure,) = rows(tmp_path / "lied", "failures.csv")
-    assert failure["peer"] == "1"
+    assert failure["client"] == "1"
     assert said in failure["error"]
-    booked = [(row["peer"], row["part"]) for row in rows(tmp_path / "lied", "ledger.csv") if row["round"] == "1"]
+    booked = [(row["client"], row["part"]) for row in rows(tmp_path / "lied", "ledger.csv") if row["round"] == "1"]
     assert [peer for peer, part in booked if part == "failed"] == ["1"]
     assert rows(tmp_path / "lied", "metrics.csv")[1]["failed"] == "1"
 

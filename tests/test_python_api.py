@@ -199,7 +199,7 @@ class TestDamage:
         whole = lines(copy / "ledger.csv")
         content = (copy / "ledger.csv").read_text()
         (copy / "ledger.csv").write_text(content[: content.rindex("\n") - 5])
-        (copy / "failures.csv").write_text('round,peer,error\n1,2,"\'=a, b"\n2,x,y\n')
+        (copy / "failures.csv").write_text('round,client,error\n1,2,"\'=a, b"\n2,x,y\n')
         (copy / "clients.csv").unlink()
         (copy / "summary.json").unlink()
         run = fedtune.load_run(copy)

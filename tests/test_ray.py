@@ -32,7 +32,7 @@ def words(folder, *more):
 
 def failures(folder):
     with (folder / "failures.csv").open(newline="") as stream:
-        return [(row["round"], row["peer"], row["error"]) for row in csv.DictReader(stream)]
+        return [(row["round"], row["client"], row["error"]) for row in csv.DictReader(stream)]
 
 
 @pytest.mark.slow

@@ -192,5 +192,5 @@ def test_a_run_that_is_resumed_ends_the_same_and_moves_the_same_bytes(small_run)
     for folder in (whole, parts):
         with (folder / "ledger.csv").open(newline="") as stream:
             rows = [row for row in csv.DictReader(stream) if row["part"] == "train"]
-        sent.append([(row["round"], row["peer"], row["direction"], row["payload_bytes"]) for row in rows])
+        sent.append([(row["round"], row["client"], row["direction"], row["payload_bytes"]) for row in rows])
     assert sent[0] == sent[1]

@@ -283,6 +283,6 @@ def test_a_lie_about_losses_is_not_in_every_cohort(tmp_path, lie):
     app.train()(lambda message, context: answer(context.node_config["partition-id"], inner(message, context)))
     run_on(LocalGrid, app, tmp_path / "run", *words)
     asked = {int(row["round"]) for row in rows(tmp_path / "run", "ledger.csv")
-             if (row["peer"], row["direction"], row["part"]) == ("1", "down", "train")}  # fmt: skip
+             if (row["client"], row["direction"], row["part"]) == ("1", "down", "train")}  # fmt: skip
     assert len(asked) < rounds - 1
     assert (len(asked) > 0.75 * rounds) == (lie == 5.9)

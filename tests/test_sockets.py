@@ -163,7 +163,7 @@ def test_the_ledger_is_what_crossed_the_sockets(fleet, misplayed):
     link = Link(tls=True, host=fleet.proxies[0].address)
     joined = sum(link.join(node.node_id, Run.create_empty(1), bundle).total for node in fleet.nodes)
     ledger = rows(misplayed.folder, "ledger.csv")
-    honest = [row for row in ledger if row["peer"] in ("0", "1")]
+    honest = [row for row in ledger if row["client"] in ("0", "1")]
     wire, framing = (sum(int(row[name]) for row in honest) for name in ("wire_bytes", "overhead_bytes"))
     counted = misplayed.counted
     print(f"{counted=} {joined=} {wire=} {framing=} off by {(wire + framing + joined) / counted - 1:+.4f}")

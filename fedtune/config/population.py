@@ -113,8 +113,8 @@ class PopulationSpec:
             )
         if not self.cohort_size <= self.candidates <= self.clients:
             raise ConfigError(
-                f"population.candidates={self.candidates}: expected at least the cohort ({self.cohort_size}) and at most "
-                f"population.clients={self.clients}"
+                f"population.candidates={self.candidates}: expected at least the cohort ({self.cohort_size}) and at "
+                f"most population.clients={self.clients}"
             )
 
     @property

@@ -1,7 +1,8 @@
 """The words that every part of fedtune speaks: read this first.
 
-A round in one line: the server's strategy makes an `Instruction` for each `ClientInfo`, a codec turns its tensors into a
-blob, the client's `Update` comes back the same way, and the strategy folds the updates into its next state.
+A round in one line: the server's strategy makes an `Instruction` for each client (`ClientInfo`), a codec turns its
+tensors into a blob, the client's `Update` comes back the same way, and the strategy folds the updates into its next
+state.
 
 Strategies, clients and codecs are values: frozen dataclasses whose fields are hyper-parameters and whose methods keep
 nothing between calls. What lasts is data that is passed in and handed back.

@@ -19,7 +19,7 @@ class Turn:
     batch_size: int
     steps: int
     layers: int
-    numbers: int  # that it trains
+    trainable_params: int  # that it trains
 
     @property
     def seconds(self) -> float:
@@ -30,7 +30,7 @@ class Turn:
 class Timed:
     """A turn as the clock saw it: a line of clock.csv."""
 
-    peer: int
+    client: int
     turn: Turn
     begun: float  # what the clock showed when the client was asked
     staleness: int = 0  # updates of the server's since then

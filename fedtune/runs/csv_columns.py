@@ -16,6 +16,13 @@ BLOCK = 1 << 26  # bytes that pyarrow takes at once
 SMALL = 1 << 14  # bytes of a file that csv reads sooner than pyarrow begins
 # No count, size or time is as large, nor any score; what is, is damage, and would drown all it is added to
 MOST, LARGEST = 2.0**53, 1e100
+# What columns were called in folders of earlier versions
+FORMER = {
+    "peer": "client",
+    "framing_bytes": "overhead_bytes",
+    "numbers": "trainable_params",
+    "not_counted": "excluded_reason",
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ def _whole_lines(path: Path) -> tuple[bytes, list[str], tuple[str, ...]] | None:
     notes = (f"{path.name}: the last line is cut off",) if end < len(content) else ()
     content = content[:end]
     first = content[: content.find(b"\n") + 1]
-    return content, next(_cells(first), []), notes
+    return content, [FORMER.get(name, name) for name in next(_cells(first), [])], notes
 
 
 def _cells(content: bytes) -> Iterator[list[str]]:

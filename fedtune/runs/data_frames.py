@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # Columns that count, beside those of bytes; the others are measured
-WHOLE = ("round", "peer", "other", "clients", "failed", "bits", "batch_size", "steps", "layers", "numbers", "staleness",
-         "tokens")  # fmt: skip
+WHOLE = ("round", "client", "other", "clients", "failed", "bits", "batch_size", "steps", "layers", "trainable_params",
+         "staleness", "tokens")  # fmt: skip
 NEEDED = {
-    LEDGER: ("round", "peer", "payload_bytes", "wire_bytes")
+    LEDGER: ("round", "client", "payload_bytes", "wire_bytes")
 }  # a line without is none; of others round and client
 
 
@@ -28,7 +28,7 @@ def read_frame(path: Path) -> "tuple[DataFrame, tuple[str, ...]]":
     from pandas import DataFrame
 
     columns = COLUMNS[path.name]
-    needed = NEEDED.get(path.name, ("round", "peer"))
+    needed = NEEDED.get(path.name, ("round", "client"))
     words = [name for name in columns if name in WORDS]
     others = [name for name in columns if name not in (*needed, *words)]
     found = read_columns(path, needed, others, words)

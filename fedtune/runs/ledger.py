@@ -1,4 +1,4 @@
-"""The ledger: bytes and seconds by round, peer, direction and part.
+"""The ledger: bytes and seconds by round, client, direction and part.
 
 Kept by the server from what it sent and received, so a client can't misreport.
 """
@@ -12,7 +12,7 @@ class LedgerRow(NamedTuple):
     """One message that crossed the wire, or should have."""
 
     round: int
-    peer: int  # the client's index
+    client: int  # the client's index
     direction: str  # "down" to the client, "up" from it
     part: str  # "handshake", "train", "evaluate", "idle", or "failed": an error, a refused update, no reply
     payload_bytes: int  # the codec's blob
@@ -22,8 +22,8 @@ class LedgerRow(NamedTuple):
 
     def line(self) -> str:
         """The line in ledger.csv; nothing in it needs quotes."""
-        round, peer, direction, part, payload, wire, framing, seconds = self
-        return f"{round},{peer},{direction},{part},{payload},{wire},{framing},{seconds:.6f}\n"
+        round, client, direction, part, payload, wire, overhead, seconds = self
+        return f"{round},{client},{direction},{part},{payload},{wire},{overhead},{seconds:.6f}\n"
 
 
 COLUMNS = LedgerRow._fields
@@ -50,10 +50,10 @@ class Ledger:
         self._add(entry)
         self.pending.append(entry)
 
-    def fail(self, round: int, peer: int) -> None:
+    def fail(self, round: int, client: int) -> None:
         """Book an update that came in this round as failed after all; one that is on disk stays as it was."""
         for place, entry in enumerate(self.pending):
-            if (entry.round, entry.peer, entry.direction, entry.part) == (round, peer, "up", "train"):
+            if (entry.round, entry.client, entry.direction, entry.part) == (round, client, "up", "train"):
                 self.pending[place] = entry._replace(part="failed")
                 self.totals["failed"] += 1
                 return
@@ -73,14 +73,14 @@ class Ledger:
 
 
 def sums(entries: Iterable[LedgerRow]) -> dict[str, int]:
-    """Bytes by direction and kind, e.g. {"up_payload_bytes": ...}; framing is of both directions."""
+    """Bytes by direction and kind, e.g. {"up_payload_bytes": ...}; the overhead is of both directions."""
     totals = Ledger(entries).totals
     return {name: totals[name] for name in (*(name for names in TOTALS.values() for name in names), "overhead_bytes")}
 
 
 def parse(row: list[str]) -> LedgerRow:
     """An entry from its line in ledger.csv. Raises ValueError on any other line."""
-    round_, peer, direction, part, payload, wire, framing, seconds = row
+    round_, client, direction, part, payload, wire, overhead, seconds = row
     if direction not in TOTALS:
         raise ValueError(f"direction: expected {' or '.join(TOTALS)}, got {direction!r}")
-    return LedgerRow(int(round_), int(peer), direction, part, int(payload), int(wire), int(framing), float(seconds))
+    return LedgerRow(int(round_), int(client), direction, part, int(payload), int(wire), int(overhead), float(seconds))

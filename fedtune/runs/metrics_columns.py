@@ -23,11 +23,11 @@ METRICS = (
     "requantization_error",  # of the whole change of the base, relative; empty where it is kept beside the base
     *MORE_SCORES,
 )
-FAILURES = ("round", "peer", "error")
-CLIENTS = ("round", "peer", "eval_loss", "eval_accuracy", "tokens", *MORE_SCORES)
+FAILURES = ("round", "client", "error")
+CLIENTS = ("round", "client", "eval_loss", "eval_accuracy", "tokens", *MORE_SCORES)
 CLOCK = (
-    "round", "peer", "begun_seconds", "device", "down_bytes", "download_seconds", "compute_seconds", "up_bytes",
-    "upload_seconds", "memory_bytes", "limit_bytes", "bits", "batch_size", "steps", "layers", "numbers", "staleness",
-    "excluded_reason",
+    "round", "client", "begun_seconds", "device", "down_bytes", "download_seconds", "compute_seconds", "up_bytes",
+    "upload_seconds", "memory_bytes", "limit_bytes", "bits", "batch_size", "steps", "layers", "trainable_params",
+    "staleness", "excluded_reason",
 )  # fmt: skip
-SIMILARITY = ("round", "peer", "other", "similarity")
+SIMILARITY = ("round", "client", "other", "similarity")

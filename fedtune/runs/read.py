@@ -265,7 +265,7 @@ def _traffic(
 
 def _clients(path: Path, rounds: Floats) -> tuple[Clients | None, tuple[str, ...]]:
     """After the last round in which any were scored."""
-    found = read_columns(path, ("round", "peer"), ("eval_loss", "eval_accuracy"))
+    found = read_columns(path, ("round", "client"), ("eval_loss", "eval_accuracy"))
     if found is None:
         return None, ()
     table = found.numbers
@@ -274,8 +274,8 @@ def _clients(path: Path, rounds: Floats) -> tuple[Clients | None, tuple[str, ...
         return None, found.notes
     last = table["round"][known].max()
     chosen = np.flatnonzero(known & (table["round"] == last))
-    chosen = chosen[np.argsort(table["peer"][chosen], kind="stable")]
-    peers = table["peer"][chosen].astype(np.int64)
+    chosen = chosen[np.argsort(table["client"][chosen], kind="stable")]
+    peers = table["client"][chosen].astype(np.int64)
     return Clients(int(last), peers, table["eval_loss"][chosen], table["eval_accuracy"][chosen]), found.notes
 
 

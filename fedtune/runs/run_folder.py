@@ -120,11 +120,11 @@ class RunFolder:
     def append_failures(self, failures: Iterable[tuple[int, int, str]]) -> None:
         """By client, whoever failed first."""
         ordered = sorted(failures, key=lambda failure: failure[:2])
-        self._append("failures.csv", [{"round": round, "peer": peer, "error": why} for round, peer, why in ordered])
+        self._append("failures.csv", [{"round": round, "client": peer, "error": why} for round, peer, why in ordered])
 
     def append_clients(self, round: int, scores: Mapping[int, Score]) -> None:
         rows = [
-            {"round": round, "peer": peer, "tokens": score.tokens, **score.row()}
+            {"round": round, "client": peer, "tokens": score.tokens, **score.row()}
             for peer, score in sorted(scores.items())
         ]
         self._append("clients.csv", rows)
@@ -140,9 +140,9 @@ class RunFolder:
     def append_clock(self, round: int, turns: Iterable[Timed]) -> None:
         """A line a turn, by client and then by when it began. No limit is an empty cell, as in a file of devices."""
         rows = []
-        for timed in sorted(turns, key=lambda timed: (timed.peer, timed.begun)):
+        for timed in sorted(turns, key=lambda timed: (timed.client, timed.begun)):
             took = [None if value == math.inf else value for value in astuple(timed.turn)]
-            cells = (round, timed.peer, timed.begun, *took, timed.staleness, timed.excluded_reason)
+            cells = (round, timed.client, timed.begun, *took, timed.staleness, timed.excluded_reason)
             rows.append(dict(zip(CLOCK, cells, strict=True)))
         self._append("clock.csv", rows)
 

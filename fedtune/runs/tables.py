@@ -164,7 +164,7 @@ def _what_changed(name: str, content: bytes, round: int) -> str:
         for column, cell in zip(header, cells, strict=True):
             if column == "direction" and cell not in ledger.TOTALS:
                 return f"line {number}, {column}: expected {' or '.join(ledger.TOTALS)}, got {cell[:40]!r}"
-            if column in ("round", "peer") and not cell.isdecimal():
+            if column in ("round", "client") and not cell.isdecimal():
                 return f"line {number}, {column}: expected a number from 0 up, got {cell[:40]!r}"
             if column not in WORDS and cell and not _is_number(cell):
                 return f"line {number}, {column}: expected a number, got {cell[:40]!r}"

@@ -38,7 +38,7 @@ class Round:
         self.clients = len(self._metrics)
         for known in (self.signs, self.norms, self.told):
             known.pop(peer, None)
-        self.turns = [replace(turn, excluded_reason=reason) if turn.peer == peer else turn for turn in self.turns]
+        self.turns = [replace(turn, excluded_reason=reason) if turn.client == peer else turn for turn in self.turns]
 
     def examples(self) -> list[tuple[int, int]]:
         """Each update's peer and number of examples, in order of the peers."""

@@ -131,7 +131,7 @@ class Clock:
             batch_size=batch,
             steps=work.steps,
             layers=len(ranks),
-            numbers=numbers,
+            trainable_params=numbers,
         )
 
     def memory(self, state: Any, number: int) -> float | None:
@@ -233,7 +233,7 @@ class Clock:
 
             return (
                 f"needs {size(int(turn.memory_bytes))} of memory and has {size(int(peer.capability.memory_bytes))}: "
-                f"{turn.numbers:,} trainable numbers, a batch of {turn.batch_size}, a base in {turn.bits} bits"
+                f"{turn.trainable_params:,} trainable numbers, a batch of {turn.batch_size}, a base in {turn.bits} bits"
             )
         if not turn.seconds <= LONGEST:
             return f"would need more than {LONGEST:.0e} virtual seconds for a turn"

@@ -1,5 +1,5 @@
 """The parts of Flower that are not its public interface, in one place, so that an upgrade has one file to check (and
-`fedtune.framing`, for deployments).
+fedtune/wire/http_overhead.py, for deployments).
 
 Tested with flwr 1.41.
 """
