@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from clients.first_order import FirstOrder
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
-from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base_delta import DENSE
 from fedtune.training.apply_instruction import RANK, SCALING
@@ -27,6 +27,6 @@ class Fresh(FirstOrder):
         if not self.dense:
             return update
         factor = update.metrics[SCALING]
-        products = pairs(update.tensors)
+        products = lora_factors(update.tensors)
         matrices = {m + DENSE: (p.b.double() @ p.a.double() * factor).float() for m, p in products.items()}
         return Update(matrices, update.examples, update.metrics)

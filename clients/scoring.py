@@ -23,7 +23,7 @@ from torch import Tensor
 from clients.first_order import FirstOrder, proximal
 from fedtune.core.costs import Work
 from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
-from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.models.adapted_model import LocalModel
 from fedtune.training.apply_instruction import SCORE, SCORE_BYTES, SCORES, install, metrics_of
 
@@ -40,7 +40,7 @@ class Scoring(FirstOrder):
     def receive(self, model: LocalModel, instruction: Instruction, memory: Tensors) -> None:
         # A client that tries codecs on itself installs its own answer, scores and all
         adapter = {name: tensor for name, tensor in instruction.tensors.items() if name != SCORES}
-        model.adapt_only(pairs(adapter).keys())
+        model.adapt_only(lora_factors(adapter).keys())
         install(model, Instruction(adapter, instruction.settings), memory)
 
     def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
@@ -62,7 +62,7 @@ class Sensitivity:
     """
 
     def __init__(self, live: Mapping[str, Tensor], beta1: float, beta2: float):
-        self._live = pairs(dict(live))
+        self._live = lora_factors(dict(live))
         self._beta1, self._beta2 = beta1, beta2
         self._means: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}  # Ibar and Ubar of each layer's L, P and Q
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from clients.first_order import FirstOrder, proximal
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
-from fedtune.lowrank.algebra import pairs
-from fedtune.lowrank.averaging import narrowed
+from fedtune.lowrank.algebra import lora_factors
+from fedtune.lowrank.averaging import truncate_rank
 from fedtune.models.adapted_model import LocalModel
 from fedtune.training.apply_instruction import metrics_of
 
@@ -37,10 +37,10 @@ class SelfPruning(FirstOrder):
             if tail(live, head).item() < received:
                 rank = pruned
         metrics = {"train_loss": loss, "rank": rank, **metrics_of(model)}
-        return Update(narrowed(model.read(), rank), batches.examples, metrics)
+        return Update(truncate_rank(model.read(), rank), batches.examples, metrics)
 
 
 def tail(adapter: Mapping[str, Tensor], head: int) -> Tensor:
     """sum_layers ||B[:, head:]||_F ||A[head:, :]||_F, a function of the factors themselves."""
-    norms = [p.b[:, head:].norm() * p.a[head:].norm() for p in pairs(dict(adapter)).values()]
+    norms = [p.b[:, head:].norm() * p.a[head:].norm() for p in lora_factors(dict(adapter)).values()]
     return torch.stack(norms).sum()

@@ -9,7 +9,7 @@ import torch
 
 from clients.zeroth_order import ZerothOrder
 from fedtune.core.protocol import Batches, Instruction, Tensors, Update
-from fedtune.core.seeds import bits, fold
+from fedtune.core.seeds import bits, derive_seed
 from fedtune.lowrank.residual import VERSION
 from fedtune.models.adapted_model import LocalModel
 from fedtune.training.catch_up import caught_up
@@ -37,4 +37,4 @@ class SharedDirections(ZerothOrder):
 
 def seeds_of(rules: Rules, number: int) -> list[int]:
     """The seeds of the number-th update, from 1: (T P), step by step."""
-    return [int(seed) for seed in bits(fold(rules.pool_seed, "shared", number), rules.slopes)]
+    return [int(seed) for seed in bits(derive_seed(rules.pool_seed, "shared", number), rules.slopes)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedtune.core.costs import Work
 from fedtune.core.errors import ClientError, ConfigError
 from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update, describe
-from fedtune.core.seeds import bits, fold
+from fedtune.core.seeds import bits, derive_seed
 from fedtune.models.adapted_model import LocalModel
 from fedtune.random_directions.weights import pool
 from fedtune.training.zeroth_order import descend, rules_of
@@ -44,7 +44,9 @@ class ZerothOrder:
     def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
         rules = rules_of(instruction.settings)
         directions = len(slopes_of(instruction))
-        index = drawn(fold(key, "directions"), rules.slopes, directions, instruction.tensors.get("probabilities"))
+        index = drawn(
+            derive_seed(key, "directions"), rules.slopes, directions, instruction.tensors.get("probabilities")
+        )
         seeds = pool(rules.pool_seed, directions)
         by_step = [[seeds[j] for j in step] for step in index.reshape(-1, rules.perturbations)]
         steps = descend(model, batches, rules, by_step, self.clip)

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from fedtune.config.devices import write_devices
 from fedtune.core.errors import ConfigError, ModelError
-from fedtune.core.protocol import Capability
+from fedtune.core.protocol import DeviceProfile
 from fedtune.device import bandwidth
 from fedtune.device import benchmark as doctor
 from fedtune.device.memory import MemoryFound, memory_of
@@ -76,7 +76,7 @@ def examine(asked: Request) -> Path:
             link = bandwidth.measure(*server, asked.seconds)
     fit = _compute(page, device)
     page.line("network", _of_link(link, asked.server))
-    able = Capability(
+    able = DeviceProfile(
         device=name,
         memory_bytes=float("inf") if memory is None else max(memory.free, 1),
         flop_per_s=_rounded(fit.flop_per_s),
@@ -187,7 +187,7 @@ def _device(name: str) -> torch.device:
         raise ModelError(str(error).replace("runtime.device=", "--device ")) from error
 
 
-def _write(path: Path, able: Capability) -> None:
+def _write(path: Path, able: DeviceProfile) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_devices(path, [able])

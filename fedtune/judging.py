@@ -43,7 +43,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class EvaluationReport:
     """What was found."""
 
     round: int  # the last that is in the model
@@ -53,7 +53,7 @@ class Verdict:
     tasks: Mapping[str, Mapping[str, float]]
 
 
-def evaluate(request: Request) -> Verdict:
+def evaluate(request: Request) -> EvaluationReport:
     """Score the model, print the figures, and write them where asked.
 
     Raises:
@@ -84,7 +84,7 @@ def evaluate(request: Request) -> Verdict:
         raise DataError("the run held nothing out for the server (data.heldout=0): give --data, --clients or --tasks")
     samples = {index: party.samples(index) for index in clients}
     tasks = _tasks(request, local, spec.batch_size) if request.tasks else {}
-    verdict = Verdict(number, heldout, clients, mean_score(samples, clients), tasks)
+    verdict = EvaluationReport(number, heldout, clients, mean_score(samples, clients), tasks)
     _show(verdict, f"{found.experiment.name}: method={found.experiment.method_name} after round {number}")
     if request.out is not None:
         _write(Path(request.out).expanduser(), verdict, request)
@@ -115,7 +115,7 @@ def _tasks(request: Request, local: LocalModel, batch_size: int) -> dict[str, di
     return run_tasks(local, request.tasks, request.include_path, request.limit or None, batch_size)
 
 
-def _show(verdict: Verdict, title: str) -> None:
+def _show(verdict: EvaluationReport, title: str) -> None:
     console = Console(file=sys.stdout, highlight=False)
     table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left", title_style="bold")
     table.add_column("")
@@ -161,7 +161,7 @@ def _worst(name: str, scores: Mapping[int, Score]) -> float | None:
     return (max if name == "loss" else min)(_given(name, scores), default=None)
 
 
-def _write(path: Path, verdict: Verdict, request: Request) -> None:
+def _write(path: Path, verdict: EvaluationReport, request: Request) -> None:
     def plain(score: Score | None) -> dict[str, Any] | None:
         return None if score is None else {item.name: getattr(score, item.name) for item in fields(score)}
 

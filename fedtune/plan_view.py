@@ -19,9 +19,9 @@ from fedtune.config.compose import compose
 from fedtune.core.atomic import write_atomically
 from fedtune.core.csv_cells import guarded
 from fedtune.core.errors import QuorumError
-from fedtune.core.protocol import Peer
-from fedtune.lowrank.algebra import pairs
-from fedtune.planning.population import equip, profile_of
+from fedtune.core.protocol import ClientInfo
+from fedtune.lowrank.algebra import lora_factors
+from fedtune.planning.population import assign_rank, profile_of
 from fedtune.server.progress import method_of, size
 from fedtune.server.virtual_clock import Clock, Turn
 from fedtune.training.client_state import home
@@ -40,7 +40,7 @@ COLUMNS = (
 class Planned:
     """What one client is asked to do in the first round, or why it can't take part."""
 
-    peer: Peer
+    peer: ClientInfo
     ranks: Mapping[str, int]  # by layer; empty where it is left out, or what is trained isn't layers
     turn: Turn | None
     reason: str = ""
@@ -75,12 +75,12 @@ def plans(party: Party) -> tuple[list[Planned], QuorumError | None]:
     state = party.strategy.init(party.layout)
     peers = {}
     for index in range(experiment.population.clients):
-        peer = Peer(index, party.samples(index), profile_of(index, experiment, home()))
-        peers[index] = equip(peer, experiment, layout)
+        peer = ClientInfo(index, party.samples(index), profile_of(index, experiment, home()))
+        peers[index] = assign_rank(peer, experiment, layout)
     clock, trouble = Clock(party), None
     expected: dict[int, Turn] = {}
     try:
-        expected = clock.admit(state, 1, {index: peer for index, peer in peers.items() if peer.samples})
+        expected = clock.eligible_clients(state, 1, {index: peer for index, peer in peers.items() if peer.samples})
     except QuorumError as error:
         trouble = error
     found = []
@@ -88,13 +88,13 @@ def plans(party: Party) -> tuple[list[Planned], QuorumError | None]:
         if not peer.samples:
             found.append(Planned(peer, {}, None, "has no rows to train on"))
             continue
-        if index in clock.left_out:
-            found.append(Planned(peer, {}, None, clock.left_out[index]))
+        if index in clock.excluded:
+            found.append(Planned(peer, {}, None, clock.excluded[index]))
             continue
         told = party.strategy.configure(state, 1, peer)
         turn = expected.get(index) or clock.expected(peer, told)
         whole = layout.initial if not traits_of(party.strategy).partial else told.tensors
-        ranks = {module: peer.rank or product.rank for module, product in pairs(whole).items()}
+        ranks = {module: peer.rank or product.rank for module, product in lora_factors(whole).items()}
         found.append(Planned(peer, ranks if layout.is_low_rank else {}, turn))
     return found, trouble
 
@@ -107,7 +107,7 @@ def report(party: Party, planned: Sequence[Planned], console: Console) -> None:
     until = "no deadline" if deadline is None else f"{deadline:g} s a round, straggler={population.straggler}"
     console.print(
         f"[bold]{method_of(experiment)} on {experiment.model.name}[/bold]: {population.clients} clients, "
-        f"{population.per_round} a round, {until}"
+        f"{population.cohort_size} a round, {until}"
     )
     held = ", ".join(f"{size(int(count))} in {bits} bits" for bits, count in costs.base_bytes.items())
     console.print(f"base     {held}", style="dim")

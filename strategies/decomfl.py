@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from fedtune.core.errors import WireError
-from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update
-from fedtune.training.catch_up import lacking
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Traits, Update
+from fedtune.training.catch_up import missing_merges
 from fedtune.training.zeroth_order import Rules, check_counts, check_length, told
 
 
@@ -47,16 +47,16 @@ class DeComFL:
     def init(self, layout: Layout) -> State:
         return State(torch.zeros(0, self.rules.local_steps, self.rules.perturbations, dtype=torch.int32))
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
-        return lacking(vars(state), peer, told(self.rules))
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
+        return missing_merges(vars(state), peer, told(self.rules))
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         if update.tensors.keys() != {"slopes"}:
             raise WireError(f"expected the tensor 'slopes', got {sorted(update.tensors)[:5]}")
         check_counts("slopes", update.tensors["slopes"], tuple(state.slopes.shape[1:]), self.rules.space)
         check_length("slopes", update.tensors["slopes"], self.rules.space)
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         mean = torch.stack([update.tensors["slopes"] for _, update in replies]).double().mean(0)
         slopes = torch.cat([state.slopes, mean.round().int()[None]])
         self.rules.space.check(slopes.numpy())

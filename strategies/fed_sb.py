@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Tensors, Traits, Update, expect_like
 from fedtune.lowrank.averaging import average
 from fedtune.training.frozen_basis import SEED, zero_core
 
@@ -44,11 +44,11 @@ class FedSB:
             raise ConfigError("method=fed_sb puts its own B0 and A0 beside W0, so B has to start at zero: adapter=lora")
         return State(zero_core(layout))
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         return Instruction(state.adapter, {SEED: self.basis_seed})
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         expect_like(update.tensors, state.adapter)
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         return State(average(replies, state.adapter))

@@ -26,7 +26,7 @@ from typing import ClassVar
 
 from fedtune.core.checks import at_least, one_of
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Traits, Update, expect_like
 from fedtune.lowrank.averaging import average
 from strategies.fedit import State
 
@@ -58,13 +58,13 @@ class FedAsync:
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial))
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         return Instruction(state.adapter)
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         expect_like(update.tensors, state.adapter)
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         count, mixed = len(replies), [self.weight(peer.staleness) for peer, _ in replies]
         current = {name: tensor.double() for name, tensor in state.adapter.items()}  # a mean is in its like's dtype
         came = average(replies, current, [weight / count for weight in mixed])

@@ -26,7 +26,7 @@ import torch
 
 from fedtune.core.checks import above_zero
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Traits, Update, expect_like
 from strategies.fedit import State
 
 __all__ = ["FedBuff", "State"]
@@ -52,13 +52,13 @@ class FedBuff:
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial))
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         return Instruction(state.adapter)
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         expect_like(update.tensors, state.adapter)
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         sums = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in state.adapter.items()}
         # What started from x counts as it is, and x by so much less: with lr=1 the mean then keeps its very bits
         fresh = 0.0

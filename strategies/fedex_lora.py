@@ -23,16 +23,16 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fedtune.core.checks import at_least
-from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like, share
-from fedtune.lowrank.algebra import LowRank, pairs, stack
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Tensors, Traits, Update, expect_like, share
+from fedtune.lowrank.algebra import LowRank, lora_factors, stack
 from fedtune.lowrank.averaging import average
-from fedtune.lowrank.residual import Merged
+from fedtune.lowrank.residual import BaseResidual
 
 
 @dataclass(frozen=True)
 class State:
     adapter: Tensors  # A and B of every layer, averaged
-    merged: Merged  # the sum of all residuals so far, which every party adds to its base
+    merged: BaseResidual  # the sum of all residuals so far, which every party adds to its base
     scaling: float
 
 
@@ -46,22 +46,22 @@ class FedExLoRA:
         at_least("method.strategy.residual_rank", self.residual_rank, 1)
 
     def init(self, layout: Layout) -> State:
-        return State(dict(layout.initial), Merged(), layout.scaling)
+        return State(dict(layout.initial), BaseResidual(), layout.scaling)
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
-        lacking = state.merged.lacking(peer.installed_version)
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
+        lacking = state.merged.missing_merges(peer.base_version)
         return Instruction({**state.adapter, **lacking.tensors}, lacking.settings)
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         expect_like(update.tensors, state.adapter)
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         held = list(replies)
         adapter = average(held, state.adapter)
         if len(held) == 1:
             return replace(state, adapter=adapter)
         weights = [weight * state.scaling for weight in share(held)]
-        means, sent = pairs(adapter), [pairs(update.tensors) for _, update in held]
+        means, sent = lora_factors(adapter), [lora_factors(update.tensors) for _, update in held]
         change = {}
         for module, mean in means.items():
             residual = spread([adapter[module] for adapter in sent], mean, weights)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fedtune.core.checks import at_least
 from fedtune.core.errors import WireError
-from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, share
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Traits, Update, share
 from fedtune.training.zeroth_order import Rules, check_counts, check_length, told
 
 
@@ -50,13 +50,13 @@ class FedKSeed:
     def init(self, layout: Layout) -> State:
         return State(torch.zeros(self.directions, dtype=torch.float64))
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         return Instruction({"slopes": state.slopes.round().int()}, told(self.rules))
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         check_steps(update, self.directions, self.rules)
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         slopes = state.slopes.clone()
         for weight, (_, update) in zip(share(replies), replies, strict=True):
             slopes.index_add_(0, update.tensors["index"].long(), weight * update.tensors["slopes"].double())

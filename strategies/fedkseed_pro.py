@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedtune.core.checks import at_least
-from fedtune.core.protocol import Instruction, Layout, Peer, Setting, Traits, Update
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Setting, Traits, Update
 from fedtune.training.zeroth_order import Rules, told
 from strategies import fedkseed
 
@@ -52,15 +52,15 @@ class FedKSeedPro:
         none = torch.zeros(self.directions, dtype=torch.int64)
         return State(self.plain.init(layout).slopes, none.double(), none)
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         slopes = state.slopes.round().int()
         settings: dict[str, Setting] = {**told(self.rules), "each": True}
         return Instruction({"slopes": slopes, "probabilities": probabilities(state)}, settings)
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         self.plain.validate(fedkseed.State(state.slopes), round, peer, update)
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         slopes = self.plain.aggregate(fedkseed.State(state.slopes), round, replies).slopes
         met, times = state.met.clone(), state.times.clone()
         quantum = self.rules.space.quantum * self.rules.perturbations

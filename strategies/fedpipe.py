@@ -47,17 +47,17 @@ from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import CapacityError, ConfigError, WireError
 from fedtune.core.protocol import (
     SERVER,
-    Capability,
+    ClientInfo,
+    DeviceProfile,
     Instruction,
     Layout,
-    Peer,
     Tensors,
     Traits,
     Update,
     expect_like,
     share,
 )
-from fedtune.lowrank.algebra import LowRank, pairs, principal, stack, unpair, widened
+from fedtune.lowrank.algebra import LowRank, lora_factors, pad_rank, stack, to_adapter, truncated_svd
 from fedtune.lowrank.averaging import parts
 from fedtune.lowrank.stacking import each_layer
 from fedtune.planning.plan_cache import Offer, offer
@@ -119,7 +119,7 @@ class FedPipe:
         self.rules(state)
         return state
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         if peer.index == SERVER:
             return Instruction(state.adapter)
         planned = self.plan(state, peer.capability)
@@ -128,11 +128,11 @@ class FedPipe:
         settings = {BATCH: planned.batch_size, BITS: planned.bits, SCORE: self.scores_in(round)}
         return Instruction(parts(state.adapter, planned.ranks), settings)
 
-    def plan(self, state: State, capability: Capability) -> Plan | str:
+    def plan(self, state: State, capability: DeviceProfile) -> Plan | str:
         """What a device is asked to do, or why it can take no part."""
         return self._offer(state).plans_for([capability])[0]
 
-    def foresee(self, state: State, capabilities: Sequence[Capability]) -> None:
+    def plan_for_all(self, state: State, capabilities: Sequence[DeviceProfile]) -> None:
         """Plan for many devices at once, which takes little longer than for one."""
         self._offer(state).plans_for(capabilities)
 
@@ -147,7 +147,7 @@ class FedPipe:
 
     def rules(self, state: State) -> Rules:
         """What is on offer."""
-        widest = next(iter(pairs(state.adapter).values())).rank
+        widest = next(iter(lora_factors(state.adapter).values())).rank
         known = sorted(int(bits) for bits in state.costs.base_bytes)
         for name, asked in (("ranks", self.ranks), ("bits", self.bits)):
             if asked is not None and not (asked and all(isinstance(each, int) and each > 0 for each in asked)):
@@ -182,19 +182,19 @@ class FedPipe:
         """Whether clients are asked for scores."""
         return (round - 1) % self.refresh == 0
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         asked = self.configure(state, round, peer)
         expected = dict(asked.tensors)
         if asked.settings[SCORE]:
-            expected[SCORES] = torch.empty(len(pairs(asked.tensors)))
+            expected[SCORES] = torch.empty(len(lora_factors(asked.tensors)))
         expect_like(update.tensors, expected)
         if asked.settings[SCORE] and not ((scores := update.tensors[SCORES]) >= 0).all() & scores.isfinite().all():
             raise WireError(f"its scores should be numbers from 0 up, got {scores.min():g} to {scores.max():g}")
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         held = list(replies)
-        trained = [pairs(update.tensors) for _, update in held]
-        old = pairs(state.adapter)
+        trained = [lora_factors(update.tensors) for _, update in held]
+        old = lora_factors(state.adapter)
         touched = sorted({module for layers in trained for module in layers})
 
         def sum_of(module: str) -> LowRank:
@@ -206,13 +206,13 @@ class FedPipe:
 
         def best(module: str, ideal: LowRank) -> LowRank:
             rank = old[module].rank
-            found, singular = principal(ideal, lambda s: min(rank, len(s)))
+            found, singular = truncated_svd(ideal, lambda s: min(rank, len(s)))
             spectra[module] = _spread(singular, rank, max(ideal.b.shape[0], ideal.a.shape[1]))
-            found = widened(found, rank, old[module].a)
+            found = pad_rank(found, rank, old[module].a)
             return LowRank(found.b / state.scaling, found.a).to(old[module].a.dtype)
 
         new = each_layer({module: partial(sum_of, module) for module in touched}, best)
-        state = replace(state, adapter={**state.adapter, **unpair(new)})
+        state = replace(state, adapter={**state.adapter, **to_adapter(new)})
         if not self.scores_in(round):
             return state
         scores = _scores(held, spectra)
@@ -227,7 +227,7 @@ def weights_of(state: State) -> list[Weight]:
     """The layers in the order of their names."""
     return [
         Weight(module, state.blocks[module], product.b.shape[0], product.a.shape[1])
-        for module, product in sorted(pairs(state.adapter).items())
+        for module, product in sorted(lora_factors(state.adapter).items())
     ]
 
 
@@ -249,11 +249,11 @@ def _reached(spread: Sequence[float], rank: int, widest: int) -> float:
     return sum(spread[:rank]) / sum(spread) if spread else rank / widest
 
 
-def _scores(replies: Sequence[tuple[Peer, Update]], spectra: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def _scores(replies: Sequence[tuple[ClientInfo, Update]], spectra: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Of each layer that was trained, what it would be at the largest rank."""
     sums: dict[str, tuple[float, float]] = {}
     for _, update in replies:
-        layers = sorted(pairs(update.tensors).items())
+        layers = sorted(lora_factors(update.tensors).items())
         for (module, product), score in zip(layers, update.tensors[SCORES].tolist(), strict=True):
             scored, covered = sums.get(module, (0.0, 0.0))
             part = _reached(spectra[module], product.rank, product.rank)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
-from fedtune.lowrank.algebra import LowRank, factors, pairs, truncated, unpair, widened
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Tensors, Traits, Update, expect_like
+from fedtune.lowrank.algebra import LowRank, factors, lora_factors, pad_rank, to_adapter, truncated
 from fedtune.lowrank.averaging import average
 from fedtune.training.apply_instruction import TRAIN
 
@@ -35,7 +35,7 @@ class FedSVD:
     traits: ClassVar[Traits] = Traits(needs_low_rank=True, lossy_down=False)
 
     def init(self, layout: Layout) -> State:
-        for module, start in pairs(layout.initial).items():
+        for module, start in lora_factors(layout.initial).items():
             if start.rank > start.a.shape[1]:
                 raise ConfigError(
                     f"method=fedsvd: layer '{module}' takes {start.a.shape[1]} numbers, so there are no {start.rank} "
@@ -43,20 +43,20 @@ class FedSVD:
                 )
         return State(orthonormal(layout.initial))
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         return Instruction(state.adapter, {TRAIN: "lora_B"})
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         expect_like(update.tensors, factors(state.adapter, "lora_B"))
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         return State(orthonormal(state.adapter | average(replies, factors(state.adapter, "lora_B"))))
 
 
 def orthonormal(adapter: Tensors) -> Tensors:
     """The same products with orthonormal rows in A."""
     products = {}
-    for module, old in pairs(adapter).items():
-        new = widened(truncated(old, old.rank), old.rank, old.a)
+    for module, old in lora_factors(adapter).items():
+        new = pad_rank(truncated(old, old.rank), old.rank, old.a)
         products[module] = LowRank(new.b.to(old.b.dtype), new.a.to(old.a.dtype))
-    return unpair(products)
+    return to_adapter(products)

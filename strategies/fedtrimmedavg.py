@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update, expect_like
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Traits, Update, expect_like
 from fedtune.server.robust import State, trimmed_mean
 
 
@@ -40,11 +40,11 @@ class FedTrimmedAvg:
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial))
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         return Instruction(state.adapter)
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         expect_like(update.tensors, state.adapter)
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         return State(trimmed_mean(state.adapter, replies, self.beta))

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from fedtune.core.checks import at_least, one_of
-from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update
-from fedtune.training.catch_up import lacking
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Traits, Update
+from fedtune.training.catch_up import missing_merges
 from fedtune.training.projection import BUDGET, FEWEST, SLOPES, Projection, blocks_of, check_answer, check_room
 from fedtune.training.zeroth_order import told
 
@@ -62,14 +62,14 @@ class Ferret:
         at_least("method.strategy.rules.directions", self.rules.directions, FEWEST * blocks)
         return State(*(torch.zeros(0, width, dtype=torch.int32) for width in (2, blocks, self.rules.directions)))
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         own = {"share": SHARE[self.scaling], "client": peer.index}
-        return lacking(vars(state), peer, {**told(self.rules), **own})
+        return missing_merges(vars(state), peer, {**told(self.rules), **own})
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         check_answer(update, state.budget.shape[1], self.rules)
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         done, turn, budget, slopes = len(state.turn), [state.turn], [state.budget], [state.slopes]
         for peer, update in replies:
             turn.append(torch.tensor([[done, peer.index]], dtype=torch.int32))

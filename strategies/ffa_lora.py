@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Tensors, Traits, Update, expect_like
 from fedtune.lowrank.algebra import factors
-from fedtune.lowrank.averaging import average, for_peer, narrowed
+from fedtune.lowrank.averaging import average, for_peer, truncate_rank
 from fedtune.training.apply_instruction import TRAIN
 
 
@@ -38,12 +38,12 @@ class FFALoRA:
     def init(self, layout: Layout) -> State:
         return State(factors(layout.initial, "lora_B"), layout.scaling)
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         told = for_peer(state.adapter, peer, state.scaling)
         return Instruction(told.tensors, {**told.settings, TRAIN: "lora_B"})
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
-        expect_like(update.tensors, narrowed(state.adapter, peer.rank))
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
+        expect_like(update.tensors, truncate_rank(state.adapter, peer.rank))
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         return State(average(replies, state.adapter, scaling=state.scaling), state.scaling)

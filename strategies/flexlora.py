@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
-from fedtune.lowrank.algebra import LowRank, pairs, truncated, unpair, widened
-from fedtune.lowrank.averaging import for_peer, narrowed
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Tensors, Traits, Update, expect_like
+from fedtune.lowrank.algebra import LowRank, lora_factors, pad_rank, to_adapter, truncated
+from fedtune.lowrank.averaging import for_peer, truncate_rank
 from fedtune.lowrank.stacking import each_layer, stacked
 
 
@@ -39,18 +39,18 @@ class FlexLoRA:
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial), layout.scaling)
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         return for_peer(state.adapter, peer, state.scaling)
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
-        expect_like(update.tensors, narrowed(state.adapter, peer.rank))
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
+        expect_like(update.tensors, truncate_rank(state.adapter, peer.rank))
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
-        held = pairs(state.adapter)
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
+        held = lora_factors(state.adapter)
 
         def best(module: str, ideal: LowRank) -> LowRank:
             old = held[module]
-            found = widened(truncated(ideal, old.rank), old.rank, old.a)
+            found = pad_rank(truncated(ideal, old.rank), old.rank, old.a)
             return LowRank(found.b / state.scaling, found.a).to(old.a.dtype)
 
-        return replace(state, adapter=unpair(each_layer(stacked(replies, state.scaling), best)))
+        return replace(state, adapter=to_adapter(each_layer(stacked(replies, state.scaling), best)))

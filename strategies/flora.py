@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 
 from fedtune.core.checks import at_least
-from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Traits, Update
 from fedtune.lowrank.stacking import State, begin, check_factors, each_layer, instruct, stacked
 
 
@@ -41,12 +41,12 @@ class FLoRA:
     def init(self, layout: Layout) -> State:
         return begin(layout)
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         return instruct(state, peer)
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         check_factors(state, peer, update)
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         change = each_layer(stacked(replies, state.scaling), lambda _, stack: stack.to(torch.float32))
         return replace(state, merged=state.merged.merge(change, self.residual_rank))

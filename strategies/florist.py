@@ -26,7 +26,7 @@ import torch
 
 from fedtune.core.checks import at_least
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import Instruction, Layout, Peer, Traits, Update
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Traits, Update
 from fedtune.lowrank.algebra import LowRank, by_energy
 from fedtune.lowrank.stacking import State, begin, check_factors, each_layer, instruct, stacked
 
@@ -46,13 +46,13 @@ class FLoRIST:
     def init(self, layout: Layout) -> State:
         return begin(layout)
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         return instruct(state, peer)
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         check_factors(state, peer, update)
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         def cut(module: str, stack: LowRank) -> LowRank:
             return by_energy(stack, self.energy).to(torch.float32)
 

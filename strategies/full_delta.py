@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Tensors, Traits, Update, expect_like
 from fedtune.lowrank.averaging import average, own_width
 from fedtune.lowrank.stacking import fresh_layers
 from fedtune.models.base_delta import DENSE
@@ -37,12 +37,12 @@ class FullDelta:
         layers = fresh_layers(layout)
         return State({m + DENSE: torch.zeros(p.b.shape[0], p.a.shape[1]) for m, p in layers.items()})
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         return Instruction(state.change, own_width(peer))
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         expect_like(update.tensors, state.change)
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         mean = average(replies, state.change)
         return State({name: matrix + mean[name] for name, matrix in state.change.items()})

@@ -32,9 +32,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like, share
-from fedtune.lowrank.algebra import name_of, norm, pairs
-from fedtune.lowrank.averaging import Replies, average, for_peer, narrowed
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Tensors, Traits, Update, expect_like, share
+from fedtune.lowrank.algebra import lora_factors, name_of, norm
+from fedtune.lowrank.averaging import Replies, average, for_peer, truncate_rank
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class HetLoRA:
             raise ConfigError("method=hetlora prunes components of B A, which have to start as nothing: adapter=lora")
         return State(dict(layout.initial), layout.scaling)
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         rank = rank_of(state, peer)
         told = for_peer(state.adapter, peer, state.scaling, rank)
         head = self.head(rank)
@@ -78,14 +78,14 @@ class HetLoRA:
         """t, the components in front of the tail."""
         return min(math.floor(self.gamma * rank + 1e-9), rank - 1)
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         sent = rank_of(state, peer)
         pruned = min(sent, max(self.r_min, self.head(sent)))
         if (rank := update.metrics.get("rank")) not in (sent, pruned):
             raise WireError(f"it says its rank is {rank}; of rank {sent} it may keep {pruned} or all")
-        expect_like(update.tensors, narrowed(state.adapter, int(rank)))
+        expect_like(update.tensors, truncate_rank(state.adapter, int(rank)))
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         weights = _weights(replies, state.scaling, self.norm)
         ranks = {str(peer.index): int(update.metrics["rank"]) for peer, update in replies}
         pruned = {str(peer.index) for peer, _ in replies if ranks[str(peer.index)] < rank_of(state, peer)}
@@ -96,9 +96,9 @@ class HetLoRA:
         )
 
 
-def rank_of(state: State, peer: Peer) -> int:
+def rank_of(state: State, peer: ClientInfo) -> int:
     """r_k: what pruning left of the rank that the peer's device takes."""
-    widest = max(product.rank for product in pairs(state.adapter).values())
+    widest = max(product.rank for product in lora_factors(state.adapter).values())
     return min(peer.rank or widest, state.ranks.get(str(peer.index), widest))
 
 
@@ -106,7 +106,7 @@ def _weights(replies: Replies, scaling: float, by: str) -> dict[str, list[float]
     """w_k of every tensor."""
     norms: dict[str, list[float]] = {}
     for peer, update in replies:
-        for module, product in pairs(update.tensors).items():
+        for module, product in lora_factors(update.tensors).items():
             norms.setdefault(module, []).append((peer.scaling or scaling) * norm(product))
     if by == "model":
         whole = [math.hypot(*layers) for layers in zip(*norms.values(), strict=True)]

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Tensors, Traits, Update, expect_like
 from fedtune.lowrank.averaging import own_width
 
 
@@ -36,11 +36,11 @@ class LocalOnly:
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial))
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         return Instruction({}, {"rank": peer.rank, **own_width(peer)})
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         expect_like(update.tensors, {})
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         return state

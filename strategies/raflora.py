@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like, share
-from fedtune.lowrank.algebra import LowRank, name_of, pairs, stack, truncated, unpair
-from fedtune.lowrank.averaging import average, carried, cast_like, for_peer, narrowed
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Tensors, Traits, Update, expect_like, share
+from fedtune.lowrank.algebra import LowRank, lora_factors, name_of, stack, to_adapter, truncated
+from fedtune.lowrank.averaging import average, carried, cast_like, for_peer, truncate_rank
 
 
 @dataclass(frozen=True)
@@ -58,26 +58,28 @@ class RaFLoRA:
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial), layout.scaling)
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         return for_peer(state.adapter, peer, state.scaling)
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
-        expect_like(update.tensors, narrowed(state.adapter, peer.rank))
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
+        expect_like(update.tensors, truncate_rank(state.adapter, peer.rank))
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
-        old = pairs(state.adapter)
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
+        old = lora_factors(state.adapter)
         width = {module: product.rank for module, product in old.items()}
         covered = {module: torch.zeros(rank, dtype=torch.float64) for module, rank in width.items()}
         for weight, (peer, _) in zip(share(replies), replies, strict=True):
             for module, rank in width.items():
                 covered[module][: peer.rank or rank] += weight  # c_j
         if self.form == "factors":
-            mean = pairs(average(replies, {n: t.double() for n, t in state.adapter.items()}, scaling=state.scaling))
+            mean = lora_factors(
+                average(replies, {n: t.double() for n, t in state.adapter.items()}, scaling=state.scaling)
+            )
             new = {module: _spread(old[module], mean[module], covered[module]) for module in old}
-            return State(cast_like(unpair(new), state.adapter), state.scaling)
+            return State(cast_like(to_adapter(new), state.adapter), state.scaling)
         terms: dict[str, list[LowRank]] = {module: [] for module in old}
         for weight, (peer, update) in zip(share(replies), replies, strict=True):
-            for module, product in pairs(update.tensors).items():
+            for module, product in lora_factors(update.tensors).items():
                 ratio = carried(name_of(module, "lora_B"), peer, state.scaling)
                 part = weight * ratio / covered[module][: product.rank]
                 terms[module].append(LowRank(product.b.double(), product.a.double() * part[:, None]))
@@ -85,7 +87,7 @@ class RaFLoRA:
             kept = covered[module] == 0
             terms[module].append(LowRank(product.b[:, kept], product.a[kept]))
         new = {module: truncated(stack(terms[module]), width[module]) for module in old}
-        return State(cast_like(unpair(new), state.adapter), state.scaling)
+        return State(cast_like(to_adapter(new), state.adapter), state.scaling)
 
 
 def _spread(old: LowRank, mean: LowRank, covered: Tensor) -> LowRank:

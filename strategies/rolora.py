@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Tensors, Traits, Update, expect_like
 from fedtune.lowrank.algebra import factors
-from fedtune.lowrank.averaging import average, for_peer, narrowed
+from fedtune.lowrank.averaging import average, for_peer, truncate_rank
 from fedtune.lowrank.residual import FROM, VERSION
 from fedtune.training.apply_instruction import TRAIN
 
@@ -46,19 +46,19 @@ class RoLoRA:
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial), layout.scaling)
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         version = max(state.changed.values(), default=0)
-        held = peer.installed_version if peer.installed_version <= version else 0
+        held = peer.base_version if peer.base_version <= version else 0
         lacking = [role for role, changed in state.changed.items() if changed > held]
         if len(lacking) == len(state.changed):
             held = 0  # nothing is built on: all who lack everything are sent the same
         told = for_peer(factors(state.adapter, *lacking), peer, state.scaling)
         return Instruction(told.tensors, {**told.settings, TRAIN: active(round), FROM: held, VERSION: version})
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
-        expect_like(update.tensors, narrowed(factors(state.adapter, active(round)), peer.rank))
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
+        expect_like(update.tensors, truncate_rank(factors(state.adapter, active(round)), peer.rank))
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         trained = average(replies, factors(state.adapter, active(round)), scaling=state.scaling)
         return replace(state, adapter=state.adapter | trained, changed=state.changed | {active(round): round})
 

@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 
 from fedtune.core.checks import at_least
-from fedtune.core.protocol import Instruction, Layout, Peer, Setting, Tensors, Traits, Update, expect_like, share
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Setting, Tensors, Traits, Update, expect_like, share
 from fedtune.lowrank.averaging import cast_like
 from fedtune.lowrank.residual import FROM, VERSION
 from fedtune.training.control_variates import CHANGE, CONTROL, COUNTED, tag
@@ -53,17 +53,17 @@ class Scaffold:
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial), {name: torch.zeros_like(t) for name, t in layout.initial.items()})
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         settings: dict[str, Setting] = {VERSION: round, FROM: 0}
         counted = state.counted.get(str(peer.index), 0)
-        if not counted or peer.installed_version != counted:  # else both know, and all such peers are sent the same
+        if not counted or peer.base_version != counted:  # else both know, and all such peers are sent the same
             settings[COUNTED] = counted
         return Instruction({**state.adapter, **tag(CONTROL, state.control)}, settings)
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         expect_like(update.tensors, {**state.adapter, **tag(CHANGE, state.control)})
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         x = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in state.adapter.items()}
         c = {name: tensor.double() for name, tensor in state.control.items()}
         counted = dict(state.counted)

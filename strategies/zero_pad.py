@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Traits, Update, expect_like
-from fedtune.lowrank.averaging import average, for_peer, narrowed
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Tensors, Traits, Update, expect_like
+from fedtune.lowrank.averaging import average, for_peer, truncate_rank
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class ZeroPad:
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial), layout.scaling)
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         return for_peer(state.adapter, peer, state.scaling)
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
-        expect_like(update.tensors, narrowed(state.adapter, peer.rank))
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
+        expect_like(update.tensors, truncate_rank(state.adapter, peer.rank))
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         return State(average(replies, state.adapter, scaling=state.scaling), state.scaling)

@@ -2,8 +2,8 @@
 
 import torch
 
-from fedtune.core.protocol import Layout, Peer, Slot, Update
-from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.core.protocol import ClientInfo, Layout, Slot, Update
+from fedtune.lowrank.algebra import lora_factors, name_of
 
 SHAPES = {"one": (5, 3), "two": (4, 7)}  # module: (out, in)
 RANK, SCALING = 4, 2.0
@@ -34,12 +34,12 @@ def reply(index, rank=RANK, scaling=SCALING, examples=1, seed=None, roles=("lora
     """A client of that rank that sends random factors."""
     tensors = factors(rank, index if seed is None else seed)
     sent = {name: t for name, t in tensors.items() if name.split(".")[1] in roles}
-    return Peer(index, examples, rank=rank, scaling=scaling), Update(sent, examples, metrics)
+    return ClientInfo(index, examples, rank=rank, scaling=scaling), Update(sent, examples, metrics)
 
 
 def dense(adapter, scaling=1.0):
     """scaling B A of each layer, as whole matrices."""
-    return {module: scaling * p.b.double() @ p.a.double() for module, p in pairs(adapter).items()}
+    return {module: scaling * p.b.double() @ p.a.double() for module, p in lora_factors(adapter).items()}
 
 
 def ideal(replies, frozen=None):

@@ -16,7 +16,7 @@ import torch
 from remembering import Remembering
 
 from fedtune.core.protocol import Update
-from fedtune.core.seeds import fold
+from fedtune.core.seeds import derive_seed
 
 WORDS = ("method.client._target_=mischief.Mischief",)
 
@@ -25,7 +25,7 @@ WORDS = ("method.client._target_=mischief.Mischief",)
 class Mischief(Remembering):
     def train(self, model, batches, instruction, memory, key):
         told = [word.split(":") for word in os.environ.get("MISCHIEF", "").split()]
-        how = next((how for how, *at in told if key == fold(int(at[0]), "train", int(at[1]), int(at[2]))), None)
+        how = next((how for how, *at in told if key == derive_seed(int(at[0]), "train", int(at[1]), int(at[2]))), None)
         if how and how.endswith("-once"):
             done = Path(os.environ["MISCHIEF_DONE"], how)
             how = None if done.exists() else how.removesuffix("-once")

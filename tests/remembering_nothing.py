@@ -8,4 +8,4 @@ from strategies.rolora import RoLoRA
 @dataclass(frozen=True)
 class Whole(RoLoRA):
     def configure(self, state, round, peer):
-        return super().configure(state, round, replace(peer, installed_version=0))
+        return super().configure(state, round, replace(peer, base_version=0))

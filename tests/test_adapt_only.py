@@ -5,7 +5,7 @@ import torch
 
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.errors import ModelError
-from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.lowrank.algebra import lora_factors, name_of
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base, pick_device
 
@@ -17,7 +17,7 @@ def model():
 
 def of(model, ending):
     """The layers whose names end so."""
-    return [module for module in pairs(model.layout.initial) if module.endswith(ending)]
+    return [module for module in lora_factors(model.layout.initial) if module.endswith(ending)]
 
 
 def logits(model, seed=0):
@@ -38,7 +38,7 @@ def test_a_layer_that_is_switched_off_is_the_bases_own(model):
     model.install(without)
     expected = logits(model)
     model.reset()
-    chosen = [module for module in pairs(model.layout.initial) if ".0.self_attn.q_proj" not in module]
+    chosen = [module for module in lora_factors(model.layout.initial) if ".0.self_attn.q_proj" not in module]
     model.adapt_only(chosen)
     model.install(nudged(model))
     (off,) = of(model, "0.self_attn.q_proj")
@@ -60,10 +60,10 @@ def test_the_layers_of_one_client_are_not_those_of_the_next(model):
     first, second = of(model, "q_proj"), of(model, "v_proj")
     model.adapt_only(first)
     model.adapt_only(second)
-    assert set(pairs(dict(model.trained()))) == set(second)
+    assert set(lora_factors(dict(model.trained()))) == set(second)
     name = second[0]
     model.install({name_of(name, "lora_A"): torch.ones(1, 48), name_of(name, "lora_B"): torch.ones(24, 1)})
-    assert {m: p.rank for m, p in pairs(model.read()).items()} == {second[0]: 1, second[1]: 4}
+    assert {m: p.rank for m, p in lora_factors(model.read()).items()} == {second[0]: 1, second[1]: 4}
     model.reset()
     assert all(torch.equal(model.read()[name], start) for name, start in model.layout.initial.items())
     assert model.read().keys() == model.layout.initial.keys()

@@ -17,7 +17,7 @@ from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.errors import ClientError, ConfigError, ExportError, ModelError
 from fedtune.core.protocol import Batch
 from fedtune.export.model_folder import export
-from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base
 from fedtune.models.model_checks import positions_of
@@ -116,7 +116,7 @@ def test_where_peft_has_a_default_it_stays(bases):
 @pytest.mark.parametrize("name", FUSED)
 def test_all_linear_puts_a_product_on_layers_alone_and_never_on_fused_experts(name, bases):
     model = local(bases(name)[1], targets="all-linear")
-    products = pairs(model.layout.initial)
+    products = lora_factors(model.layout.initial)
     assert len(products) * 2 == len(model.layout.slots)
     for module, product in products.items():
         weight = model.module.get_submodule(module).get_base_layer().weight

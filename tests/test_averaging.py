@@ -20,9 +20,9 @@ from layers import SCALING, dense, factors, layout, reply
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
-from fedtune.core.protocol import Instruction, Peer, Update, same_instruction, share
-from fedtune.lowrank.algebra import pairs
-from fedtune.lowrank.averaging import average, for_peer, narrowed
+from fedtune.core.protocol import ClientInfo, Instruction, Update, same_instruction, share
+from fedtune.lowrank.algebra import lora_factors
+from fedtune.lowrank.averaging import average, for_peer, truncate_rank
 from fedtune.training.apply_instruction import install
 from fedtune.workspace.party import Party
 
@@ -30,11 +30,11 @@ A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 LIKE = {A: torch.zeros(2, 2), B: torch.zeros(3, 2)}
 REPLIES = [
     (
-        Peer(0, 1, rank=1, scaling=8.0),
+        ClientInfo(0, 1, rank=1, scaling=8.0),
         Update({A: torch.tensor([[4.0, 8]]), B: torch.tensor([[4.0], [0], [-4]])}, 1),
     ),
     (
-        Peer(1, 3, rank=2, scaling=2.0),
+        ClientInfo(1, 3, rank=2, scaling=2.0),
         Update({A: torch.tensor([[0.0, 4], [4, 0]]), B: torch.tensor([[8.0, 0], [4, 4], [0, 8]])}, 3),
     ),
 ]
@@ -104,12 +104,15 @@ def test_it_agrees_with_numpy(data):
     ]
     got = average(replies, layout().initial, scaling=SCALING)
     for module in ("one", "two"):
-        a = [np.pad(p.a.numpy(), ((0, 4 - len(p.a)), (0, 0))) for p in (pairs(u.tensors)[module] for _, u in replies)]
+        a = [
+            np.pad(p.a.numpy(), ((0, 4 - len(p.a)), (0, 0)))
+            for p in (lora_factors(u.tensors)[module] for _, u in replies)
+        ]
         b = [
             np.pad(p.b.numpy() * (8.0 / p.rank) / SCALING, ((0, 0), (0, 4 - p.rank)))
-            for p in (pairs(u.tensors)[module] for _, u in replies)
+            for p in (lora_factors(u.tensors)[module] for _, u in replies)
         ]
-        found = pairs(got)[module]
+        found = lora_factors(got)[module]
         np.testing.assert_allclose(found.a.numpy(), np.average(a, axis=0, weights=examples), rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(found.b.numpy(), np.average(b, axis=0, weights=examples), rtol=1e-12, atol=1e-12)
 
@@ -126,9 +129,9 @@ def test_the_order_of_clients_changes_nothing(order):
 @pytest.mark.parametrize("scaling", [1.0, 2.0, 3.0, 8.0])
 def test_what_a_client_is_sent_multiplies_to_the_first_components_of_the_global(rank, scaling):
     adapter = factors(4, 0)
-    told = for_peer(adapter, Peer(0, 1, rank=rank, scaling=scaling), SCALING)
+    told = for_peer(adapter, ClientInfo(0, 1, rank=rank, scaling=scaling), SCALING)
     assert (told.settings["rank"], told.settings["scaling"]) == (rank, scaling)
-    for module, product in pairs(adapter).items():
+    for module, product in lora_factors(adapter).items():
         expected = SCALING * product.b[:, :rank] @ product.a[:rank]
         assert torch.allclose(dense(told.tensors, scaling)[module], expected, rtol=1e-12, atol=1e-12)
 
@@ -139,7 +142,7 @@ def test_what_comes_back_untouched_from_all_is_what_was_sent():
         (tensor[2:] if "lora_A" in name else tensor[:, 2:]).zero_()
     replies = []
     for index, (rank, scaling) in enumerate([(2, 3.0), (3, 1.0), (4, 2.0)]):
-        peer = Peer(index, 1, rank=rank, scaling=scaling)
+        peer = ClientInfo(index, 1, rank=rank, scaling=scaling)
         replies.append((peer, Update(dict(for_peer(adapter, peer, SCALING).tensors), index + 1)))
     back = average(replies, adapter, scaling=SCALING)
     assert all(torch.allclose(back[name], adapter[name], rtol=1e-12) for name in adapter)
@@ -147,15 +150,15 @@ def test_what_comes_back_untouched_from_all_is_what_was_sent():
 
 def test_who_takes_all_is_handed_the_same_tensors_object():
     adapter = factors(4, 0)
-    assert for_peer(adapter, Peer(0, 1), SCALING).tensors is adapter
-    wide = for_peer(adapter, Peer(0, 1, rank=4, scaling=SCALING), SCALING).tensors
+    assert for_peer(adapter, ClientInfo(0, 1), SCALING).tensors is adapter
+    wide = for_peer(adapter, ClientInfo(0, 1, rank=4, scaling=SCALING), SCALING).tensors
     assert all(wide[name] is adapter[name] for name in adapter)
-    assert narrowed(adapter, 0) is adapter
+    assert truncate_rank(adapter, 0) is adapter
 
 
 def test_peers_that_take_the_same_part_are_handed_the_same_tensors_for_as_long_as_they_live():
     adapter = factors(4, 0)
-    peers = [Peer(k, 1, rank=2, scaling=s) for k, s in enumerate((8.0, 8.0, 4.0))]
+    peers = [ClientInfo(k, 1, rank=2, scaling=s) for k, s in enumerate((8.0, 8.0, 4.0))]
     same, again, other = (for_peer(adapter, peer, SCALING) for peer in peers)
     assert same_instruction(same, again)
     assert not same_instruction(same, other)
@@ -170,7 +173,7 @@ def test_peers_that_take_the_same_part_are_handed_the_same_tensors_for_as_long_a
 
 
 def test_narrowing_hands_out_copies_that_hold_no_more_than_they_show():
-    part = narrowed(factors(4, 0), 2)
+    part = truncate_rank(factors(4, 0), 2)
     assert all(t.is_contiguous() and t.untyped_storage().nbytes() <= 2 * 7 * 8 * 2 for t in part.values())
 
 
@@ -181,16 +184,16 @@ def test_no_samples_at_all_is_an_error_with_a_name():
 
 def test_a_client_of_a_narrower_rank_starts_from_the_first_components_of_what_it_isnt_sent():
     model = Party(compose(SMALL)).model
-    start = pairs(model.layout.initial)
+    start = lora_factors(model.layout.initial)
     install(model, Instruction({}, {"rank": 3, "scaling": 5.0}), {})
-    for module, held in pairs(model.adapter()).items():
+    for module, held in lora_factors(model.adapter()).items():
         assert torch.equal(held.a, start[module].a[:3])
         assert held.b.shape == (start[module].b.shape[0], 3)
     assert model.scaling == 5.0
     model.reset()
     b_alone = {name: torch.ones(t.shape[0], 3) for name, t in model.layout.initial.items() if "lora_B" in name}
     install(model, Instruction(b_alone, {"rank": 3}), {})
-    for module, held in pairs(model.adapter()).items():
+    for module, held in lora_factors(model.adapter()).items():
         assert torch.equal(held.a, start[module].a[:3])
         assert held.b.eq(1).all()
     model.reset()

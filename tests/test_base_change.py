@@ -11,9 +11,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedtune.config.schema import AdapterSpec, ModelSpec
-from fedtune.core.protocol import Peer, Update
-from fedtune.lowrank.algebra import LowRank, pairs
-from fedtune.lowrank.residual import Merged, as_residual
+from fedtune.core.protocol import ClientInfo, Update
+from fedtune.lowrank.algebra import LowRank, lora_factors
+from fedtune.lowrank.residual import BaseResidual, as_residual
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base
 from fedtune.models.base_delta import DENSE
@@ -65,7 +65,7 @@ def with_weights(model, changes):
 def drawn(model, rank, seed, size=0.1):
     draw = torch.Generator().manual_seed(seed)
     found = {}
-    for module, start in pairs(model.layout.initial).items():
+    for module, start in lora_factors(model.layout.initial).items():
         b = torch.randn(start.b.shape[0], rank, generator=draw, dtype=torch.float64)
         found[module] = LowRank(size * b, torch.randn(rank, start.a.shape[1], generator=draw, dtype=torch.float64))
     return found
@@ -77,7 +77,7 @@ def matrices(products, factor=1.0):
 
 def test_a_low_rank_change_is_one_of_the_weights(model):
     plain, change = logits(model.module), drawn(model, 5, 1)
-    model.base_change.set(as_residual(change))
+    model.base_delta.set(as_residual(change))
     changed = logits(model.module)
     expected = with_weights(model, matrices(change))
     torch.testing.assert_close(changed, expected, rtol=1e-4, atol=1e-5)
@@ -87,13 +87,13 @@ def test_a_low_rank_change_is_one_of_the_weights(model):
 
 def test_a_dense_change_is_one_of_the_weights(model):
     change = matrices(drawn(model, 5, 1))
-    model.base_change.set({module + DENSE: matrix.float() for module, matrix in change.items()})
+    model.base_delta.set({module + DENSE: matrix.float() for module, matrix in change.items()})
     torch.testing.assert_close(logits(model.module), with_weights(model, change), rtol=1e-4, atol=1e-5)
 
 
 def test_a_change_takes_the_place_of_the_one_before(model):
-    model.base_change.set(as_residual(drawn(model, 2, 1)))
-    model.base_change.set(as_residual(drawn(model, 4, 2)))
+    model.base_delta.set(as_residual(drawn(model, 2, 1)))
+    model.base_delta.set(as_residual(drawn(model, 4, 2)))
     torch.testing.assert_close(
         logits(model.module), with_weights(model, matrices(drawn(model, 4, 2))), rtol=1e-4, atol=1e-5
     )
@@ -101,9 +101,9 @@ def test_a_change_takes_the_place_of_the_one_before(model):
 
 def test_gradients_pass_through_the_change(model):
     """The adapter of an early layer learns through what was merged into later ones."""
-    model.base_change.set(as_residual(drawn(model, 2, 1)))
+    model.base_delta.set(as_residual(drawn(model, 2, 1)))
     model.module(input_ids=TOKENS).logits.square().mean().backward()
-    assert all(p.b.grad is not None and p.b.grad.any() for p in pairs(model.trained()).values())
+    assert all(p.b.grad is not None and p.b.grad.any() for p in lora_factors(model.trained()).values())
 
 
 def replies_of(model, count):
@@ -114,7 +114,7 @@ def replies_of(model, count):
         tensors = {}
         for module, p in products.items():
             tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = p.a.float(), p.b.float()
-        replies.append((Peer(index, 9), Update(tensors, index + 1)))
+        replies.append((ClientInfo(index, 9), Update(tensors, index + 1)))
         for module, matrix in matrices(products, 2.0 * (index + 1) / total).items():  # s = 6 / 3
             ideal[module] = ideal.get(module, 0) + matrix
     return replies, ideal
@@ -125,11 +125,11 @@ def test_the_model_after_a_round_is_the_base_plus_the_ideal_update(model, method
     """FedEx: W0' + s B A = W0 + dW*. FLoRA: W0' = W0 + dW*."""
     replies, ideal = replies_of(model, 4)
     state = method.aggregate(method.init(model.layout), 1, replies)
-    install(model, method.configure(state, 2, Peer(-1, 1)), {})
+    install(model, method.configure(state, 2, ClientInfo(-1, 1)), {})
     torch.testing.assert_close(logits(model.module), with_weights(model, ideal), rtol=1e-4, atol=1e-5)
 
 
 def test_merged_bits_are_those_that_are_computed_with(model):
-    merged = Merged().merge(drawn(model, 2, 3), 256)
-    model.base_change.set(merged.total)
-    assert model.base_change.tensors is merged.total
+    merged = BaseResidual().merge(drawn(model, 2, 3), 256)
+    model.base_delta.set(merged.total)
+    assert model.base_delta.tensors is merged.total

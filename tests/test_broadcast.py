@@ -22,7 +22,7 @@ from fedtune.core.protocol import Instruction
 from fedtune.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.runtime.local import run_local
 from fedtune.training.client_state import Memory
-from fedtune.wire.broadcast_chain import Sent, hear
+from fedtune.wire.broadcast_chain import BroadcastChain, hear
 from fedtune.workspace.party import Party
 from strategies.fedit import FedIT
 
@@ -38,7 +38,7 @@ def nobody():
 def sequence(count, codec=CODEC, start=START):
     """Some broadcasts of a model that walks about: what is meant, and what was sent after each."""
     draw = torch.Generator().manual_seed(0)
-    meant, sent, found = dict(start), Sent(), []
+    meant, sent, found = dict(start), BroadcastChain(), []
     for number in range(1, count + 1):
         meant = {name: tensor + torch.randn(tensor.shape, generator=draw) for name, tensor in meant.items()}
         sent = sent.follow(codec, meant, number, start)
@@ -50,7 +50,7 @@ def test_two_broadcasts_by_hand():
     """Of ten values the largest change goes, and what was left out goes next."""
     start = {"w": torch.zeros(10)}
     meant = {"w": torch.tensor([5.0, 3.0, *[0.0] * 8])}
-    first = Sent().follow(CODEC, meant, 0, start)
+    first = BroadcastChain().follow(CODEC, meant, 0, start)
     assert first.told["w"].tolist() == [5, *[0] * 9]
     second = first.follow(CODEC, {"w": meant["w"] + torch.tensor([1.0, *[0.0] * 9])}, 0, start)
     assert second.told["w"].tolist() == [5, 3, *[0] * 8]
@@ -62,12 +62,12 @@ def test_what_stands_still_is_reached():
     meant = {
         name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)) for name, tensor in START.items()
     }
-    sent = Sent()
+    sent = BroadcastChain()
     for number in range(10):
         sent = sent.follow(CODEC, meant, number, START)
     for name, tensor in meant.items():
         assert torch.allclose(sent.held[name], tensor, atol=1e-6)
-    assert not torch.allclose(Sent().follow(CODEC, meant, 0, START).held["a"], meant["a"], atol=0.1)
+    assert not torch.allclose(BroadcastChain().follow(CODEC, meant, 0, START).held["a"], meant["a"], atol=0.1)
 
 
 @pytest.mark.parametrize("codec", [CODEC, STC(), ComPEFT(density=0.3), Int8()], ids=lambda codec: type(codec).__name__)
@@ -99,7 +99,7 @@ def test_who_lacks_too_much_is_sent_the_whole_and_that_is_no_longer_than_links_w
 
 
 def test_a_broadcast_may_leave_tensors_out():
-    sent = Sent().follow(CODEC, START, 0, START)
+    sent = BroadcastChain().follow(CODEC, START, 0, START)
     half = sent.follow(CODEC, {"b": START["b"] + 1}, 0, START)
     assert half.names == ["b"]
     for blob in (half.blob(1, {}), half.blob(5, {})):
@@ -236,7 +236,7 @@ def test_a_round_of_another_shape_is_told_from_the_start_and_the_chain_waits():
     party = Party(compose([*SMALL, *WORDS]))
     party.strategy = Shrinking()
     state = party.strategy.init(party.model.layout)
-    first = party.announce(Sent(), state, 1)
+    first = party.announce(BroadcastChain(), state, 1)
     second = party.announce(first, state, 2)
     assert (first.number, second.number) == (1, 1)
     assert party.announced(state, 2) is None
@@ -254,14 +254,14 @@ def test_what_several_keep_alike_is_on_the_disk_once(tmp_path):
     memory = Memory(tmp_path)
     tensors = {"w": torch.ones(100_000)}
     for index in range(5):
-        memory.keep(RUN, index, 1, tensors, alike="1")
+        memory.save(RUN, index, 1, tensors, alike="1")
     paths = list(tmp_path.rglob("*.safetensors"))
     assert len(paths) == 5
     assert len({path.stat().st_ino for path in paths}) == 1
-    memory.keep(RUN, 0, 1, tensors, alike="1")  # the round is played again
-    memory.keep(RUN, 0, 2, {"w": torch.zeros(3)}, alike="2")
-    assert memory.recall(RUN, 0, 3)["w"].tolist() == [0, 0, 0]
-    assert torch.equal(memory.recall(RUN, 4, 3)["w"], tensors["w"])
+    memory.save(RUN, 0, 1, tensors, alike="1")  # the round is played again
+    memory.save(RUN, 0, 2, {"w": torch.zeros(3)}, alike="2")
+    assert memory.load(RUN, 0, 3)["w"].tolist() == [0, 0, 0]
+    assert torch.equal(memory.load(RUN, 4, 3)["w"], tensors["w"])
     assert not [path for path in tmp_path.rglob("*") if "link" in path.name or "unfinished" in path.name]
 
 

@@ -13,8 +13,8 @@ from fedtune.config.compose import compose, from_run_config, load
 from fedtune.config.population import PopulationSpec
 from fedtune.config.schema import Experiment, MethodSpec
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import Peer
-from fedtune.core.seeds import fold
+from fedtune.core.protocol import ClientInfo
+from fedtune.core.seeds import derive_seed
 from fedtune.data.federated_data import load_data
 from fedtune.models.tiny import tiny_tokenizer
 from fedtune.runtime.local import run_local
@@ -26,7 +26,11 @@ RUN = "0" * 16
 
 def test_the_clients_become_one_with_the_steps_of_a_cohort():
     experiment = compose(["method=centralized", "population.clients=20", "population.cohort=8", "train.steps=3"])
-    assert (experiment.population.clients, experiment.population.per_round, experiment.population.pooled) == (1, 1, 20)
+    assert (experiment.population.clients, experiment.population.cohort_size, experiment.population.pooled) == (
+        1,
+        1,
+        20,
+    )
     assert experiment.method.client["steps"] == experiment.train.steps == 24
     assert compose(["method=centralized", "population.clients=50"]).train.steps == 40  # ten of fifty, as by default
     own = compose(["method=centralized", "population.clients=4", "method.client.steps=7"])
@@ -75,12 +79,12 @@ def test_it_trains_on_the_very_rows_that_the_clients_train_on(partition, clients
 def test_a_round_is_plain_training_on_the_union():
     party = Party(compose([*SMALL, "method=centralized"]))
     state = party.strategy.init(party.model.layout)
-    peer = Peer(0, party.samples(0))
+    peer = ClientInfo(0, party.samples(0))
     update = party.turn(RUN, 0, 1, party.strategy.configure(state, 1, peer))
     after = party.strategy.aggregate(state, 1, [(peer, update)])
     assert update.examples == peer.samples == len(party.data.train[0])
     party.model.reset()
-    key = fold(0, "train", 1, 0)
+    key = derive_seed(0, "train", 1, 0)
     batches = party.data.batches(0, 4, key)
     fit(party.model, batches, steps=6, lr=1e-3, optimizer="adamw", weight_decay=0.0, max_grad_norm=1.0, key=key)
     assert all(torch.equal(after.adapter[name], tensor) for name, tensor in party.model.read().items())

@@ -16,7 +16,7 @@ from fedtune.data.corpus import Corpus, Question
 from fedtune.data.multiple_choice import read_choices
 from fedtune.data.sources import load_examples
 from fedtune.data.tokenisation import tokenise
-from fedtune.evaluation.scoring import appraise, choose
+from fedtune.evaluation.scoring import choose, evaluate_all
 from fedtune.models.tiny import tiny_tokenizer
 
 LIST = ["red", "green", "7", "C"]
@@ -186,7 +186,7 @@ def test_a_score_has_the_share_of_questions_that_were_right(tmp_path):
     rows = [{"question": f"{n}?", "choices": ["yes", "nonsense"], "answer": 0} for n in range(4)]
     both = [row | {"answer": answer} for row in rows for answer in (0, 1)]
     corpus = load(write(tmp_path / "a.jsonl", [*both, {"prompt": "a", "completion": "b"}])).corpus
-    found = appraise(local(), corpus, range(9), EvaluateSpec(), PAD, 0)
+    found = evaluate_all(local(), corpus, range(9), EvaluateSpec(), PAD, 0)
     assert (found.choice_accuracy, found.questions) == (0.5, 8)
     assert (found.exact_match, found.rouge_l, found.answers) == (None, None, 0)
-    assert appraise(local(), corpus, [8], EvaluateSpec(), PAD, 0).choice_accuracy is None
+    assert evaluate_all(local(), corpus, [8], EvaluateSpec(), PAD, 0).choice_accuracy is None

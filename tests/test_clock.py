@@ -37,8 +37,8 @@ from test_contract import CapturingGrid, tampering_app
 
 from clients.first_order import FirstOrder
 from fedtune.core.errors import ConfigError, QuorumError
-from fedtune.core.protocol import Capability, Instruction, Peer
-from fedtune.core.seeds import bits, fold
+from fedtune.core.protocol import ClientInfo, DeviceProfile, Instruction
+from fedtune.core.seeds import bits, derive_seed
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
@@ -108,7 +108,7 @@ def test_three_devices_by_hand(straggler, tmp_path, devices):
             assert (row["bits"], row["batch_size"], row["limit_bytes"]) == ("32", "4", "")
             assert float(row["begun_seconds"]) == pytest.approx(seconds, rel=1e-12)
             missed = straggler == "drop" and index == 2
-            assert bool(row["not_counted"]) == missed
+            assert bool(row["excluded_reason"]) == missed
             assert (booked[number, index, "up"]["part"] == "failed") == missed
             lasted = max(lasted, DEADLINE if missed else sum(expected[:3]))
         seconds += lasted
@@ -153,7 +153,7 @@ def test_nobody_waits_longer_than_the_deadline_for_who_never_answers(tmp_path, d
 
 
 def unit(purpose, number, index):
-    return (int(bits(fold(0, purpose, number, index), 1)[0]) >> 11) * 2.0**-53
+    return (int(bits(derive_seed(0, purpose, number, index), 1)[0]) >> 11) * 2.0**-53
 
 
 def test_who_drops_out_is_drawn_by_the_seed(small_run):
@@ -302,7 +302,7 @@ def test_a_resumed_run_has_the_same_time_to_the_last_bit(small_run, devices):
         "population.quorum=0.1", "codec=stc", "train.lr=0.01",
     )  # fmt: skip
     whole, parts = small_run(*words, name="whole", rounds=6), small_run(*words, name="parts", rounds=3)
-    assert progress_of(parts).unsure
+    assert progress_of(parts).state_unknown
     with (parts / "clock.csv").open("a") as stream:
         stream.write((parts / "clock.csv").read_text().splitlines()[-1].replace("3,", "4,", 1) + "\n4,0,0.1\n")
     run_local(small(*words, "rounds=6", out=parts), resume=str(parts))
@@ -394,26 +394,26 @@ def clock(tmp_path_factory):
 )
 def test_a_better_device_never_takes_longer(clock, name, given_rates, times, size):
     told = Instruction(clock._party.model.layout.initial)
-    can = Capability(**given_rates)
+    can = DeviceProfile(**given_rates)
     before = min(getattr(can, name), 1e12)
     worse, better = (replace(can, **{name: rate}) for rate in (before, before * times))
-    one, other = (clock.turn(Peer(0, 50, able), told, size, size) for able in (worse, better))
+    one, other = (clock.turn(ClientInfo(0, 50, able), told, size, size) for able in (worse, better))
     assert other.seconds <= one.seconds < math.inf
     assert other.memory_bytes == one.memory_bytes
-    assert clock.turn(Peer(0, 50), told, size, size).seconds == 0
+    assert clock.turn(ClientInfo(0, 50), told, size, size).seconds == 0
 
 
 def test_a_rank_of_zero_is_the_layouts(clock):
     """As local_only says it, which sends no tensors."""
-    assert clock.turn(Peer(0, 50), Instruction({}, {"rank": 0}), 0, 0).numbers == 2688
+    assert clock.turn(ClientInfo(0, 50), Instruction({}, {"rank": 0}), 0, 0).numbers == 2688
 
 
 def test_a_frozen_factor_is_not_counted_as_trained(clock):
     told = Instruction(clock._party.model.layout.initial)
     counts = [
-        clock.turn(Peer(0, 50), replace(told, settings=more), 0, 0)
+        clock.turn(ClientInfo(0, 50), replace(told, settings=more), 0, 0)
         for more in ({"train": "lora_A"}, {"train": "lora_B"})
     ]
-    both = clock.turn(Peer(0, 50), told, 0, 0)
+    both = clock.turn(ClientInfo(0, 50), told, 0, 0)
     assert sum(turn.numbers for turn in counts) == both.numbers == 2688
     assert all(turn.memory_bytes < both.memory_bytes for turn in counts)

@@ -12,7 +12,7 @@ from fedtune.codecs.stc import STC
 from fedtune.codecs.topk import TopK
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.core.protocol import Peer, Update
+from fedtune.core.protocol import ClientInfo, Update
 from fedtune.runs.update_store import Replies
 from fedtune.runtime.local import run_local
 from fedtune.wire.delta_coding import decode, encode, left_out, with_feedback
@@ -139,7 +139,7 @@ def test_replies_that_wait_on_disk_are_decoded_against_what_was_sent(tmp_path):
     known, meant = {"w": torch.full((4,), 5.0)}, {"w": torch.tensor([5.0, 6.0, 5.0, 5.0])}
     blob = encode(STC(density=0.25), meant, 0, known)
     replies = Replies(STC(), tmp_path, memory_bytes=0)
-    replies.add(Peer(0, 1), Update(meant, 1), blob, known)
+    replies.add(ClientInfo(0, 1), Update(meant, 1), blob, known)
     assert replies[0][1].tensors["w"].tolist() == [5, 6, 5, 5]
     replies.close()
 

@@ -79,8 +79,8 @@ def test_codec_sets_both_directions():
 def test_what_depends_on_the_machine_is_recorded():
     experiment = compose(["population.clients=5"])
     assert experiment.runtime.threads >= 1
-    assert experiment.population.per_round == 5
-    assert compose(["population.clients=50"]).population.per_round == 10
+    assert experiment.population.cohort_size == 5
+    assert compose(["population.clients=50"]).population.cohort_size == 10
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from flwr.common.serde import message_to_proto
 from fedtune.config.compatibility import traits_of
 from fedtune.config.compose import choices
 from fedtune.core.errors import QuorumError
-from fedtune.core.protocol import SERVER, Peer, Update
-from fedtune.lowrank.algebra import pairs
+from fedtune.core.protocol import SERVER, ClientInfo, Update
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.lowrank.residual import from_residual
 from fedtune.models.base_delta import DENSE
 from fedtune.runs.checkpoint import state_sha256
@@ -315,7 +315,7 @@ def first_updates(tmp_path_factory):
     def make(method):
         party = party_of(method, tmp_path_factory.mktemp("first"))
         state = party.strategy.init(party.layout)
-        peers = [Peer(index, party.samples(index)) for index in range(party.experiment.population.clients)]
+        peers = [ClientInfo(index, party.samples(index)) for index in range(party.experiment.population.clients)]
         updates = [party.turn(RUN, peer.index, 1, party.strategy.configure(state, 1, peer)) for peer in peers]
         replies = list(zip(peers, updates, strict=True))
         return party.strategy, state, replies, hashes(state, replies)
@@ -333,11 +333,11 @@ def test_identical_clients_are_a_fixed_point(method, first_updates):
     strategy, state, replies, _ = first_updates(method)
     peer, update = replies[0]
     alone = strategy.aggregate(state, 1, [(peer, update)])
-    together = strategy.aggregate(state, 1, [(Peer(index, peer.samples), update) for index in range(7)])
+    together = strategy.aggregate(state, 1, [(ClientInfo(index, peer.samples), update) for index in range(7)])
     if traits_of(strategy).averages:
         assert state_sha256(alone.adapter) == state_sha256(together.adapter)
     party = party_of(method)
-    one, seven = (change_of(party, strategy.configure(after, 2, Peer(SERVER, 1))) for after in (alone, together))
+    one, seven = (change_of(party, strategy.configure(after, 2, ClientInfo(SERVER, 1))) for after in (alone, together))
     assert one.keys() == seven.keys()
     for module, matrix in one.items():
         torch.testing.assert_close(seven[module], matrix, rtol=0, atol=1e-6 * float(matrix.abs().max()) + 1e-12)
@@ -349,10 +349,12 @@ def change_of(party, instruction):
     model = party.model
     if not model.layout.is_low_rank:
         return {name: tensor.double() - model.layout.initial[name].double() for name, tensor in model.adapter().items()}
-    change = {module: model.scaling * p.b.double() @ p.a.double() for module, p in pairs(model.adapter()).items()}
-    for module, product in from_residual(model.base_change.tensors).items():
+    change = {
+        module: model.scaling * p.b.double() @ p.a.double() for module, p in lora_factors(model.adapter()).items()
+    }
+    for module, product in from_residual(model.base_delta.tensors).items():
         change[module] = change[module] + product.b.double() @ product.a.double()
-    for name, matrix in model.base_change.tensors.items():
+    for name, matrix in model.base_delta.tensors.items():
         if name.endswith(DENSE):
             change[name.removesuffix(DENSE)] += matrix.double()
     return change
@@ -370,7 +372,7 @@ def test_a_turn_leaves_no_trace_in_the_next(method, first_updates, tmp_path):
     party = party_of(method, tmp_path)
     state = party.strategy.init(party.layout)
     backward = {
-        index: party.turn(RUN, index, 1, party.strategy.configure(state, 1, Peer(index, 1)))
+        index: party.turn(RUN, index, 1, party.strategy.configure(state, 1, ClientInfo(index, 1)))
         for index in reversed(range(party.experiment.population.clients))
     }
     assert all(state_sha256(update) == state_sha256(backward[peer.index]) for peer, update in forward)

@@ -16,7 +16,7 @@ from conftest import rows, summary_of
 from clients.shared_directions import seeds_of
 from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, ConfigError, WireError
-from fedtune.core.protocol import Instruction, Layout, Peer, Update
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Update
 from fedtune.lowrank.residual import FROM, VERSION
 from fedtune.random_directions.hash_noise import values
 from fedtune.training.zeroth_order import Rules
@@ -45,7 +45,7 @@ def update(slopes, examples=1):
 
 
 def test_slopes_are_averaged_over_clients():
-    replies = [(Peer(0, 9), update([[4, 0], [2, 6]])), (Peer(1, 9), update([[2, 1], [-8, 6]], examples=9))]
+    replies = [(ClientInfo(0, 9), update([[4, 0], [2, 6]])), (ClientInfo(1, 9), update([[2, 1], [-8, 6]], examples=9))]
     state = METHOD.aggregate(METHOD.init(NOWHERE), 1, replies)
     assert state.slopes.tolist() == [[[3, 0], [-3, 6]]]
     assert METHOD.aggregate(state, 2, replies[:1]).slopes.tolist() == [[[3, 0], [-3, 6]], [[4, 0], [2, 6]]]
@@ -54,11 +54,11 @@ def test_slopes_are_averaged_over_clients():
 def test_a_client_is_sent_the_rounds_that_it_lacks():
     state = State(torch.arange(20).reshape(5, 2, 2).int())
     for held, sent in ((0, 5), (2, 3), (4, 1), (5, 0)):
-        told = METHOD.configure(state, 6, Peer(0, 9, installed_version=held))
+        told = METHOD.configure(state, 6, ClientInfo(0, 9, base_version=held))
         assert len(told.tensors["slopes"]) == sent
         assert (told.settings[FROM], told.settings[VERSION]) == (held, 5)
     # A version that the server never made: of a run that was resumed from before
-    assert len(METHOD.configure(state, 6, Peer(0, 9, installed_version=7)).tensors["slopes"]) == 5
+    assert len(METHOD.configure(state, 6, ClientInfo(0, 9, base_version=7)).tensors["slopes"]) == 5
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_client_is_sent_the_rounds_that_it_lacks():
 )
 def test_what_a_stranger_may_send_is_refused_by_name(given, told):
     with pytest.raises(WireError, match=told):
-        METHOD.validate(METHOD.init(NOWHERE), 1, Peer(0, 9), given)
+        METHOD.validate(METHOD.init(NOWHERE), 1, ClientInfo(0, 9), given)
 
 
 def bits(party):
@@ -91,18 +91,18 @@ def test_always_there_is_away_and_rebuilt_is_the_server(tmp_path):
     method = steady.strategy
     state, version = method.init(steady.model.layout), 0
     for round in range(1, 7):
-        told = method.configure(state, round, Peer(0, 9, installed_version=version))
-        replies = [(Peer(0, 9), steady.turn(RUN, 0, round, told))]
+        told = method.configure(state, round, ClientInfo(0, 9, base_version=version))
+        replies = [(ClientInfo(0, 9), steady.turn(RUN, 0, round, told))]
         version = int(told.settings[VERSION])
         assert len(told.tensors["slopes"]) == min(round - 1, 1)
         if round == 6:
-            asked = method.configure(state, round, Peer(1, 9))
+            asked = method.configure(state, round, ClientInfo(1, 9))
             assert len(asked.tensors["slopes"]) == 5
-            replies.append((Peer(1, 9), late.turn(RUN, 1, round, asked)))
+            replies.append((ClientInfo(1, 9), late.turn(RUN, 1, round, asked)))
         state = method.aggregate(state, round, replies)
     for party, index, held in ((steady, 0, 5), (late, 1, 5), (server, 0, 0)):
         memory = {} if party is server else party.memory.recall(RUN, index, 7)
-        party.install(method.configure(state, 7, Peer(index, 9, installed_version=held)), memory)
+        party.install(method.configure(state, 7, ClientInfo(index, 9, base_version=held)), memory)
     assert same(bits(steady), bits(late))
     assert same(bits(steady), bits(server))
     # And all are the formula: w0 - lr sum g z
@@ -119,7 +119,7 @@ def test_always_there_is_away_and_rebuilt_is_the_server(tmp_path):
 
 def test_slopes_that_go_on_from_elsewhere_are_refused(tmp_path):
     party = Party(compose([*WORDS, f"out={tmp_path}/x"]))
-    told = METHOD.configure(State(torch.ones(3, 2, 2).int()), 4, Peer(0, 9, installed_version=2))
+    told = METHOD.configure(State(torch.ones(3, 2, 2).int()), 4, ClientInfo(0, 9, base_version=2))
     with pytest.raises(ClientError, match="go on from round 2; this client knows 0 rounds"):
         party.install(told, {})
     short = Instruction({"slopes": torch.ones(2, 2, 2).int()}, {**told.settings, FROM: 0})

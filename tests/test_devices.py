@@ -16,7 +16,7 @@ from fedtune.config.compose import choices, compose, load
 from fedtune.config.devices import CATALOGUE, apportion, read_devices, table, write_devices
 from fedtune.config.population import PopulationSpec
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.core.protocol import Capability, Peer
+from fedtune.core.protocol import ClientInfo, DeviceProfile
 from fedtune.planning.population import profile_of
 from fedtune.wire import messages as wire
 from fedtune.workspace import client_handler as turns
@@ -26,7 +26,7 @@ HEADER = "device,memory_bytes,flop_per_s,up_bytes_per_s,down_bytes_per_s"
 
 limits = st.floats(min_value=1e-300, exclude_min=True) | st.just(math.inf)
 capabilities = st.builds(
-    Capability,
+    DeviceProfile,
     device=st.text(max_size=64).filter(str.isprintable),
     memory_bytes=limits,
     backprop=st.booleans(),
@@ -110,7 +110,7 @@ def test_a_list_is_taken_in_turn_and_no_devices_are_no_limits():
     experiment = compose(["population.devices=[rtx_4090, raspberry_pi_5]", "population.efficiency=0.5"])
     assert [profile_of(index, experiment).device for index in range(3)] == ["rtx_4090", "raspberry_pi_5", "rtx_4090"]
     assert profile_of(1, experiment).flop_per_s == 153.6e9 / 2
-    assert profile_of(3, compose([])) == Capability()
+    assert profile_of(3, compose([])) == DeviceProfile()
 
 
 def test_the_mixes_are_what_they_say():
@@ -128,10 +128,10 @@ def test_a_csv_is_taken_in_turn_and_read_again_when_it_changed(tmp_path):
     experiment = compose([f"population.devices={path}"])
     path.write_text(f"{HEADER},availability\ntablet,3e9,4e11,1e6,5e6,0.5\nserver,,,,,\n")
     assert profile_of(2, experiment) == profile_of(0, experiment)
-    assert profile_of(0, experiment) == Capability(
+    assert profile_of(0, experiment) == DeviceProfile(
         "tablet", memory_bytes=3e9, flop_per_s=4e11, up_bytes_per_s=1e6, down_bytes_per_s=5e6, availability=0.5
     )
-    assert profile_of(1, experiment) == Capability("server")
+    assert profile_of(1, experiment) == DeviceProfile("server")
     path.write_text(f"{HEADER}\nother,1e9,1e9,1e9,1e9\n")
     assert profile_of(1, experiment).device == "other"
     path.unlink()
@@ -144,7 +144,7 @@ def test_what_a_device_measured(tmp_path):
     for home in (None, tmp_path):
         with pytest.raises(ConfigError, match="run fedtune doctor"):
             profile_of(0, experiment, home)
-    own = Capability("bench", memory_bytes=5e9, backprop=False)
+    own = DeviceProfile("bench", memory_bytes=5e9, backprop=False)
     write_devices(tmp_path / "device.csv", [own])
     assert profile_of(7, experiment, tmp_path) == own
 
@@ -161,7 +161,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, devices):
 def test_a_csv_as_spreadsheets_write_it(tmp_path):
     path = tmp_path / "sheet.csv"
     path.write_bytes(b"\xef\xbb\xbfbackprop," + HEADER.encode() + b'\r\nFALSE,"a, b",8e9, ,1,1\r\n\r\n')
-    assert read_devices(path) == [Capability("a, b", 8e9, False, up_bytes_per_s=1, down_bytes_per_s=1)]
+    assert read_devices(path) == [DeviceProfile("a, b", 8e9, False, up_bytes_per_s=1, down_bytes_per_s=1)]
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_what_the_owner_declares_goes_first_key_by_key():
     declared = {"partition-id": 3, "device": "bench Pi", "memory-bytes": 6_000_000_000, "availability": 0.5}
     able = turns.capability_of(declared, assigned)
     assert able == replace(assigned, device="bench Pi", memory_bytes=6_000_000_000, availability=0.5)
-    assert turns.capability_of({"partition-id": 3}) == Capability()
+    assert turns.capability_of({"partition-id": 3}) == DeviceProfile()
     for wrong in ({"memory-bytes": math.nan}, {"availability": 1.5}, {"device": 5}, {"flop-per-s": "fast"}):
         with pytest.raises(ConfigError, match="--node-config"):
             turns.capability_of(declared | wrong, assigned)
@@ -258,7 +258,7 @@ def test_what_the_owner_declares_goes_first_key_by_key():
 @pytest.mark.parametrize("devices", ["[jetson_orin_nano]", "measured"])
 def test_a_client_greets_as_what_it_was_assigned(tmp_path, monkeypatch, devices):
     monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path))
-    write_devices(tmp_path / "device.csv", [Capability("mine", 1e9)])
+    write_devices(tmp_path / "device.csv", [DeviceProfile("mine", 1e9)])
     experiment = compose(["model=tiny", "population.clients=2", "data.partition=iid", f"population.devices={devices}"])
     node = {"partition-id": 1, "up-bytes-per-s": 9.0}
     reply = turns.take_turn("query", "0", RecordDict(), {"config": experiment.text()}, node)
@@ -269,7 +269,7 @@ def test_a_client_greets_as_what_it_was_assigned(tmp_path, monkeypatch, devices)
 
 @given(capabilities)
 def test_a_greeting_carries_all_of_it(able):
-    peer = Peer(2, 10, able)
+    peer = ClientInfo(2, 10, able)
     assert wire.unpack_greeting(wire.pack_greeting(peer, "x"), 4, "x") == peer
 
 

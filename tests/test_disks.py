@@ -162,15 +162,15 @@ def test_any_flipped_bit_of_a_memory_is_noticed(tmp_path_factory, place, bit):
     folder = tmp_path_factory.mktemp("memory")
     memory = Memory(folder)
     for round in (1, 2):
-        memory.keep(RUN, 0, round, {"a": torch.arange(9.0), "turns": torch.tensor(round)})
+        memory.save(RUN, 0, round, {"a": torch.arange(9.0), "turns": torch.tensor(round)})
     path = folder / RUN / "0" / "2.safetensors"
     content = bytearray(path.read_bytes())
     content[place % len(content)] ^= 1 << bit
     path.write_bytes(content)
     try:
-        assert memory.recall(RUN, 0, 3)["a"].tolist() == list(range(9))
+        assert memory.load(RUN, 0, 3)["a"].tolist() == list(range(9))
     except ClientError:  # it has forgotten the turn before as well: that was of another time
-        assert memory.recall(RUN, 0, 3) == {}
+        assert memory.load(RUN, 0, 3) == {}
 
 
 def resume(folder, rounds=2):
@@ -271,15 +271,15 @@ def test_one_clients_damaged_memory_costs_that_client_its_memory(small_run, tmp_
 def test_a_memory_damaged_between_two_rounds_costs_a_turn(tmp_path):
     """The turn that finds it fails, and the next one is as a first: with what it kept before, it would be neither."""
     memory = Memory(tmp_path)
-    memory.keep(RUN, 4, 1, {"a": torch.ones(3)})
-    memory.keep(RUN, 4, 2, {"a": torch.ones(3)})
+    memory.save(RUN, 4, 1, {"a": torch.ones(3)})
+    memory.save(RUN, 4, 2, {"a": torch.ones(3)})
     path = tmp_path / RUN / "4" / "2.safetensors"
     path.write_bytes(b"")
     with pytest.raises(
         ClientError, match=r"client 4 can't read what it kept in .*2\.safetensors: it is damaged.* starts anew"
     ):
-        memory.recall(RUN, 4, 3)
-    assert memory.recall(RUN, 4, 3) == {}
+        memory.load(RUN, 4, 3)
+    assert memory.load(RUN, 4, 3) == {}
     assert [file.name for file in path.parent.iterdir()] == ["2.damaged"]
 
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import RANK, SCALING, dense, distance, factors, ideal, layout, reply
 
-from fedtune.core.protocol import SERVER, Peer, Update
-from fedtune.lowrank.algebra import pairs
+from fedtune.core.protocol import SERVER, ClientInfo, Update
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.lowrank.residual import from_residual
 from fedtune.server.aggregation_error import aggregation_error
 from strategies.fedex_lora import FedExLoRA
@@ -19,7 +19,7 @@ from strategies.florist import FLoRIST
 from strategies.full_delta import FullDelta
 
 CLIENTS = st.lists(st.tuples(st.integers(1, RANK), st.sampled_from([0.5, 1.0, 3.0]), st.integers(1, 99)), min_size=1)
-ME = Peer(SERVER, 1, rank=RANK, scaling=SCALING)
+ME = ClientInfo(SERVER, 1, rank=RANK, scaling=SCALING)
 
 
 def meter(method, rounds, start=None):
@@ -46,7 +46,7 @@ def test_fedits_error_is_the_spread_of_the_factors(count):
     p = np.arange(1, count + 1) / (count * (count + 1) / 2)
     lost = size = 0.0
     for module in ideal(replies):
-        held = [pairs(update.tensors)[module] for _, update in replies]
+        held = [lora_factors(update.tensors)[module] for _, update in replies]
         a = sum(w * h.a.numpy() for w, h in zip(p, held, strict=True))
         b = sum(w * h.b.numpy() for w, h in zip(p, held, strict=True))
         missed = sum(w * (h.b.numpy() - b) @ (h.a.numpy() - a) for w, h in zip(p, held, strict=True))
@@ -86,7 +86,7 @@ def test_mixed_ranks_and_scalings_count_as_they_are():
     replies = [reply(0, 1, 8.0, 1), reply(1, 3, 2.0, 3)]
     assert meter(FLoRA(), [replies])[0] < 1e-6
     wrong = [(peer, Update(update.tensors, update.examples)) for peer, update in replies]
-    wrong[0] = (Peer(0, 1, rank=1, scaling=4.0), wrong[0][1])
+    wrong[0] = (ClientInfo(0, 1, rank=1, scaling=4.0), wrong[0][1])
     method = FLoRA()
     before = method.init(layout())
     after = method.aggregate(before, 1, wrong)
@@ -117,14 +117,14 @@ def test_what_started_with_a_product_counts_from_there():
         if "lora_B" in name:
             tensor += 0.3
     moved = {name: tensor + ("lora_B" in name) for name, tensor in start.initial.items()}
-    error, before, after = meter(FedIT(), [[(Peer(0, 1), Update(moved, 1))]], start)
+    error, before, after = meter(FedIT(), [[(ClientInfo(0, 1), Update(moved, 1))]], start)
     assert error < 1e-12
     changed = {m: dense(after.adapter)[m] - matrix for m, matrix in dense(before.adapter).items()}
-    nothing = aggregation_error(start, FedIT(), 1, before, before, [(Peer(0, 1), Update(moved, 1))], ME)
+    nothing = aggregation_error(start, FedIT(), 1, before, before, [(ClientInfo(0, 1), Update(moved, 1))], ME)
     assert nothing == pytest.approx(1, rel=1e-10)  # all of the change is missing, and no more
     assert all(matrix.norm() > 1 for matrix in changed.values())
 
 
 def test_no_change_has_no_error():
     zeros = factors(RANK, 1) | {name: torch.zeros_like(t) for name, t in factors(RANK, 1).items() if "lora_B" in name}
-    assert meter(FedIT(), [[(Peer(0, 1), Update(zeros, 1))]])[0] is None
+    assert meter(FedIT(), [[(ClientInfo(0, 1), Update(zeros, 1))]])[0] is None

@@ -16,9 +16,9 @@ from layers import SCALING, SHAPES, dense, distance, layout
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.core.protocol import SERVER, Instruction, Layout, Peer, Update
-from fedtune.core.seeds import bits, fold
-from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.core.protocol import SERVER, ClientInfo, Instruction, Layout, Update
+from fedtune.core.seeds import bits, derive_seed
+from fedtune.lowrank.algebra import lora_factors, name_of
 from fedtune.models.base import load_base, pick_device
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.training.first_order import loss_of
@@ -36,7 +36,7 @@ def test_golden_values():
     drawn = left_basis(layout(dtype=torch.float32), 7)
     for module, (out, _) in SHAPES.items():
         basis = drawn[name_of(module, "lora_B")]
-        raw = bits(fold(7, "left basis", name_of(module, "lora_B")), 2)
+        raw = bits(derive_seed(7, "left basis", name_of(module, "lora_B")), 2)
         expected = [((int(word) >> 40) / 2**23 - 1) * (3 / out) ** 0.5 for word in raw]
         assert basis.flatten()[:2].tolist() == pytest.approx(expected, rel=1e-6)
     assert drawn["one.lora_B.weight"].flatten()[:3].tolist() == pytest.approx(GOLDEN, rel=1e-6)
@@ -57,7 +57,7 @@ def test_the_left_basis_is_nearly_orthonormal_and_differs_from_layer_to_layer():
 def core_reply(index, examples, seed):
     draw = torch.Generator().manual_seed(seed)
     tensors = {name: torch.randn(t.shape, generator=draw, dtype=t.dtype) for name, t in zero_core(layout()).items()}
-    return Peer(index, examples), Update(tensors, examples)
+    return ClientInfo(index, examples), Update(tensors, examples)
 
 
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=5))
@@ -65,7 +65,7 @@ def test_it_is_exact(examples):
     replies = [core_reply(index, n, index) for index, n in enumerate(examples)]
     method, start = FedSB(basis_seed=3), layout()
     state = method.aggregate(method.init(start), 1, replies)
-    told = method.configure(state, 2, Peer(SERVER, 1))
+    told = method.configure(state, 2, ClientInfo(SERVER, 1))
     found = dense(expanded(told.tensors, told.settings, start), SCALING)
     wanted = {}
     for _, update in replies:
@@ -109,14 +109,14 @@ def test_a_step_of_gradient_descent_is_that_of_the_paper():
     lr = 0.5
     party = party_with("train.optimizer=sgd", f"train.lr={lr}", "train.max_grad_norm=0", "train.steps=1")
     model, core = party.model, some_core(party)
-    told = FedSB().configure(FedSB().init(model.layout), 1, Peer(0, 1))
+    told = FedSB().configure(FedSB().init(model.layout), 1, ClientInfo(0, 1))
     told = Instruction(core, told.settings)
     update = party.turn(RUN, 0, 1, told)
     after = update.tensors
     party.install(told, {})
-    batch = next(iter(party.data.batches(0, party.experiment.train.batch_size, fold(0, "train", 1, 0))))
+    batch = next(iter(party.data.batches(0, party.experiment.train.batch_size, derive_seed(0, "train", 1, 0))))
     loss_of(model.module, batch).backward()
-    for module, product in pairs(model.layout.initial).items():
+    for module, product in lora_factors(model.layout.initial).items():
         name = name_of(module, "lora_A")
         gradient = model.trained()[name].grad @ product.a.T
         name = name_of(module, "lora_R")
@@ -126,7 +126,7 @@ def test_a_step_of_gradient_descent_is_that_of_the_paper():
 
 def test_r_leaves_zero_in_the_first_round():
     party = party_with()
-    told = party.strategy.configure(party.strategy.init(party.model.layout), 1, Peer(0, 1))
+    told = party.strategy.configure(party.strategy.init(party.model.layout), 1, ClientInfo(0, 1))
     assert not any(tensor.any() for tensor in told.tensors.values())
     update = party.turn(RUN, 0, 1, told)
     assert all(tensor.any() for tensor in update.tensors.values())
@@ -149,7 +149,7 @@ def held_by(party):
 def test_nothing_is_left_on_the_model_after_a_turn(raises, monkeypatch):
     party = party_with()
     fresh = held_by(party)
-    told = party.strategy.configure(party.strategy.init(party.model.layout), 1, Peer(0, 1))
+    told = party.strategy.configure(party.strategy.init(party.model.layout), 1, ClientInfo(0, 1))
     told = Instruction(some_core(party), told.settings)
     if raises:
         monkeypatch.setattr("clients.first_order.fit", lambda *_, **__: 1 / 0)
@@ -176,7 +176,7 @@ def test_a_core_that_is_not_whole_leaves_nothing_behind_either():
 
 def test_after_training_the_model_is_the_plain_adapter_of_the_core_that_was_trained():
     party = party_with()
-    told = party.strategy.configure(party.strategy.init(party.model.layout), 1, Peer(0, 1))
+    told = party.strategy.configure(party.strategy.init(party.model.layout), 1, ClientInfo(0, 1))
     update = party.turn(RUN, 0, 1, told)
     after = party.model.adapter()
     party.install(Instruction(update.tensors, told.settings), {})

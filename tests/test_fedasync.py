@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.core.protocol import Layout, Peer, Slot, Traits, Update
+from fedtune.core.protocol import ClientInfo, Layout, Slot, Traits, Update
 from strategies.fedasync import FedAsync, State
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
@@ -31,7 +31,7 @@ HELD = {A: torch.tensor([[8.0, -4]]), B: torch.tensor([[0.0], [0], [16]])}
 
 def reply(index, a, b, staleness=0, examples=1):
     tensors = {A: torch.tensor([a]).float(), B: torch.tensor(b).float().reshape(-1, 1)}
-    return Peer(index, examples, staleness=staleness), Update(tensors, examples)
+    return ClientInfo(index, examples, staleness=staleness), Update(tensors, examples)
 
 
 def after(method, *replies):
@@ -128,7 +128,7 @@ def test_it_starts_from_the_layout_and_sends_everybody_the_same():
     slots = tuple(Slot(name, tuple(t.shape), "float32", name.split(".")[1], "layer", 2.0) for name, t in HELD.items())
     method = FedAsync()
     state = method.init(Layout(slots, HELD))
-    assert method.configure(state, 1, Peer(0, 1)).tensors is method.configure(state, 1, Peer(1, 9)).tensors
+    assert method.configure(state, 1, ClientInfo(0, 1)).tensors is method.configure(state, 1, ClientInfo(1, 9)).tensors
     assert all(torch.equal(state.adapter[name], HELD[name]) for name in (A, B))
 
 

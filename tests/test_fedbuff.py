@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.core.protocol import Layout, Peer, Slot, Traits, Update
+from fedtune.core.protocol import ClientInfo, Layout, Slot, Traits, Update
 from strategies.fedbuff import FedBuff, State
 from strategies.fedit import FedIT
 
@@ -34,7 +34,7 @@ HELD, EARLIER = adapter([8, -4], [0, 0, 16]), adapter([4, 4], [0, 0, 8])
 
 
 def reply(index, tensors, staleness=0, start=None, examples=1):
-    return Peer(index, examples, staleness=staleness), Update(tensors, examples, start=start or {})
+    return ClientInfo(index, examples, staleness=staleness), Update(tensors, examples, start=start or {})
 
 
 FRESH, LATE = reply(0, adapter([10, 0], [2, 0, 16])), reply(1, adapter([0, 8], [0, 8, 0]), 3, EARLIER)
@@ -50,7 +50,7 @@ def test_two_updates_by_hand(lr, a, b):
 
 def test_the_order_and_samples_do_not_count():
     (peer, update), method = LATE, FedBuff()
-    many = Peer(peer.index, 1000, staleness=3), Update(update.tensors, 1000, start=EARLIER)
+    many = ClientInfo(peer.index, 1000, staleness=3), Update(update.tensors, 1000, start=EARLIER)
     one, other = (method.aggregate(State(HELD), 1, some).adapter for some in ([FRESH, LATE], [many, FRESH]))
     assert all(torch.equal(one[name], other[name]) for name in (A, B))
 
@@ -115,7 +115,7 @@ def test_it_starts_from_the_layout_and_sends_everybody_the_same():
     slots = tuple(Slot(name, tuple(t.shape), "float32", name.split(".")[1], "layer", 2.0) for name, t in HELD.items())
     method = FedBuff()
     state = method.init(Layout(slots, HELD))
-    assert method.configure(state, 1, Peer(0, 1)).tensors is method.configure(state, 1, Peer(1, 9)).tensors
+    assert method.configure(state, 1, ClientInfo(0, 1)).tensors is method.configure(state, 1, ClientInfo(1, 9)).tensors
     assert all(torch.equal(state.adapter[name], HELD[name]) for name in (A, B))
 
 

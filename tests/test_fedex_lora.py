@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from layers import SCALING, dense, distance, factors, ideal, layout, reply
 
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.core.protocol import Layout, Peer, Slot, Update, share
-from fedtune.lowrank.algebra import pairs
+from fedtune.core.protocol import ClientInfo, Layout, Slot, Update, share
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.lowrank.residual import from_residual
 from strategies.fedex_lora import FedExLoRA, spread
 from strategies.fedit import FedIT
@@ -43,7 +43,9 @@ def test_the_residual_by_hand():
     start = {A: torch.zeros(1, 2), B: torch.zeros(3, 1)}
     slots = tuple(Slot(name, tuple(t.shape), "float32", name.split(".")[1], "layer", 2.0) for name, t in start.items())
     numbers = [([[4.0, 8]], [[4.0], [0], [-4]], 1), ([[0.0, 4]], [[8.0], [4], [0]], 3)]
-    replies = [(Peer(k, n), Update({A: torch.tensor(a), B: torch.tensor(b)}, n)) for k, (a, b, n) in enumerate(numbers)]
+    replies = [
+        (ClientInfo(k, n), Update({A: torch.tensor(a), B: torch.tensor(b)}, n)) for k, (a, b, n) in enumerate(numbers)
+    ]
     state = aggregate(replies, Layout(slots, start))
     assert state.adapter[A].tolist() == [[1, 5]]
     assert state.adapter[B].tolist() == [[7], [3], [-1]]
@@ -60,8 +62,8 @@ def test_the_spread_is_what_the_average_misses(examples):
     weights = [SCALING * weight for weight in share(replies)]
     missed = {m: matrix - dense(average, SCALING)[m] for m, matrix in ideal(replies).items()}
     found = {}
-    for module, mean in pairs(average).items():
-        product = spread([pairs(update.tensors)[module] for _, update in replies], mean, weights)
+    for module, mean in lora_factors(average).items():
+        product = spread([lora_factors(update.tensors)[module] for _, update in replies], mean, weights)
         assert product.rank == 4 * (len(examples) - 1)
         found[module] = product.b @ product.a
     size = sum(float(matrix.square().sum()) for matrix in ideal(replies).values()) ** 0.5
@@ -104,7 +106,7 @@ def test_the_order_of_clients_changes_nothing(order):
 
 def test_identical_clients_are_a_fixed_point_and_leave_no_residual():
     tensors = factors(4, 1, dtype=torch.float32)
-    same = [(Peer(k, 9), Update(tensors, 1 + k)) for k in range(4)]
+    same = [(ClientInfo(k, 9), Update(tensors, 1 + k)) for k in range(4)]
     state = aggregate(same, layout(dtype=torch.float32))
     assert all(torch.equal(state.adapter[name], tensor) for name, tensor in same[0][1].tensors.items())
     assert distance(whole(state), dense(same[0][1].tensors, SCALING)) < 1e-12
@@ -120,13 +122,13 @@ def test_bytes_are_those_of_the_adapter_and_of_the_residual():
     """Rank 4, three replies, layers of 5 + 3 and 4 + 7: 4 * 19 numbers, and a residual of rank min(m, n, 8)."""
     method = FedExLoRA()
     state = aggregate([reply(k) for k in range(3)])
-    told = method.configure(state, 2, Peer(0, 1, installed_version=0))
+    told = method.configure(state, 2, ClientInfo(0, 1, base_version=0))
     assert sum(t.numel() for t in told.tensors.values()) == 4 * 19 + 3 * 8 + 4 * 11
     assert told.settings == {"builds_on": 0, "version": 1}
-    assert method.configure(state, 2, Peer(0, 1, installed_version=1)).tensors.keys() == state.adapter.keys()
-    method.validate(state, 2, Peer(0, 1), Update(factors(4, 1), 1))
+    assert method.configure(state, 2, ClientInfo(0, 1, base_version=1)).tensors.keys() == state.adapter.keys()
+    method.validate(state, 2, ClientInfo(0, 1), Update(factors(4, 1), 1))
     with pytest.raises(WireError, match=r"expected float64 \(4, 3\), got float64 \(2, 3\)"):
-        method.validate(state, 2, Peer(0, 1), Update(factors(2, 1), 1))
+        method.validate(state, 2, ClientInfo(0, 1), Update(factors(2, 1), 1))
 
 
 def test_a_residual_without_room_is_refused():

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.core.errors import WireError
-from fedtune.core.protocol import Layout, Peer, Slot, Update, share
+from fedtune.core.protocol import ClientInfo, Layout, Slot, Update, share
 from strategies.fedit import FedIT, State
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
@@ -29,7 +29,7 @@ def layout():
 
 def reply(index, a, b, examples):
     tensors = {A: torch.tensor([a]).float(), B: torch.tensor(b).float().reshape(-1, 1)}
-    return Peer(index, examples), Update(tensors, examples)
+    return ClientInfo(index, examples), Update(tensors, examples)
 
 
 REPLIES = [reply(0, [4, 8], [4, 0, -4], 1), reply(1, [0, 4], [8, 4, 0], 3)]
@@ -61,7 +61,7 @@ def test_what_it_misses_is_the_spread_of_the_factors():
 def test_everyone_is_sent_the_same_tensors_object():
     method = FedIT()
     state = method.init(layout())
-    assert method.configure(state, 1, Peer(0, 1)).tensors is method.configure(state, 1, Peer(1, 9)).tensors
+    assert method.configure(state, 1, ClientInfo(0, 1)).tensors is method.configure(state, 1, ClientInfo(1, 9)).tensors
 
 
 @given(

@@ -17,7 +17,7 @@ from clients.zeroth_order import drawn
 from fedtune.codecs.packed import Packed
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, DivergedError, WireError
-from fedtune.core.protocol import SERVER, Layout, Peer, Update
+from fedtune.core.protocol import SERVER, ClientInfo, Layout, Update
 from fedtune.random_directions.hash_noise import values
 from fedtune.random_directions.weights import pool
 from fedtune.runs.checkpoint import load_checkpoint
@@ -42,7 +42,7 @@ def update(index, slopes, examples=1):
 
 
 def peer(index):
-    return Peer(index, 10)
+    return ClientInfo(index, 10)
 
 
 REPLIES = [(peer(0), update([0, 2], [4, -8], 1)), (peer(1), update([2, 2], [4, 4], 3))]
@@ -176,7 +176,7 @@ def test_the_server_holds_what_the_formula_says(small_run):
     experiment = compose([*summary_overrides(folder)])
     party = Party(experiment)
     state = load_checkpoint(folder / "checkpoint/state.safetensors", party.strategy.init(party.model.layout)).state
-    party.install(party.strategy.configure(state, 3, Peer(SERVER, 1)), {})
+    party.install(party.strategy.configure(state, 3, ClientInfo(SERVER, 1)), {})
     rules = party.strategy.rules
     slopes = state.slopes.round() * rules.space.quantum
     assert slopes.abs().max() > 0

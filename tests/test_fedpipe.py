@@ -17,8 +17,8 @@ from layers import RANK, SCALING, SHAPES, dense, factors, layout
 import fedtune.planning.plan_cache
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import CapacityError, ConfigError, WireError
-from fedtune.core.protocol import SERVER, Capability, Instruction, Peer, Update
-from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.core.protocol import SERVER, ClientInfo, DeviceProfile, Instruction, Update
+from fedtune.lowrank.algebra import lora_factors, name_of
 from fedtune.lowrank.averaging import parts
 from fedtune.runs.checkpoint import flatten, state_sha256, unflatten
 from fedtune.server.aggregation_error import aggregation_error
@@ -56,7 +56,7 @@ def reply(index, ranks, examples=1, scores=None, seed=None):
         sent[name_of(module, "lora_B")] = drawn[name_of(module, "lora_B")][:, :rank]
     if scores is not None:
         sent[SCORES] = torch.tensor(scores, dtype=torch.float32)
-    return Peer(index, examples), Update(sent, examples)
+    return ClientInfo(index, examples), Update(sent, examples)
 
 
 def aggregate(replies, number=2, method=None):
@@ -100,7 +100,7 @@ def test_each_layer_is_the_sum_over_those_who_trained_it_but_for_what_its_rank_c
 def test_a_clients_first_components_are_the_best_of_that_rank(clients, rank):
     state = aggregate([reply(k, ranks, n) for k, (ranks, n) in enumerate(clients)])
     for module, matrix in wanted(clients).items():
-        held = pairs(state.adapter)[module]
+        held = lora_factors(state.adapter)[module]
         found = SCALING * held.b[:, :rank].numpy() @ held.a[:rank].numpy()
         u, s, v = np.linalg.svd(matrix, full_matrices=False)
         np.testing.assert_allclose(found, (u[:, :rank] * s[:rank]) @ v[:rank], atol=1e-9 * s[0])
@@ -113,13 +113,13 @@ def test_the_meter_weighs_a_layer_by_those_who_trained_it(clients):
     before = method.init(LAYOUT)
     after = method.aggregate(before, 2, replies)
     told = {k: ranks for k, (ranks, _) in enumerate(clients)}
-    plans = [Peer(k, n, Capability(memory_bytes=1.0 + k)) for k, (_, n) in enumerate(clients)]
+    plans = [ClientInfo(k, n, DeviceProfile(memory_bytes=1.0 + k)) for k, (_, n) in enumerate(clients)]
 
     class Told(FedPipe):
         """What these clients were told, without the planning."""
 
         def configure(self, state, round, peer):
-            return super().configure(state, round, Peer(SERVER, 1)) if peer.index == SERVER else _told(told, peer)
+            return super().configure(state, round, ClientInfo(SERVER, 1)) if peer.index == SERVER else _told(told, peer)
 
     error = aggregation_error(
         LAYOUT,
@@ -128,7 +128,7 @@ def test_the_meter_weighs_a_layer_by_those_who_trained_it(clients):
         before,
         after,
         [(peer, update) for peer, (_, update) in zip(plans, replies, strict=True)],
-        Peer(SERVER, 1),
+        ClientInfo(SERVER, 1),
     )
     sums, found = wanted(clients), dense(after.adapter, SCALING)
     lost = sum(float(((found[m].numpy() - sums[m]) ** 2).sum()) for m in sums)
@@ -142,7 +142,7 @@ def _told(told, peer):
 
 def test_components_that_nobody_trained_can_still_be_trained():
     state = aggregate([reply(0, {"two": 1})])
-    held = pairs(state.adapter)["two"]
+    held = lora_factors(state.adapter)["two"]
     assert not held.b[:, 1:].any()
     assert (held.a.norm(dim=1) > 0.1).all()
 
@@ -178,7 +178,7 @@ def diagonal(sizes, score, module="two"):
 def test_a_score_of_few_components_counts_as_that_of_as_many():
     """Client 0: diag(6, 2), score 4 of two components. Client 1: diag(6), score 2 of one. The mean is diag(6, 1), and
     nobody trained a third: S = 6, 1, 1, 1. c(1) = 6/9, c(2) = 7/9; (4 + 2) / (7/9 + 6/9) = 54/13."""
-    replies = [(Peer(0, 1), diagonal([6.0, 2.0], 4.0)), (Peer(1, 1), diagonal([6.0], 2.0))]
+    replies = [(ClientInfo(0, 1), diagonal([6.0, 2.0], 4.0)), (ClientInfo(1, 1), diagonal([6.0], 2.0))]
     state = aggregate(replies, SCORED)
     assert state.shares["two"] == pytest.approx([6, 1, 1, 1])
     assert state.scores == pytest.approx({"two": 54 / 13})
@@ -215,10 +215,10 @@ def test_what_costs_nothing_is_done_whatever_is_known():
         aggregate([reply(0, whole, 1, [0.0, 0.0])], SCORED),
         aggregate([reply(0, {"two": 1}, 1, [5.0])], SCORED),
         aggregate([reply(0, whole, 1, [0.0, 3e38])], SCORED),
-        aggregate([(Peer(0, 1), diagonal([0.0, 0.0], 0.0))], SCORED),
+        aggregate([(ClientInfo(0, 1), diagonal([0.0, 0.0], 0.0))], SCORED),
     ):
-        told = method.configure(state, 7, Peer(0, 1))
-        assert {module: product.rank for module, product in pairs(told.tensors).items()} == whole
+        told = method.configure(state, 7, ClientInfo(0, 1))
+        assert {module: product.rank for module, product in lora_factors(told.tensors).items()} == whole
         assert told.settings == {BATCH: 4, BITS: 16, SCORE: False}
         assert all(told.tensors[name] is state.adapter[name] for name in told.tensors)
 
@@ -227,11 +227,15 @@ def test_scores_are_asked_for_in_every_refresh():
     method = fedpipe(refresh=3)
     assert [number for number in range(1, 9) if method.scores_in(number)] == [1, 4, 7]
     state = method.init(LAYOUT)
-    assert [method.configure(state, number, Peer(0, 1)).settings[SCORE] for number in (1, 2, 4)] == [True, False, True]
+    assert [method.configure(state, number, ClientInfo(0, 1)).settings[SCORE] for number in (1, 2, 4)] == [
+        True,
+        False,
+        True,
+    ]
 
 
 DEVICES = st.builds(
-    Capability,
+    DeviceProfile,
     memory_bytes=st.floats(1000, 12000),
     flop_per_s=st.floats(100, 1e5),
     up_bytes_per_s=st.floats(1e3, 1e6),
@@ -251,9 +255,9 @@ def test_a_plan_keeps_to_its_device(device):
     if isinstance(plan, str):
         assert "memory" in plan or "deadline" in plan
         return
-    told = method.configure(state, 1, Peer(0, 9, device))
+    told = method.configure(state, 1, ClientInfo(0, 9, device))
     batch, bits = told.settings[BATCH], told.settings[BITS]
-    ranks = {module: product.rank for module, product in pairs(told.tensors).items()}
+    ranks = {module: product.rank for module, product in lora_factors(told.tensors).items()}
     numbers = sum(r * sum(SHAPES[m]) for m, r in ranks.items())
     block = 0 if "one" in ranks else 1
     per_token = sum(4 * SHAPES[m][1] + 4 * r for m, r in ranks.items())
@@ -272,14 +276,14 @@ def test_a_plan_keeps_to_its_device(device):
 def test_a_plan_is_the_same_alone_and_among_others(devices):
     method = fedpipe(deadline=20.0)
     states = [method.init(LAYOUT) for _ in range(2)]
-    method.foresee(states[0], devices)
+    method.plan_for_all(states[0], devices)
     assert [method.plan(states[0], d) for d in devices] == [method.plan(states[1], d) for d in reversed(devices)][::-1]
 
 
 def test_plans_are_made_once_and_not_kept_for_ever():
     method = fedpipe()
     state = method.init(LAYOUT)
-    device = Capability(memory_bytes=1e5)
+    device = DeviceProfile(memory_bytes=1e5)
     first = method.plan(state, device)
     assert method.plan(replace(state, adapter=dict(state.adapter)), device) is first
     scored = replace(state, scores={"one": 1e6, "two": 1e-6})
@@ -293,17 +297,17 @@ def test_plans_are_made_once_and_not_kept_for_ever():
 @pytest.mark.parametrize(
     ("device", "said"),
     [
-        (Capability(memory_bytes=500.0), "memory"),
-        (Capability(flop_per_s=1.0), "deadline"),
-        (Capability(up_bytes_per_s=1.0), "needs at least .* s .* and the deadline is 20 s"),
-        (Capability(backprop=False), "gradients"),
-        (Capability(max_rank=0.5), "ranks"),
+        (DeviceProfile(memory_bytes=500.0), "memory"),
+        (DeviceProfile(flop_per_s=1.0), "deadline"),
+        (DeviceProfile(up_bytes_per_s=1.0), "needs at least .* s .* and the deadline is 20 s"),
+        (DeviceProfile(backprop=False), "gradients"),
+        (DeviceProfile(max_rank=0.5), "ranks"),
     ],
 )
 def test_a_device_that_can_take_no_part_says_why(device, said):
     method = fedpipe(deadline=20.0)
     with pytest.raises(CapacityError, match=said):
-        method.configure(method.init(LAYOUT), 1, Peer(0, 1, device))
+        method.configure(method.init(LAYOUT), 1, ClientInfo(0, 1, device))
 
 
 def tensors_with(change):
@@ -337,21 +341,23 @@ HOSTILE = {
 def test_replies_that_were_not_asked_for_are_refused(change, said):
     method = fedpipe()
     state = method.init(LAYOUT)
-    method.validate(state, SCORED, Peer(0, 1), Update(tensors_with(lambda tensors: None), 1))
+    method.validate(state, SCORED, ClientInfo(0, 1), Update(tensors_with(lambda tensors: None), 1))
     with pytest.raises(WireError, match=said):
-        method.validate(state, SCORED, Peer(0, 1), Update(tensors_with(change), 1))
+        method.validate(state, SCORED, ClientInfo(0, 1), Update(tensors_with(change), 1))
 
 
 def test_scores_that_were_not_asked_for_are_refused():
     method = fedpipe()
     with pytest.raises(WireError, match="'scores' was not asked for"):
-        method.validate(method.init(LAYOUT), 2, Peer(0, 1), Update(tensors_with(lambda tensors: None), 1))
+        method.validate(method.init(LAYOUT), 2, ClientInfo(0, 1), Update(tensors_with(lambda tensors: None), 1))
 
 
 def test_a_client_may_send_the_layers_of_its_own_plan_alone():
     method = fedpipe()
-    state, small = method.init(LAYOUT), Peer(0, 1, Capability(memory_bytes=1900.0))
-    asked = {module: product.rank for module, product in pairs(method.configure(state, 2, small).tensors).items()}
+    state, small = method.init(LAYOUT), ClientInfo(0, 1, DeviceProfile(memory_bytes=1900.0))
+    asked = {
+        module: product.rank for module, product in lora_factors(method.configure(state, 2, small).tensors).items()
+    }
     assert asked.keys() == {"two"}  # of block 1: it saves least
     method.validate(state, 2, small, reply(0, asked)[1])
     with pytest.raises(WireError, match="was not asked for"):
@@ -361,19 +367,19 @@ def test_a_client_may_send_the_layers_of_its_own_plan_alone():
 def test_the_server_takes_all_and_a_checkpoint_holds_all():
     method = fedpipe()
     state = aggregate([reply(0, {"one": 2, "two": 1}, 1, [1.5, 2.5])], SCORED)
-    assert method.configure(state, 2, Peer(SERVER, 1)).tensors is state.adapter
+    assert method.configure(state, 2, ClientInfo(SERVER, 1)).tensors is state.adapter
     tree, tensors = flatten(state)
     again = unflatten(tree, tensors, method.init(LAYOUT))
     assert state_sha256(again) == state_sha256(state)
     assert (again.scores, again.shares, again.costs) == (state.scores, state.shares, state.costs)
-    device = Capability(memory_bytes=2600.0)
+    device = DeviceProfile(memory_bytes=2600.0)
     assert method.plan(again, device) == method.plan(state, device)
 
 
 def test_equal_clients_are_sent_the_same_tensors():
     method = fedpipe()
-    state, device = method.init(LAYOUT), Capability(memory_bytes=2600.0)
-    one, other = (method.configure(state, 1, Peer(k, 1 + k, device)).tensors for k in range(2))
+    state, device = method.init(LAYOUT), DeviceProfile(memory_bytes=2600.0)
+    one, other = (method.configure(state, 1, ClientInfo(k, 1 + k, device)).tensors for k in range(2))
     assert one.keys() == other.keys()
     assert all(other[name] is tensor for name, tensor in one.items())
 
@@ -419,7 +425,7 @@ def test_ranks_and_bits_of_ones_own():
     rules = method.rules(state)
     assert (rules.ranks, rules.bits, rules.batches, rules.state_bytes) == ([3, 4], [4], [1, 2, 4], 24)
     assert fedpipe(optimizer="sgd").rules(state).state_bytes == 16
-    assert method.configure(state, 1, Peer(0, 1)).settings[BITS] == 4
+    assert method.configure(state, 1, ClientInfo(0, 1)).settings[BITS] == 4
 
 
 def test_a_layout_that_says_nothing_of_costs_is_refused():

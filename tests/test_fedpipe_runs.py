@@ -11,8 +11,8 @@ from flwr.clientapp import ClientApp
 from fedtune.codecs.raw import Raw
 from fedtune.config.devices import read_devices, write_devices
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import SERVER, Capability, Instruction, Peer
-from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.core.protocol import SERVER, ClientInfo, DeviceProfile, Instruction
+from fedtune.lowrank.algebra import lora_factors, name_of
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.training.apply_instruction import SCORES
@@ -33,11 +33,11 @@ def devices(tmp_path_factory):
 
     def with_room(block, numbers):
         kept = costs.saved_bytes[block] + costs.head_bytes + costs.tokens * costs.input_bytes * (48 + 8)
-        return Capability(memory_bytes=least + kept + 24 * numbers)
+        return DeviceProfile(memory_bytes=least + kept + 24 * numbers)
 
     some = [
-        Capability(device="server"),
-        Capability(device="slow", flop_per_s=5e6, up_bytes_per_s=1e4, down_bytes_per_s=1e4),
+        DeviceProfile(device="server"),
+        DeviceProfile(device="slow", flop_per_s=5e6, up_bytes_per_s=1e4, down_bytes_per_s=1e4),
         replace(with_room(1, 200), device="small"),
         replace(with_room(0, 3000), device="middling"),
     ]
@@ -46,7 +46,7 @@ def devices(tmp_path_factory):
 
 
 def peers(party, devices):
-    return [Peer(k, party.samples(k), can) for k, can in enumerate(read_devices(devices))]
+    return [ClientInfo(k, party.samples(k), can) for k, can in enumerate(read_devices(devices))]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_bytes_are_those_of_the_layers_and_of_the_scores(played, devices, tmp_pa
     state = party.strategy.init(party.layout)
     for peer in peers(party, devices):
         told = party.strategy.configure(state, 1, peer).tensors
-        layers = pairs(told)
+        layers = lora_factors(told)
         numbers = sum(layer.rank * (layer.b.shape[0] + layer.a.shape[1]) for layer in layers.values())
         assert payload(folder, 1, "down")[peer.index] == 4 * numbers + header(told)
         answer = {**told, SCORES: torch.zeros(len(layers))}
@@ -115,7 +115,7 @@ def test_resume_equals_uninterrupted(played, tmp_path):
 
 def test_it_is_exact_where_the_ranks_add_up_to_no_more(tmp_path):
     """Two clients of rank 4 at most, and a global rank of 8: in float32, to rounding."""
-    write_devices(tmp_path / "devices.csv", [Capability(max_rank=4.0, memory_bytes=2e8)])
+    write_devices(tmp_path / "devices.csv", [DeviceProfile(max_rank=4.0, memory_bytes=2e8)])
     words = (*WORDS, f"population.devices={tmp_path / 'devices.csv'}", "population.clients=2", "population.cohort=2")
     run_local(small(*words, "rounds=3", out=tmp_path / "run"))
     errors = [float(row["aggregation_error"]) for row in rows(tmp_path / "run", "metrics.csv")[1:]]
@@ -185,8 +185,8 @@ def test_what_a_message_leaves_out_waits_for_one_that_has_the_layer(tmp_path):
     words = ("method=fedpipe", "codec_up=topk", "codec_up.density=0.05", "codec_up.feedback=true")
     party = Party(small(*words, out=tmp_path / "run"))
     state = party.strategy.init(party.layout)
-    whole = party.strategy.configure(state, 1, Peer(0, 9))
-    one, other = sorted(pairs(state.adapter))[:2]
+    whole = party.strategy.configure(state, 1, ClientInfo(0, 9))
+    one, other = sorted(lora_factors(state.adapter))[:2]
 
     def turn(number, *modules):
         tensors = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(modules)}
@@ -194,7 +194,7 @@ def test_what_a_message_leaves_out_waits_for_one_that_has_the_layer(tmp_path):
         meant = party.turn(RUN, 0, number, told)
         content = party.answer(RUN, 0, number, told)
         sent = decode(party.codec_up, wire.blob_of(content), party.known(told))
-        return meant.tensors, sent, party.residuals.recall(RUN, 0, number + 1)
+        return meant.tensors, sent, party.residuals.load(RUN, 0, number + 1)
 
     meant, sent, first = turn(1, one, other)
     name = name_of(other, "lora_B")
@@ -214,9 +214,9 @@ def test_a_rank_that_changes_starts_anew(tmp_path):
     party = Party(small(*words, out=tmp_path / "run"))
     state = party.strategy.init(party.layout)
     for number, rank in ((1, 8), (2, 2), (3, 8)):
-        told = party.strategy.configure(state, number, Peer(0, 9, Capability(max_rank=float(rank))))
+        told = party.strategy.configure(state, number, ClientInfo(0, 9, DeviceProfile(max_rank=float(rank))))
         party.answer(RUN, 0, number, told)
-        kept = pairs(party.residuals.recall(RUN, 0, number + 1))
+        kept = lora_factors(party.residuals.load(RUN, 0, number + 1))
         assert {product.rank for product in kept.values()} == {rank}
 
 
@@ -260,12 +260,12 @@ def test_the_server_evaluates_all_layers(tmp_path):
     """After a turn of one layer at one rank the server's model has them all, at the largest."""
     party = Party(small("method=fedpipe", out=tmp_path / "run"))
     state = party.strategy.init(party.layout)
-    tight = Capability(memory_bytes=party.costs.base_bytes["32"] + party.costs.fixed_bytes + 2.2e5)
-    told = party.strategy.configure(state, 1, Peer(0, 9, tight))
-    assert 0 < len(pairs(told.tensors)) < 4
+    tight = DeviceProfile(memory_bytes=party.costs.base_bytes["32"] + party.costs.fixed_bytes + 2.2e5)
+    told = party.strategy.configure(state, 1, ClientInfo(0, 9, tight))
+    assert 0 < len(lora_factors(told.tensors)) < 4
     party.turn(RUN, 0, 1, told)
     moved = {name: tensor + 0.1 for name, tensor in state.adapter.items()}
-    party.install(party.strategy.configure(replace(state, adapter=moved), 2, Peer(SERVER, 1)), {})
+    party.install(party.strategy.configure(replace(state, adapter=moved), 2, ClientInfo(SERVER, 1)), {})
     assert all(torch.equal(party.model.adapter()[name], tensor) for name, tensor in moved.items())
     score = party.evaluate()
     fresh = Party(small("method=fedpipe", out=tmp_path / "run"))

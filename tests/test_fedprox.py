@@ -18,7 +18,7 @@ from toy import SHAPES, A, B, Endless, Toy, drawn, quadratic
 
 from clients.first_order import FirstOrder, proximal
 from fedtune.config.compose import compose
-from fedtune.core.protocol import Instruction, Peer, Update
+from fedtune.core.protocol import ClientInfo, Instruction, Update
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.workspace.party import Party
 from strategies.fedit import FedIT
@@ -31,7 +31,7 @@ RUN = "0" * 16
 def turn(*words):
     party = Party(compose([*SMALL, *words]))
     state = party.strategy.init(party.model.layout)
-    return state, party.turn(RUN, 0, 1, party.strategy.configure(state, 1, Peer(0, 1)))
+    return state, party.turn(RUN, 0, 1, party.strategy.configure(state, 1, ClientInfo(0, 1)))
 
 
 def distance(state, update):
@@ -108,7 +108,7 @@ def test_the_server_is_fedits():
         return {name: torch.from_numpy(rng.standard_normal(shape)).float() for name, shape in SHAPES.items()}
 
     start = adapter()
-    replies = [(Peer(index, n), Update(adapter(), n)) for index, n in enumerate((1, 7, 2))]
+    replies = [(ClientInfo(index, n), Update(adapter(), n)) for index, n in enumerate((1, 7, 2))]
     mine = FedProx().aggregate(State(start), 1, replies)
     theirs = FedIT().aggregate(FedITState(start), 1, replies)
     assert state_sha256(mine) == state_sha256(theirs)

@@ -13,7 +13,7 @@ from layers import layout, reply
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
-from fedtune.core.protocol import SERVER, Peer
+from fedtune.core.protocol import SERVER, ClientInfo
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
 from fedtune.workspace.party import Party
@@ -32,9 +32,9 @@ def test_a_alone_travels_and_is_averaged_by_samples():
     for name, mean in after.adapter.items():
         zero, one = (update.tensors[name] for _, update in replies)
         torch.testing.assert_close(mean, zero / 4 + 3 * one / 4, rtol=1e-12, atol=1e-12)
-    told = method.configure(after, 2, Peer(0, 1))
+    told = method.configure(after, 2, ClientInfo(0, 1))
     assert sum(t.numel() for t in told.tensors.values()) == 40
-    assert method.configure(after, 2, Peer(1, 1)).tensors is told.tensors
+    assert method.configure(after, 2, ClientInfo(1, 1)).tensors is told.tensors
 
 
 def test_an_update_with_b_in_it_is_refused():
@@ -56,13 +56,13 @@ def test_each_client_finds_its_own_b_again_and_nobody_elses(tmp_path):
     state = party.strategy.init(party.model.layout)
     left = {}
     for index in (0, 1):
-        told = party.strategy.configure(state, 1, Peer(index, 1))
+        told = party.strategy.configure(state, 1, ClientInfo(index, 1))
         update = party.turn(RUN, index, 1, told)
         assert all("lora_A" in name for name in update.tensors)
         left[index] = bs(party)
         assert all(tensor.any() for tensor in left[index].values())
     assert not any(torch.equal(left[0][name], left[1][name]) for name in left[0])
-    told = party.strategy.configure(state, 2, Peer(0, 1))
+    told = party.strategy.configure(state, 2, ClientInfo(0, 1))
     for index in (1, 0):
         party.install(told, party.memory.recall(RUN, index, 2))
         held = bs(party)
@@ -70,7 +70,7 @@ def test_each_client_finds_its_own_b_again_and_nobody_elses(tmp_path):
     for run, index in ((RUN, 2), ("1" * 16, 0)):  # a client, and a run, that did not train yet
         party.install(told, party.memory.recall(run, index, 2))
         assert not any(tensor.any() for tensor in bs(party).values())
-    party.install(party.strategy.configure(state, 2, Peer(SERVER, 1)), {})
+    party.install(party.strategy.configure(state, 2, ClientInfo(SERVER, 1)), {})
     assert not any(tensor.any() for tensor in bs(party).values())
 
 
@@ -78,7 +78,7 @@ def test_a_second_turn_goes_on_from_the_b_of_the_first(tmp_path):
     """The same turn without the memory has another result, and one whose memory came through the disk has the same."""
     party, again = party_in(tmp_path / "one"), party_in(tmp_path / "again")
     state = party.strategy.init(party.model.layout)
-    told = party.strategy.configure(state, 1, Peer(0, 1))
+    told = party.strategy.configure(state, 1, ClientInfo(0, 1))
     for each in (party, again):
         each.turn(RUN, 0, 1, told)
     forgetful = again.turn("1" * 16, 0, 2, told)
@@ -90,7 +90,7 @@ def test_a_second_turn_goes_on_from_the_b_of_the_first(tmp_path):
 def test_a_turn_that_fails_leaves_the_b_from_before(tmp_path, monkeypatch):
     party = party_in(tmp_path)
     state = party.strategy.init(party.model.layout)
-    told = party.strategy.configure(state, 1, Peer(0, 1))
+    told = party.strategy.configure(state, 1, ClientInfo(0, 1))
     party.turn(RUN, 0, 1, told)
     before = state_sha256(party.memory.recall(RUN, 0, 2))
     monkeypatch.setattr("clients.first_order.fit", lambda *_, **__: 1 / 0)

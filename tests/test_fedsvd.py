@@ -10,8 +10,8 @@ from layers import SCALING, dense, distance, ideal, layout, reply
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.core.protocol import Peer
-from fedtune.lowrank.algebra import pairs
+from fedtune.core.protocol import ClientInfo
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.workspace.party import Party
 from strategies.fedsvd import FedSVD
 
@@ -37,7 +37,7 @@ def replies_of(count, seed=0, shapes=NARROW):
 
 
 def check_orthonormal(adapter, atol=1e-12):
-    for product in pairs(adapter).values():
+    for product in lora_factors(adapter).values():
         np.testing.assert_allclose(product.a @ product.a.T, np.eye(4), atol=atol)
 
 
@@ -45,9 +45,9 @@ def test_a_is_orthonormal_from_the_start_and_spans_what_it_spanned():
     first = start()
     state = FedSVD().init(first)
     check_orthonormal(state.adapter)
-    for module, product in pairs(state.adapter).items():
+    for module, product in lora_factors(state.adapter).items():
         assert not product.b.any()
-        old = pairs(first.initial)[module].a
+        old = lora_factors(first.initial)[module].a
         np.testing.assert_allclose(old @ product.a.T @ product.a, old, atol=1e-12)
 
 
@@ -66,7 +66,7 @@ def test_it_is_exact_round_after_round(count, rounds):
 def test_b_holds_the_singular_values_in_order():
     method = FedSVD()
     state = method.aggregate(method.init(start()), 1, replies_of(3))
-    for module, product in pairs(state.adapter).items():
+    for module, product in lora_factors(state.adapter).items():
         values = np.linalg.svd(dense(state.adapter)[module].numpy(), compute_uv=False)
         rank = min(4, len(values))
         np.testing.assert_allclose(product.b.norm(dim=0)[:rank], values[:rank], rtol=1e-12)
@@ -88,7 +88,7 @@ def test_identical_clients_are_a_fixed_point():
     state = method.init(start())
     (peer, update), *_ = replies_of(1)
     alone = method.aggregate(state, 1, [(peer, update)])
-    together = method.aggregate(state, 1, [(Peer(k, 9), update) for k in range(5)])
+    together = method.aggregate(state, 1, [(ClientInfo(k, 9), update) for k in range(5)])
     assert distance(dense(together.adapter), dense(alone.adapter)) < 1e-12
 
 
@@ -96,7 +96,7 @@ def test_bytes_are_those_of_both_down_and_of_b_up():
     """r (m + n) and r m numbers: m = 5 and 2, n = 6 and 7."""
     method = FedSVD()
     state = method.init(start())
-    told = method.configure(state, 1, Peer(0, 1))
+    told = method.configure(state, 1, ClientInfo(0, 1))
     assert told.settings == {"train": "lora_B"}
     assert sum(t.numel() for t in told.tensors.values()) == 4 * (5 + 6 + 2 + 7)
     ((peer, update),) = replies_of(1)
@@ -126,8 +126,8 @@ def test_a_start_with_a_product_of_its_own_keeps_it():
 def test_a_real_turn_trains_b_alone():
     party = Party(compose([*SMALL, "method=fedsvd", "train.weight_decay=0.1"]))
     state = party.strategy.init(party.model.layout)
-    update = party.turn("0" * 16, 1, 1, party.strategy.configure(state, 1, Peer(1, 9)))
-    party.strategy.validate(state, 1, Peer(1, 9), update)
-    for module, held in pairs(party.model.adapter()).items():
-        assert torch.equal(held.a, pairs(state.adapter)[module].a)
+    update = party.turn("0" * 16, 1, 1, party.strategy.configure(state, 1, ClientInfo(1, 9)))
+    party.strategy.validate(state, 1, ClientInfo(1, 9), update)
+    for module, held in lora_factors(party.model.adapter()).items():
+        assert torch.equal(held.a, lora_factors(state.adapter)[module].a)
         assert held.b.any()

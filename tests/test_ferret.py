@@ -24,8 +24,8 @@ from torch import nn
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
-from fedtune.core.protocol import SERVER, Layout, Peer, Slot, Update
-from fedtune.lowrank.residual import FROM, VERSION, installed_version
+from fedtune.core.protocol import SERVER, ClientInfo, Layout, Slot, Update
+from fedtune.lowrank.residual import FROM, VERSION, base_version
 from fedtune.random_directions.hash_noise import KURTOSIS, values
 from fedtune.random_directions.weights import SeededWeights
 from fedtune.runs.checkpoint import state_sha256
@@ -62,7 +62,7 @@ def weights(dtype=torch.float32):
 
 def answer(budget, slopes, client=0):
     tensors = {BUDGET: torch.tensor(budget, dtype=torch.int32), SLOPES: torch.tensor(slopes, dtype=torch.int32)}
-    return Peer(client, 9), Update(tensors, 1)
+    return ClientInfo(client, 9), Update(tensors, 1)
 
 
 def blank(blocks=2, directions=5):
@@ -224,10 +224,10 @@ def test_an_update_that_cannot_be_written_down_is_the_clients_error():
 def test_a_hostile_answer_is_refused_by_name(tensors, why):
     _, good = answer([2, 3], [1, 2, 3, 4, 5])
     method = Ferret(Projection(5))
-    method.validate(blank(), 1, Peer(0, 9), good)
+    method.validate(blank(), 1, ClientInfo(0, 9), good)
     given = tensors and ({**good.tensors, **tensors} if "seeds" not in tensors else tensors)
     with pytest.raises(WireError, match=why):
-        method.validate(blank(), 1, Peer(0, 9), Update(given, 1))
+        method.validate(blank(), 1, ClientInfo(0, 9), Update(given, 1))
 
 
 def test_a_sum_that_might_not_fit_ends_the_run():
@@ -266,7 +266,7 @@ def play(one, rounds, cohort):
     for number in range(1, rounds + 1):
         replies = []
         for index in cohort(number):
-            peer = Peer(index, one.samples(index), installed_version=versions.get(index, 0))
+            peer = ClientInfo(index, one.samples(index), base_version=versions.get(index, 0))
             told = method.configure(states[-1], number, peer)
             update = one.turn(RUN, index, number, told)
             method.validate(states[-1], number, peer, update)
@@ -296,13 +296,13 @@ def test_who_was_away_holds_the_same_bits_as_who_was_there(tmp_path):
     for index, known in ((0, 4), (1, 0), (1, 0)):
         process = one if len(found) < 2 else party(tmp_path / "other")
         memory = one.memory.recall(RUN, index, 9)
-        assert installed_version(memory) == known
-        told = method.configure(states[3], 4, Peer(index, 1, installed_version=known))
+        assert base_version(memory) == known
+        told = method.configure(states[3], 4, ClientInfo(index, 1, base_version=known))
         assert (told.settings[FROM], len(told.tensors[SLOPES])) == (known, 6 - known)
         process.install(told, memory)
-        assert installed_version(memory) == 6
+        assert base_version(memory) == 6
         found.append(held(process))
-    one.install(method.configure(states[3], 4, Peer(SERVER, 1)), {})
+    one.install(method.configure(states[3], 4, ClientInfo(SERVER, 1)), {})
     assert all(same(found[0], other) for other in [*found[1:], held(one)])
     assert found[0].keys() == {slot.name for slot in one.model.layout.slots}
     assert any(total.any() for total, _ in found[0].values())
@@ -312,7 +312,7 @@ def test_a_turn_leaves_nothing_behind(tmp_path):
     """What clients answer doesn't depend on whose steps the model has taken before."""
     one, other = party(tmp_path / "one"), party(tmp_path / "other")
     state = play(one, 1, lambda number: (0, 1))[-1]
-    told = [one.strategy.configure(state, 2, Peer(index, 1)) for index in (2, 3)]
+    told = [one.strategy.configure(state, 2, ClientInfo(index, 1)) for index in (2, 3)]
     one.turn(RUN, 2, 2, told[0])
     after, alone = one.turn(RUN, 3, 2, told[1]), other.turn(RUN, 3, 2, told[1])
     assert state_sha256(after.tensors) == state_sha256(alone.tensors)
@@ -323,9 +323,9 @@ def test_bytes_each_way(tmp_path):
     """Up 4 (K + L); down 4 (K + L + 2) for each answer that is new. K = 256, and L = 8 by the rule on blocks."""
     one = party(tmp_path)
     states = play(one, 1, lambda number: (0, 1))
-    update = one.turn(RUN, 2, 2, one.strategy.configure(states[1], 2, Peer(2, 1)))
+    update = one.turn(RUN, 2, 2, one.strategy.configure(states[1], 2, ClientInfo(2, 1)))
     assert sum(tensor.nbytes for tensor in update.tensors.values()) == 4 * (256 + 8)
-    told = one.strategy.configure(states[1], 2, Peer(2, 1))
+    told = one.strategy.configure(states[1], 2, ClientInfo(2, 1))
     assert sum(tensor.nbytes for tensor in told.tensors.values()) == 2 * 4 * (256 + 8 + 2)
 
 
@@ -333,7 +333,7 @@ def test_a_client_that_is_told_of_the_wrong_rounds_says_so(tmp_path):
     one = party(tmp_path)
     model = SimpleNamespace(layout=one.model.layout, seeded=one.model.seeded)
     state = State(*(torch.cat([tensor] * 2) for tensor in vars(one_answer(one)).values()))
-    told = one.strategy.configure(state, 2, Peer(0, 1, installed_version=1))
+    told = one.strategy.configure(state, 2, ClientInfo(0, 1, base_version=1))
     with pytest.raises(ClientError, match="go on from number 1; this client knows 0"):
         one.client.receive(model, told, {})
     told.tensors[BUDGET] = told.tensors[BUDGET][:0]

@@ -11,8 +11,8 @@ from layers import SCALING, dense, distance, ideal, layout, reply
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
-from fedtune.core.protocol import Instruction, Peer
-from fedtune.lowrank.algebra import pairs
+from fedtune.core.protocol import ClientInfo, Instruction
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.workspace.party import Party
 from strategies.ffa_lora import FFALoRA
 
@@ -62,29 +62,29 @@ def party_with(*overrides):
 def test_a_does_not_move_in_a_real_turn(overrides):
     """Frozen after the adapters were attached, and not dragged along by weight decay."""
     party = party_with(*overrides)
-    start = pairs(party.model.layout.initial)
+    start = lora_factors(party.model.layout.initial)
     assert all(product.a.any() for product in start.values())
     state = party.strategy.init(party.model.layout)
-    peer = Peer(1, party.samples(1), rank=3, scaling=4.0) if overrides else Peer(1, party.samples(1))
+    peer = ClientInfo(1, party.samples(1), rank=3, scaling=4.0) if overrides else ClientInfo(1, party.samples(1))
     update = party.turn(RUN, 1, 1, party.strategy.configure(state, 1, peer))
     party.strategy.validate(state, 1, peer, update)
-    for module, held in pairs(party.model.adapter()).items():
+    for module, held in lora_factors(party.model.adapter()).items():
         assert torch.equal(held.a, start[module].a[: held.rank])
         assert held.rank == (3 if overrides else 8)
         assert held.b.any()
 
 
 def test_every_party_has_the_same_a():
-    one, other = (pairs(party_with().model.layout.initial) for _ in range(2))
+    one, other = (lora_factors(party_with().model.layout.initial) for _ in range(2))
     assert all(torch.equal(one[module].a, other[module].a) for module in one)
-    differently = pairs(party_with("seed=1").model.layout.initial)
+    differently = lora_factors(party_with("seed=1").model.layout.initial)
     assert not any(torch.equal(one[module].a, differently[module].a) for module in one)
 
 
 def test_the_next_client_can_train_all_again():
     party = party_with()
     state = party.strategy.init(party.model.layout)
-    party.turn(RUN, 0, 1, party.strategy.configure(state, 1, Peer(0, 1)))
+    party.turn(RUN, 0, 1, party.strategy.configure(state, 1, ClientInfo(0, 1)))
     party.install(Instruction({}), {})
     assert party.model.trained().keys() == party.model.layout.initial.keys()
 

@@ -10,8 +10,8 @@ from layers import RANK, SCALING, dense, distance, factors, ideal, layout, reply
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
-from fedtune.core.protocol import Peer, Update
-from fedtune.lowrank.algebra import pairs
+from fedtune.core.protocol import ClientInfo, Update
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.workspace.party import Party
 from strategies.flexlora import FlexLoRA
 
@@ -46,7 +46,7 @@ def test_it_is_exact_where_the_ranks_add_up_to_no_more(ranks, scaling):
 @given(CLIENTS, st.integers(1, RANK), st.sampled_from([0.5, SCALING, 8.0]))
 def test_a_client_is_sent_the_best_of_its_rank_at_its_scaling(clients, rank, scaling):
     replies = [reply(k, r, s, n) for k, (r, s, n) in enumerate(clients)]
-    told = FlexLoRA().configure(aggregate(replies), 2, Peer(0, 1, rank=rank, scaling=scaling))
+    told = FlexLoRA().configure(aggregate(replies), 2, ClientInfo(0, 1, rank=rank, scaling=scaling))
     assert told.settings == {"rank": rank, "scaling": scaling}
     found = dense(told.tensors, scaling)
     for module, matrix in ideal(replies).items():
@@ -57,7 +57,7 @@ def test_a_client_is_sent_the_best_of_its_rank_at_its_scaling(clients, rank, sca
 def test_all_of_the_singular_values_stand_in_b():
     """A's rows are orthonormal; the columns of s B have the singular values as lengths."""
     replies = [reply(k, RANK, 3.0, 1 + k) for k in range(3)]
-    for module, product in pairs(aggregate(replies).adapter).items():
+    for module, product in lora_factors(aggregate(replies).adapter).items():
         rank = min(RANK, *product.b.shape, *product.a.shape)
         np.testing.assert_allclose(product.a[:rank] @ product.a[:rank].T, np.eye(rank), atol=1e-12)
         lengths = SCALING * product.b.norm(dim=0)[:rank]
@@ -67,7 +67,7 @@ def test_all_of_the_singular_values_stand_in_b():
 def test_components_that_nobody_trained_can_still_be_trained():
     """One client of rank 1 of four: were A and B both zero in the others, no gradient would ever reach them."""
     state = aggregate([reply(0, 1, 2.0, 1)])
-    for product in pairs(state.adapter).values():
+    for product in lora_factors(state.adapter).values():
         assert not product.b[:, 1:].any()
         assert (product.a.norm(dim=1) > 0.1).all()
 
@@ -96,24 +96,24 @@ def test_in_float32_it_is_exact_to_float32():
 def test_bytes_are_those_of_the_clients_rank(rank):
     method = FlexLoRA()
     state = method.init(layout())
-    told = method.configure(state, 1, Peer(0, 1, rank=rank, scaling=SCALING))
+    told = method.configure(state, 1, ClientInfo(0, 1, rank=rank, scaling=SCALING))
     assert sum(t.numel() for t in told.tensors.values()) == rank * (8 + 11)
-    method.validate(state, 1, Peer(0, 1, rank=rank, scaling=1.0), Update(factors(rank, 1), 1))
+    method.validate(state, 1, ClientInfo(0, 1, rank=rank, scaling=1.0), Update(factors(rank, 1), 1))
     with pytest.raises(WireError, match=rf"expected float64 \({rank}, 3\), got float64 \({rank + 1}, 3\)"):
-        method.validate(state, 1, Peer(0, 1, rank=rank, scaling=1.0), Update(factors(rank + 1, 1), 1))
+        method.validate(state, 1, ClientInfo(0, 1, rank=rank, scaling=1.0), Update(factors(rank + 1, 1), 1))
 
 
 def test_equal_ranks_are_sent_one_object():
     method = FlexLoRA()
     state = method.init(layout())
-    assert method.configure(state, 1, Peer(0, 1)).tensors is method.configure(state, 1, Peer(1, 9)).tensors
-    assert method.configure(state, 1, Peer(0, 1)).settings == {}
+    assert method.configure(state, 1, ClientInfo(0, 1)).tensors is method.configure(state, 1, ClientInfo(1, 9)).tensors
+    assert method.configure(state, 1, ClientInfo(0, 1)).settings == {}
 
 
 def test_a_real_turn_at_a_rank_and_scaling_of_its_own():
     party = Party(compose([*SMALL, "method=flexlora", "population.ranks=[8,3]"]))
     state = party.strategy.init(party.model.layout)
-    peers = [Peer(0, 9, rank=8, scaling=2.0), Peer(1, 9, rank=3, scaling=16 / 3)]
+    peers = [ClientInfo(0, 9, rank=8, scaling=2.0), ClientInfo(1, 9, rank=3, scaling=16 / 3)]
     for number in (1, 2):
         updates = [party.turn("0" * 16, p.index, number, party.strategy.configure(state, number, p)) for p in peers]
         for peer, update in zip(peers, updates, strict=True):

@@ -17,8 +17,8 @@ from layers import SCALING, SHAPES, dense, distance, factors, ideal, layout, rep
 from clients.fresh import Fresh
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.core.protocol import Layout, Peer, Slot, Update
-from fedtune.lowrank.algebra import pairs
+from fedtune.core.protocol import ClientInfo, Layout, Slot, Update
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.lowrank.residual import from_residual
 from fedtune.lowrank.stacking import State, stacked
 from fedtune.runs.checkpoint import state_sha256
@@ -36,8 +36,8 @@ def by_hand():
     zero = {A: torch.tensor([[1.0, -1]]), B: torch.tensor([[1.0], [0], [2]])}
     one = {A: torch.tensor([[0.0, 1], [1, 0]]), B: torch.tensor([[2.0, 0], [0, 2], [4, 0]])}
     return [
-        (Peer(0, 1, rank=1, scaling=8.0), Update(zero, 1)),
-        (Peer(1, 3, rank=2, scaling=2.0), Update(one, 3)),
+        (ClientInfo(0, 1, rank=1, scaling=8.0), Update(zero, 1)),
+        (ClientInfo(1, 3, rank=2, scaling=2.0), Update(one, 3)),
     ]
 
 
@@ -163,7 +163,7 @@ def test_bytes_are_those_of_the_ranks(method):
         assert sum(t.numel() for t in floats.tensors.values()) == peer.rank * 19
         method.validate(state, 1, peer, floats)
     state = method.aggregate(state, 1, replies)
-    told = method.configure(state, 2, Peer(1, 1, rank=2, scaling=3.0))
+    told = method.configure(state, 2, ClientInfo(1, 1, rank=2, scaling=3.0))
     ranks = {module: product.rank for module, product in from_residual(state.merged.total).items()}
     assert sum(t.numel() for t in told.tensors.values()) == ranks["one"] * 8 + ranks["two"] * 11
     if isinstance(method, FLoRA):
@@ -174,16 +174,16 @@ def test_bytes_are_those_of_the_ranks(method):
 def test_the_controls_bytes_are_those_of_the_weights_each_way():
     method = FullDelta()
     state = method.init(layout(dtype=torch.float32))
-    told = method.configure(state, 1, Peer(0, 1, rank=2, scaling=3.0))
+    told = method.configure(state, 1, ClientInfo(0, 1, rank=2, scaling=3.0))
     assert {name: tuple(t.shape) for name, t in told.tensors.items()} == {"one.delta": (5, 3), "two.delta": (4, 7)}
     assert told.settings == {"rank": 2, "scaling": 3.0}
-    assert method.configure(state, 1, Peer(0, 1)).settings == {}
+    assert method.configure(state, 1, ClientInfo(0, 1)).settings == {}
 
 
 def test_clients_of_one_rank_are_sent_one_encoding():
     method = FLoRA()
     state = method.aggregate(method.init(layout()), 1, [reply(0), reply(1)])
-    one, other = (method.configure(state, 2, Peer(k, 9, installed_version=0)).tensors for k in range(2))
+    one, other = (method.configure(state, 2, ClientInfo(k, 9, base_version=0)).tensors for k in range(2))
     assert all(one[name] is other[name] for name in one)
 
 
@@ -201,7 +201,7 @@ def test_an_update_of_another_form_is_refused_by_name(method, change, said):
     tensors = factors(2, 0, dtype=torch.float32)
     change(tensors)
     with pytest.raises(WireError) as caught:
-        method.validate(method.init(layout()), 1, Peer(0, 1, rank=2, scaling=1.0), Update(tensors, 1))
+        method.validate(method.init(layout()), 1, ClientInfo(0, 1, rank=2, scaling=1.0), Update(tensors, 1))
     assert said in str(caught.value)
 
 
@@ -209,9 +209,9 @@ def test_the_control_takes_matrices_of_the_layers_shape_alone():
     method = FullDelta()
     state = method.init(layout())
     right = {f"{m}.delta": torch.zeros(shape) for m, shape in SHAPES.items()}
-    method.validate(state, 1, Peer(0, 1), Update(right, 1))
+    method.validate(state, 1, ClientInfo(0, 1), Update(right, 1))
     with pytest.raises(WireError, match=r"expected float32 \(5, 3\), got float32 \(3, 5\)"):
-        method.validate(state, 1, Peer(0, 1), Update(right | {"one.delta": torch.zeros(3, 5)}, 1))
+        method.validate(state, 1, ClientInfo(0, 1), Update(right | {"one.delta": torch.zeros(3, 5)}, 1))
 
 
 @pytest.mark.parametrize("method", EXACT, ids=NAMES)
@@ -236,20 +236,20 @@ def test_an_energy_that_is_no_fraction_is_refused(energy):
 
 def turn(*overrides, peer=None, round=1):
     party = Party(compose([*SMALL, *overrides]))
-    peer = peer or Peer(1, 9)
+    peer = peer or ClientInfo(1, 9)
     state = party.strategy.init(party.model.layout)
     return party, party.turn(RUN, peer.index, round, party.strategy.configure(state, round, peer))
 
 
 def test_a_client_begins_anew_with_a_rank_and_a_draw_of_its_own():
     ranks = "population.ranks=[8,3]"
-    party, mine = turn("method=flora", ranks, peer=Peer(1, 9, rank=3, scaling=5.0))
-    assert {product.rank for product in pairs(mine.tensors).values()} == {3}
+    party, mine = turn("method=flora", ranks, peer=ClientInfo(1, 9, rank=3, scaling=5.0))
+    assert {product.rank for product in lora_factors(mine.tensors).values()} == {3}
     assert mine.metrics["scaling"] == 5.0
-    party.strategy.validate(party.strategy.init(party.model.layout), 1, Peer(1, 9, rank=3, scaling=5.0), mine)
-    _, again = turn("method=flora", ranks, peer=Peer(1, 9, rank=3, scaling=5.0))
-    _, other = turn("method=flora", ranks, peer=Peer(0, 9, rank=3, scaling=5.0))
-    _, later = turn("method=flora", ranks, peer=Peer(1, 9, rank=3, scaling=5.0), round=2)
+    party.strategy.validate(party.strategy.init(party.model.layout), 1, ClientInfo(1, 9, rank=3, scaling=5.0), mine)
+    _, again = turn("method=flora", ranks, peer=ClientInfo(1, 9, rank=3, scaling=5.0))
+    _, other = turn("method=flora", ranks, peer=ClientInfo(0, 9, rank=3, scaling=5.0))
+    _, later = turn("method=flora", ranks, peer=ClientInfo(1, 9, rank=3, scaling=5.0), round=2)
     for name, tensor in mine.tensors.items():
         assert torch.equal(tensor, again.tensors[name])
         assert not torch.equal(tensor, other.tensors[name])
@@ -260,8 +260,8 @@ def test_a_is_drawn_by_the_clients_key():
     """Steps so small that A stays where it began: uniform in +-1/sqrt(48)."""
     started = []
     for index in (0, 1):
-        _, update = turn("method=flora", "train.lr=1e-9", peer=Peer(index, 9))
-        started.append([product.a for product in pairs(update.tensors).values()])
+        _, update = turn("method=flora", "train.lr=1e-9", peer=ClientInfo(index, 9))
+        started.append([product.a for product in lora_factors(update.tensors).values()])
     for one, other in zip(*started, strict=True):
         assert (one - other).abs().mean() > 0.3 / 48**0.5  # of two independent draws: 2/3 of the bound
         assert 0.9 / 48**0.5 < one.abs().max() < 1.001 / 48**0.5
@@ -269,7 +269,7 @@ def test_a_is_drawn_by_the_clients_key():
 
 @pytest.mark.parametrize("scaling", [2.0, 5.0])
 def test_the_control_sends_what_flora_sends_multiplied_out(scaling):
-    peer = Peer(1, 9, rank=3, scaling=scaling)
+    peer = ClientInfo(1, 9, rank=3, scaling=scaling)
     _, short = turn("method=flora", "population.ranks=[8,3]", peer=peer)
     party, long = turn("method=full_delta", "population.ranks=[8,3]", peer=peer)
     assert isinstance(party.client, Fresh)

@@ -32,7 +32,7 @@ from test_clock import bytes_of, unit, without_real_seconds
 from test_contract import tampering_app
 
 from fedtune.core.errors import ConfigError, QuorumError
-from fedtune.core.protocol import Peer
+from fedtune.core.protocol import ClientInfo
 from fedtune.runs.checkpoint import load_checkpoint, state_sha256
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.workspace.party import Party
@@ -71,14 +71,14 @@ def test_three_devices_by_hand(method, devices, small_run, tmp_path):
         assert [begun for _, begun, _ in read] == pytest.approx([begun for _, begun, _ in came], rel=1e-9)
         for row in lines:
             assert float(row["compute_seconds"]) == pytest.approx(SLOWER[int(row["peer"])] * unit, rel=1e-9)
-            assert row["not_counted"] == ""
+            assert row["excluded_reason"] == ""
         end = max(begun + SLOWER[peer] for peer, begun, _ in came)
         assert float(metrics[number]["virtual_seconds"]) == pytest.approx(end * unit, rel=1e-9)
         assert metrics[number]["clients"] == str(len(came))
         replies = []
         for index, _, staleness in came:
             version = number - 1 - staleness
-            peer = Peer(index, party.samples(index), staleness=staleness)
+            peer = ClientInfo(index, party.samples(index), staleness=staleness)
             told = party.strategy.configure(states[version], version + 1, peer)
             update = party.turn("0" * 16, index, version + 1, told)
             replies.append((peer, replace(update, start=told.tensors)))
@@ -158,7 +158,7 @@ def test_who_drops_out_is_drawn_by_the_seed(devices, small_run):
         if (row["direction"], row["part"]) == ("down", "train")
     }
     assert failures == {place for place in asked if unit("dropout", *place) < 0.4} != set()
-    assert len([row for row in rows(folder, "clock.csv") if row["not_counted"]]) == len(failures)
+    assert len([row for row in rows(folder, "clock.csv") if row["excluded_reason"]]) == len(failures)
 
 
 def test_a_client_that_does_not_come_back_has_answered_all_the_same(devices, tmp_path, small_run):

@@ -6,7 +6,7 @@ from threading import Thread
 import httpx
 import pytest
 
-from fedtune.wire.flower_private import outlast
+from fedtune.wire.flower_private import retry_on_server_error
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def ask():
 def test_an_error_of_the_superlinks_own_is_outlasted(ask):
     request, codes = ask
     codes += [500, 503, 200]
-    assert outlast(request, pauses=(0, 0)) == 200
+    assert retry_on_server_error(request, pauses=(0, 0)) == 200
     assert codes == []
 
 
@@ -46,5 +46,5 @@ def test_what_does_not_pass_is_raised(ask, code, left):
     request, codes = ask
     codes += [code, 500, 500]
     with pytest.raises(httpx.HTTPStatusError, match=str(code)):
-        outlast(request, pauses=(0, 0))
+        retry_on_server_error(request, pauses=(0, 0))
     assert codes == left

@@ -28,7 +28,7 @@ from fedtune.codecs.raw import Raw
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, QuorumError, WireError
 from fedtune.core.protocol import Instruction, Layout, Slot, Update
-from fedtune.core.seeds import fold
+from fedtune.core.seeds import derive_seed
 from fedtune.runtime.local import LocalGrid, run_local, server_context
 from fedtune.server.flower_strategy import as_flower_strategy
 from fedtune.wire import messages as wire
@@ -126,7 +126,7 @@ def party_app(words):
         index, round = context.node_config["partition-id"], message.content["config"]["server-round"]
         update = party.turn("0" * 16, index, round, wire.unpack_instruction(message.content, party.codec_down)[0])
         update = replace(update, metrics={**update.metrics, "partition-id": index})
-        return Message(wire.pack_update(update, party.codec_up, fold(0, "up", round, index)), reply_to=message)
+        return Message(wire.pack_update(update, party.codec_up, derive_seed(0, "up", round, index)), reply_to=message)
 
     return app, party
 

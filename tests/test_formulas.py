@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.core.csv_cells import guarded, unguarded
-from fedtune.core.protocol import Peer
+from fedtune.core.protocol import ClientInfo
 from fedtune.plan_view import Planned, table_of
 from fedtune.report.comparison import load, write_results
 from fedtune.workspace.party import Party
@@ -69,7 +69,7 @@ def test_results_of_strangers_hold_no_formula(shared_run, tmp_path):
 
 def test_a_plan_holds_no_formula(tmp_path):
     party = Party(small(out=tmp_path))
-    peer = Peer(0, 5, capability=replace(Peer(0, 5).capability, device="=1+1"))
+    peer = ClientInfo(0, 5, capability=replace(ClientInfo(0, 5).capability, device="=1+1"))
     (row,) = csv.DictReader(io.StringIO(table_of(party, [Planned(peer, {}, None, "-too small")])))
     assert row["device"] == "'=1+1"
     assert "'-too small" in row.values()

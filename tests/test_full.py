@@ -11,8 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from fedtune.config.compose import choices, compose
 from fedtune.config.schema import FULL, AdapterSpec, ModelSpec
 from fedtune.core.errors import ConfigError, ModelError, WireError
-from fedtune.core.protocol import Batch, Layout, Peer, Slot, Update
-from fedtune.core.seeds import fold, uniform
+from fedtune.core.protocol import Batch, ClientInfo, Layout, Slot, Update
+from fedtune.core.seeds import derive_seed, uniform
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.adapter_kinds import adaptable
 from fedtune.models.base import load_base
@@ -95,7 +95,7 @@ def test_training_changes_every_weight_and_reset_leaves_no_trace(dtype, optimize
     assert not any(torch.equal(before[name], tensor) for name, tensor in model.read().items())
     model.train_only(["weight"])
     module = "model.layers.0.self_attn.v_proj"
-    model.base_change.set({f"{module}.delta": uniform(5, (24, 48), 0.5)})
+    model.base_delta.set({f"{module}.delta": uniform(5, (24, 48), 0.5)})
     assert not torch.equal(logits(model.module), start)
     model.reset()
     now = model.module.state_dict()
@@ -186,10 +186,10 @@ def test_hashes_of_adapters_layouts_are_what_they_always_were():
 def test_a_client_with_another_base_is_refused_at_the_handshake(tmp_path):
     one, same, other = (full(gpt2(tmp_path / str(n), seed)) for n, seed in enumerate((0, 0, 1)))
     assert one.layout.slots == other.layout.slots
-    greeting = pack_greeting(Peer(0, 3), same.layout.sha256)
-    assert unpack_greeting(greeting, 4, one.layout.sha256) == Peer(0, 3)
+    greeting = pack_greeting(ClientInfo(0, 3), same.layout.sha256)
+    assert unpack_greeting(greeting, 4, one.layout.sha256) == ClientInfo(0, 3)
     with pytest.raises(WireError, match=r"client 0 has other trainable tensors .*\(adapter=none\), it holds another"):
-        unpack_greeting(pack_greeting(Peer(0, 3), other.layout.sha256), 4, one.layout.sha256)
+        unpack_greeting(pack_greeting(ClientInfo(0, 3), other.layout.sha256), 4, one.layout.sha256)
     assert Layout(one.layout.slots, one.layout.initial).sha256 != one.layout.sha256
     # To adapters the base's bits were never part of it: a client may hold it quantized
     lora = [
@@ -202,8 +202,8 @@ def test_a_client_with_another_base_is_refused_at_the_handshake(tmp_path):
 def test_the_average_is_the_weighted_mean_of_all_weights():
     """(1 W_1 + 3 W_2) / 4, in float64 and rounded once."""
     layout, method = full().layout, FedIT()
-    moved = [{n: t + uniform(fold(k, n), t.shape, 0.1) for n, t in layout.initial.items()} for k in (1, 2)]
-    replies = [(Peer(k, n), Update(tensors, n)) for k, (tensors, n) in enumerate(zip(moved, (1, 3), strict=True))]
+    moved = [{n: t + uniform(derive_seed(k, n), t.shape, 0.1) for n, t in layout.initial.items()} for k in (1, 2)]
+    replies = [(ClientInfo(k, n), Update(tensors, n)) for k, (tensors, n) in enumerate(zip(moved, (1, 3), strict=True))]
     after = method.aggregate(method.init(layout), 1, replies).adapter
     for name in layout.initial:
         expected = (moved[0][name].double() + 3 * moved[1][name].double()) / 4

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedtune.config.compose import compose
 from fedtune.config.schema import ADAPTERS, AdapterSpec, DataSpec, ModelSpec
 from fedtune.core.errors import ConfigError
-from fedtune.core.seeds import fold, uniform
+from fedtune.core.seeds import derive_seed, uniform
 from fedtune.data.sources import Example
 from fedtune.data.tokenisation import tokenise
 from fedtune.evaluation.generation import Answer, answerable, answers, exact, greedy, rouge_l
@@ -28,7 +28,9 @@ def local(kind="lora"):
     """The tiny model with an adapter that is far from its start."""
     base = load_base(ModelSpec(name="tiny", dtype="float32"), torch.device("cpu"))
     model = LocalModel(base, AdapterSpec(kind=kind, **({"block_size": 8} if kind == "oft" else {})), 0)
-    model.install({name: start + uniform(fold(1, name), start.shape, 0.3) for name, start in model.adapter().items()})
+    model.install(
+        {name: start + uniform(derive_seed(1, name), start.shape, 0.3) for name, start in model.adapter().items()}
+    )
     return model
 
 

@@ -26,8 +26,8 @@ from layers import SCALING, dense, factors, layout, reply
 from clients.self_pruning import tail
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.core.protocol import SERVER, Layout, Peer, Slot, Update
-from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.core.protocol import SERVER, ClientInfo, Layout, Slot, Update
+from fedtune.lowrank.algebra import lora_factors, name_of
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.local import run_local
 from fedtune.workspace.party import Party
@@ -42,7 +42,7 @@ def by_hand():
     start = {A: torch.zeros(1, 2), B: torch.zeros(3, 1)}
     slots = tuple(Slot(name, tuple(t.shape), "float32", name.split(".")[1], "layer", 2.0) for name, t in start.items())
     replies = [
-        (Peer(k, n), Update({A: torch.tensor([a]), B: torch.tensor(b)[:, None]}, n, {"rank": 1.0}))
+        (ClientInfo(k, n), Update({A: torch.tensor([a]), B: torch.tensor(b)[:, None]}, n, {"rank": 1.0}))
         for k, n, a, b in [(0, 9, [0.0, 2.0], [3.0, 0.0, 4.0]), (1, 1, [3.0, 0.0], [0.0, 6.0, 8.0])]
     ]
     return Layout(slots, start), replies
@@ -79,7 +79,8 @@ def test_the_norm_is_the_trace_of_gram_matrices():
     """||B A||_F^2 = tr((B^T B)(A A^T))."""
     replies = [reply(0, 3, 2.0), reply(1, 2, 1.0)]
     traces = [
-        peer.scaling**2 * sum(float(((p.b.T @ p.b) @ (p.a @ p.a.T)).trace()) for p in pairs(update.tensors).values())
+        peer.scaling**2
+        * sum(float(((p.b.T @ p.b) @ (p.a @ p.a.T)).trace()) for p in lora_factors(update.tensors).values())
         for peer, update in replies
     ]
     roots = [math.sqrt(trace) for trace in traces]
@@ -92,11 +93,11 @@ def test_where_nobody_changed_anything_samples_decide(norm):
     replies = []
     for index, examples in ((0, 1), (1, 3)):
         tensors = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in factors(4, index).items()}
-        replies.append((Peer(index, examples), Update(tensors, examples, {"rank": 4.0})))
+        replies.append((ClientInfo(index, examples), Update(tensors, examples, {"rank": 4.0})))
     method = HetLoRA(norm=norm)
     state = method.aggregate(method.init(layout()), 1, replies)
-    for module, product in pairs(state.adapter).items():
-        zero, one = (pairs(update.tensors)[module] for _, update in replies)
+    for module, product in lora_factors(state.adapter).items():
+        zero, one = (lora_factors(update.tensors)[module] for _, update in replies)
         assert torch.allclose(product.a, 0.25 * zero.a + 0.75 * one.a, rtol=1e-12)
 
 
@@ -149,7 +150,7 @@ def party_with(*overrides):
 def turn(party, state, **hyper):
     """Client 0's second round; with gamma 1/2 its tail is the last two of four components."""
     method = HetLoRA(gamma=0.5, **hyper)
-    return party.turn(RUN, 0, 2, method.configure(state, 2, Peer(0, party.samples(0))))
+    return party.turn(RUN, 0, 2, method.configure(state, 2, ClientInfo(0, party.samples(0))))
 
 
 def with_a_tail(party):
@@ -165,15 +166,15 @@ def with_a_tail(party):
 
 def test_a_client_whose_tail_shrank_gives_it_up_and_one_whose_tail_grew_does_not():
     party = party_with("train.steps=4")
-    method, peer, state = HetLoRA(gamma=0.5), Peer(0, party.samples(0)), with_a_tail(party)
+    method, peer, state = HetLoRA(gamma=0.5), ClientInfo(0, party.samples(0)), with_a_tail(party)
     shrank = turn(party, state, lam=100.0)
     assert shrank.metrics["rank"] == 2
-    assert {p.rank for p in pairs(shrank.tensors).values()} == {2}
+    assert {p.rank for p in lora_factors(shrank.tensors).values()} == {2}
     method.validate(state, 2, peer, shrank)
     start = method.init(party.model.layout)
     grew = turn(party, start, lam=0.0)  # from B = 0 there is no other way
     assert grew.metrics["rank"] == 4
-    assert {p.rank for p in pairs(grew.tensors).values()} == {4}
+    assert {p.rank for p in lora_factors(grew.tensors).values()} == {4}
     method.validate(start, 2, peer, grew)
 
 
@@ -186,8 +187,8 @@ def test_the_penaltys_gradient_reaches_the_factors():
     state, after = with_a_tail(party), {}
     for strength in (0.0, lam):
         turn(party, state, lam=strength)
-        after[strength] = pairs(party.model.adapter())
-    for module, before in pairs(state.adapter).items():
+        after[strength] = lora_factors(party.model.adapter())
+    for module, before in lora_factors(state.adapter).items():
         b, a = before.b[:, 2:].double(), before.a[2:].double()
         moved = (after[lam][module].b - after[0.0][module].b).double()
         torch.testing.assert_close(moved[:, 2:], -lr * lam * a.norm() * b / b.norm(), rtol=1e-3, atol=1e-7)
@@ -207,18 +208,18 @@ def test_at_the_least_rank_nothing_is_penalised_or_pruned():
 def test_a_pruned_rank_lasts():
     method = HetLoRA(gamma=0.5)
     state = method.init(layout())
-    replies = [(Peer(k, 1), Update(factors(rank, k), 1, {"rank": float(rank)})) for k, rank in [(0, 2), (3, 4)]]
+    replies = [(ClientInfo(k, 1), Update(factors(rank, k), 1, {"rank": float(rank)})) for k, rank in [(0, 2), (3, 4)]]
     state = method.aggregate(state, 1, replies)
     assert state.ranks == {"0": 2}
-    told = method.configure(state, 2, Peer(0, 1))
+    told = method.configure(state, 2, ClientInfo(0, 1))
     assert told.settings["rank"] == 2
-    assert {p.rank for p in pairs(told.tensors).values()} == {2}
-    assert method.configure(state, 2, Peer(3, 1)).settings["rank"] == 4
-    assert rank_of(state, Peer(SERVER, 1)) == 4
-    later = method.aggregate(state, 2, [(Peer(0, 1), Update(factors(1, 0), 1, {"rank": 1.0}))])
+    assert {p.rank for p in lora_factors(told.tensors).values()} == {2}
+    assert method.configure(state, 2, ClientInfo(3, 1)).settings["rank"] == 4
+    assert rank_of(state, ClientInfo(SERVER, 1)) == 4
+    later = method.aggregate(state, 2, [(ClientInfo(0, 1), Update(factors(1, 0), 1, {"rank": 1.0}))])
     assert later.ranks == {"0": 1}
-    assert rank_of(later, Peer(0, 1, rank=3)) == 1
-    assert rank_of(later, Peer(5, 1, rank=3)) == 3
+    assert rank_of(later, ClientInfo(0, 1, rank=3)) == 1
+    assert rank_of(later, ClientInfo(5, 1, rank=3)) == 3
 
 
 @pytest.mark.parametrize("claimed", [3.0, 1.0, 5.0, 2.5, None])
@@ -226,13 +227,13 @@ def test_a_rank_that_pruning_cannot_lead_to_is_refused(claimed):
     method = HetLoRA(gamma=0.5)
     metrics = {} if claimed is None else {"rank": claimed}
     with pytest.raises(WireError, match="of rank 4 it may keep 2 or all"):
-        method.validate(method.init(layout()), 1, Peer(0, 1), Update(factors(4, 0), 1, metrics))
+        method.validate(method.init(layout()), 1, ClientInfo(0, 1), Update(factors(4, 0), 1, metrics))
 
 
 def test_tensors_of_another_rank_than_the_one_that_is_named_are_refused():
     method = HetLoRA(gamma=0.5)
     with pytest.raises(WireError, match=r"expected float64 \(2, 3\), got float64 \(4, 3\)"):
-        method.validate(method.init(layout()), 1, Peer(0, 1), Update(factors(4, 0), 1, {"rank": 2.0}))
+        method.validate(method.init(layout()), 1, ClientInfo(0, 1), Update(factors(4, 0), 1, {"rank": 2.0}))
 
 
 def test_a_run_in_which_ranks_shrink_resumes_to_the_same_state(small_run):

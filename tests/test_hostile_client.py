@@ -299,6 +299,6 @@ def test_hostile_clients_of_an_asynchronous_server_are_named(method, tmp_path):
     assert {row["peer"] for row in failures} == {str(index) for index in range(HONEST, CLIENTS)}
     assert all(is_clean(row["error"]) for row in failures)
     counted = rows(tmp_path / "run", "clock.csv")
-    assert {row["peer"] for row in counted if not row["not_counted"]} <= {str(index) for index in range(HONEST)}
+    assert {row["peer"] for row in counted if not row["excluded_reason"]} <= {str(index) for index in range(HONEST)}
     norm = max(float(tensor.norm()) for tensor in state_of(tmp_path / "run", words).adapter.values())
     assert norm < 100

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.core.seeds import bits, fold, permutation, uniform
+from fedtune.core.seeds import bits, derive_seed, permutation, uniform
 
 
 def test_golden_values():
-    assert fold(0, "train", 1, 2) == 1398820550491826134
+    assert derive_seed(0, "train", 1, 2) == 1398820550491826134
     assert bits(7, 3).tolist() == [16086915834549238692, 5448529601018347655, 7749434361382612120]
     assert permutation(7, 6).tolist() == [4, 1, 3, 2, 5, 0]
     # The upper 24 bits as a fraction, stretched from [0, 1) to [-1, 1): exact in float32
@@ -20,7 +20,15 @@ def test_golden_values():
 
 
 def test_paths_that_differ_only_in_where_words_end_have_different_keys():
-    keys = {fold(0, "a", "bc"), fold(0, "ab", "c"), fold(0, "abc"), fold(0, 1), fold(0, "1"), fold(1, 0), fold(10)}
+    keys = {
+        derive_seed(0, "a", "bc"),
+        derive_seed(0, "ab", "c"),
+        derive_seed(0, "abc"),
+        derive_seed(0, 1),
+        derive_seed(0, "1"),
+        derive_seed(1, 0),
+        derive_seed(10),
+    }
     assert len(keys) == 7
 
 

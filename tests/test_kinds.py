@@ -17,13 +17,13 @@ from fedtune.config.compatibility import LOW_RANK, check_traits
 from fedtune.config.compose import choices, compose
 from fedtune.config.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
 from fedtune.core.errors import ConfigError, ModelError
-from fedtune.core.protocol import Batch, Peer, Traits, Update
-from fedtune.core.seeds import bits, fold, uniform
+from fedtune.core.protocol import Batch, ClientInfo, Traits, Update
+from fedtune.core.seeds import bits, derive_seed, uniform
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base
 from fedtune.models.tiny import tiny_model, tiny_tokenizer
 from fedtune.runs.adapter_files import adapter_files
-from fedtune.training.first_order import fit, learnt_logits
+from fedtune.training.first_order import fit, supervised_logits
 from strategies.fedit import FedIT
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def logits(module, tokens=TOKENS):
 def stirred(kind, **adapter):
     """A model whose trainable tensors are all off their start, and its tensors without the longer part of the names."""
     model = local(kind, **adapter)
-    model.install({n: t + uniform(fold(1, n), t.shape, 0.3) for n, t in model.layout.initial.items()})
+    model.install({n: t + uniform(derive_seed(1, n), t.shape, 0.3) for n, t in model.layout.initial.items()})
     short = {n.removeprefix(f"{LAYER}.").removesuffix(".weight"): t for n, t in model.read().items() if LAYER in n}
     return model, short
 
@@ -169,7 +169,7 @@ def test_reset_takes_back_what_training_changed_and_nothing_else_did(kind):
 def test_identical_clients_are_a_fixed_point_of_averaging(kind):
     model, _ = stirred(kind)
     method, update = FedIT(), Update(model.read(), 3)
-    state = method.aggregate(method.init(model.layout), 1, [(Peer(index, 3), update) for index in range(7)])
+    state = method.aggregate(method.init(model.layout), 1, [(ClientInfo(index, 3), update) for index in range(7)])
     assert all(torch.equal(state.adapter[name], tensor) for name, tensor in update.tensors.items())
 
 
@@ -220,7 +220,7 @@ def test_pissas_shift_stays_through_changes_of_the_base_and_in_the_export(tmp_pa
     model, _ = stirred("pissa")
     change = {f"{LAYER}.residual_B": uniform(5, (24, 3), 0.5), f"{LAYER}.residual_A": uniform(6, (3, 48), 0.5)}
     before, x, _ = adapted_and_base(model)
-    model.base_change.set(change)
+    model.base_delta.set(change)
     after, _, _ = adapted_and_base(model)
     assert torch.allclose(
         after - before, x @ (change[f"{LAYER}.residual_B"] @ change[f"{LAYER}.residual_A"]).T, atol=1e-5
@@ -259,8 +259,8 @@ def test_veras_projections_are_keyed_shared_and_cut_to_each_layer():
     """W + diag(b) B[:out] diag(d) A[:, :in]; A and B uniform within sqrt(6 / fan-in)."""
     model, t = stirred("vera", rank=6, targets=["v_proj", "down_proj"])
     a, b = model.constants["base_model.vera_A"], model.constants["base_model.vera_B"]
-    assert torch.equal(a, uniform(fold(0, "adapter", "base_model.vera_A"), (6, 96), math.sqrt(6 / 96)))
-    assert torch.equal(b, uniform(fold(0, "adapter", "base_model.vera_B"), (48, 6), 1.0))
+    assert torch.equal(a, uniform(derive_seed(0, "adapter", "base_model.vera_A"), (6, 96), math.sqrt(6 / 96)))
+    assert torch.equal(b, uniform(derive_seed(0, "adapter", "base_model.vera_B"), (48, 6), 1.0))
     got, x, weight = adapted_and_base(model)
     update = t["vera_lambda_b"][:, None] * b[:24] @ (t["vera_lambda_d"][:, None] * a[:, :48])
     assert torch.allclose(got, x @ (weight + update).T, atol=1e-5)
@@ -326,18 +326,18 @@ def test_virtual_tokens_act_as_the_words_that_they_are_made_of(kind):
     model, words = local(kind, tokens=4), torch.tensor([71, 3, 200, 5])
     model.install({"prompt_embeddings": real_prefix(kind, words)})
     with torch.no_grad():
-        got, labels = learnt_logits(model.module, batch())
+        got, labels = supervised_logits(model.module, batch())
     whole = logits(tiny_model().eval(), torch.cat([words.expand(3, 4), TOKENS], dim=1))[:, 4:-1]
     counts = batch().targets[:, 1:]
     assert torch.equal(labels, TOKENS[:, 1:][counts])
     assert torch.allclose(got, whole[counts], atol=1e-5)
     padded = Batch(torch.nn.functional.pad(TOKENS, (0, 7), value=256), torch.nn.functional.pad(batch().targets, (0, 7)))
     with torch.no_grad():
-        assert torch.allclose(learnt_logits(model.module, padded)[0], got, atol=1e-5)
+        assert torch.allclose(supervised_logits(model.module, padded)[0], got, atol=1e-5)
 
 
 def test_prefix_tuning_starts_from_what_words_drawn_by_key_leave_in_the_base():
-    words = torch.from_numpy(bits(fold(0, "adapter", "prompt_embeddings"), 6) % 260).to(torch.int64)
+    words = torch.from_numpy(bits(derive_seed(0, "adapter", "prompt_embeddings"), 6) % 260).to(torch.int64)
     start = local("prefix_tuning", tokens=6).layout.initial["prompt_embeddings"]
     assert torch.allclose(start, real_prefix("prefix_tuning", words), atol=1e-6)
 

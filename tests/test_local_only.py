@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.core.protocol import SERVER, Peer, Update
-from fedtune.lowrank.algebra import pairs
+from fedtune.core.protocol import SERVER, ClientInfo, Update
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
 from fedtune.workspace.party import Party
@@ -34,7 +34,7 @@ def test_each_client_ends_where_it_would_have_ended_alone(small_run, tmp_path):
         party = Party(compose([*SMALL, "method=fedit", f"out={tmp_path / 'alone'}"]))
         state = party.strategy.init(party.model.layout)
         for round in (1, 2, 3):
-            peer = Peer(index, party.samples(index))
+            peer = ClientInfo(index, party.samples(index))
             update = party.turn(RUN, index, round, party.strategy.configure(state, round, peer))
             state = party.strategy.aggregate(state, round, [(peer, update)])
         assert state_sha256(state.adapter) == state_sha256(adapter)
@@ -87,19 +87,19 @@ def test_every_client_has_the_rank_that_it_was_given(small_run, scaling):
     folder = small_run(*ALL, "population.ranks=[4,2]", f"population.scaling={scaling}")
     start = Party(compose([*SMALL, *ALL, "population.ranks=[4,2]"])).model.layout.initial
     for index, adapter in kept(folder, 2).items():
-        assert {product.rank for product in pairs(adapter).values()} == {(4, 2)[index % 2]}
-        for name, product in pairs(adapter).items():
-            first = pairs(start)[name].a[: product.rank]
+        assert {product.rank for product in lora_factors(adapter).values()} == {(4, 2)[index % 2]}
+        for name, product in lora_factors(adapter).items():
+            first = lora_factors(start)[name].a[: product.rank]
             assert (product.a - first).abs().max() < 0.05  # two turns of AdamW away from the first rows of the start
 
 
 def test_nothing_is_sent_and_anything_that_comes_is_refused():
     party = Party(compose([*SMALL, "method=local_only"]))
     method, state = LocalOnly(), LocalOnly().init(party.model.layout)
-    assert method.configure(state, 1, Peer(0, 1)).tensors == {}
-    method.validate(state, 1, Peer(0, 1), Update({}, 1))
+    assert method.configure(state, 1, ClientInfo(0, 1)).tensors == {}
+    method.validate(state, 1, ClientInfo(0, 1), Update({}, 1))
     with pytest.raises(WireError, match="'x' was not asked for"):
-        method.validate(state, 1, Peer(0, 1), Update({"x": torch.zeros(1)}, 1))
-    assert method.aggregate(state, 1, [(Peer(0, 1), Update({}, 1))]) == State(state.start)
-    party.install(method.configure(state, 1, Peer(SERVER, 1)), {})
+        method.validate(state, 1, ClientInfo(0, 1), Update({"x": torch.zeros(1)}, 1))
+    assert method.aggregate(state, 1, [(ClientInfo(0, 1), Update({}, 1))]) == State(state.start)
+    party.install(method.configure(state, 1, ClientInfo(SERVER, 1)), {})
     assert state_sha256(party.model.adapter()) == state_sha256(party.model.layout.initial)

@@ -13,15 +13,15 @@ from fedtune.lowrank.algebra import (
     LowRank,
     Sum,
     by_energy,
+    lora_factors,
     narrowest,
     norm,
     norm_of,
-    pairs,
-    principal,
+    pad_rank,
     stack,
+    to_adapter,
     truncated,
-    unpair,
-    widened,
+    truncated_svd,
 )
 
 SHAPES = [(7, 5, 3), (5, 7, 3), (4, 9, 6), (9, 4, 6), (4, 5, 11), (6, 8, 1)]  # m, n, r
@@ -39,7 +39,7 @@ def whole(product):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_svd_is_that_of_the_matrix(shape):
     product = drawn(*shape)
-    found, s = principal(product, len)
+    found, s = truncated_svd(product, len)
     k = min(shape)
     assert (found.b.shape, s.shape, found.a.shape) == ((shape[0], k), (k,), (k, shape[1]))
     np.testing.assert_allclose(s, np.linalg.svd(whole(product), compute_uv=False)[:k], rtol=1e-12)
@@ -67,7 +67,7 @@ def test_truncating_what_was_truncated_is_truncating():
 def test_the_svd_of_equal_clients_has_no_rank_but_theirs():
     """Stacked factors of rank 3 r that are as good as rank r: Cholesky's QR would fail here."""
     one = drawn(9, 7, 2)
-    found, s = principal(stack([one] * 3, [0.2, 0.3, 0.5]), len)
+    found, s = truncated_svd(stack([one] * 3, [0.2, 0.3, 0.5]), len)
     np.testing.assert_allclose(whole(found), whole(one), atol=1e-12)
     np.testing.assert_allclose(found.a @ found.a.T, np.eye(6), atol=1e-12)
     assert float(s[2]) < 1e-14 * float(s[0])
@@ -78,7 +78,7 @@ def test_rows_stay_orthonormal_however_alike_the_clients_are(apart):
     """A_k = A_0 + apart * noise: from well-conditioned stacks to singular ones."""
     first, other = drawn(12, 20, 3, 1), drawn(12, 20, 3, 2)
     stacked = stack([first, LowRank(other.b, first.a + apart * other.a)])
-    found, s = principal(stacked, len)
+    found, s = truncated_svd(stacked, len)
     np.testing.assert_allclose(found.a @ found.a.T, np.eye(6), atol=3e-12)
     np.testing.assert_allclose(whole(found), whole(stacked), atol=1e-11)
     np.testing.assert_allclose(s, np.linalg.svd(whole(stacked), compute_uv=False)[:6], atol=1e-12)
@@ -133,14 +133,14 @@ def test_the_narrowest_form_is_the_same_matrix(shape):
 def test_new_rows_stay_within_what_the_old_ones_span():
     """A matrix of zeros, whose singular vectors are the first of the rows themselves."""
     rows = drawn(1, 9, 4, 5).a
-    wide = widened(truncated(LowRank(torch.zeros(2, 4, dtype=torch.float64), rows), 4), 4, rows)
+    wide = pad_rank(truncated(LowRank(torch.zeros(2, 4, dtype=torch.float64), rows), 4), 4, rows)
     np.testing.assert_allclose(rows @ wide.a.T @ wide.a, rows, atol=1e-12)
 
 
 @pytest.mark.parametrize(("rank", "n"), [(5, 9), (9, 9), (12, 9)])
 def test_widening_keeps_the_product_and_leaves_no_dead_component(rank, n):
     product, rows = truncated(drawn(6, n, 3), 3), drawn(1, n, rank, 5).a
-    wide = widened(product, rank, rows)
+    wide = pad_rank(product, rank, rows)
     assert (wide.b.shape, wide.a.shape) == ((6, rank), (rank, n))
     np.testing.assert_allclose(whole(wide), whole(product), atol=1e-12)
     orthonormal = min(rank, n)
@@ -181,8 +181,8 @@ def test_a_sum_is_the_sum_however_it_is_kept(count):
 def test_pairs_are_told_by_name():
     """A layer whose width is the rank: shapes alone tell nothing."""
     a, b = torch.randn(4, 4), torch.randn(4, 4)
-    found = pairs({"x.y.lora_B.weight": b, "x.y.lora_A.weight": a})
+    found = lora_factors({"x.y.lora_B.weight": b, "x.y.lora_A.weight": a})
     assert found.keys() == {"x.y"}
     assert found["x.y"].a is a
     assert found["x.y"].b is b
-    assert unpair(found).keys() == {"x.y.lora_A.weight", "x.y.lora_B.weight"}
+    assert to_adapter(found).keys() == {"x.y.lora_A.weight", "x.y.lora_B.weight"}

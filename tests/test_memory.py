@@ -20,64 +20,64 @@ from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
-from fedtune.training.client_state import Memory
+from fedtune.training.client_state import ClientStateStore
 
 RUN = "0123456789abcdef"
 
 
 def test_a_memory_comes_back_in_a_later_round_and_to_nobody_else(tmp_path):
-    memory = Memory(tmp_path)
-    memory.keep(RUN, 3, 1, {"c": torch.ones(2)})
-    assert memory.recall(RUN, 3, 2)["c"].tolist() == [1, 1]
-    assert memory.recall(RUN, 3, 1) == {}
-    assert memory.recall(RUN, 2, 9) == {}
-    assert memory.recall("f" * 16, 3, 9) == {}
+    memory = ClientStateStore(tmp_path)
+    memory.save(RUN, 3, 1, {"c": torch.ones(2)})
+    assert memory.load(RUN, 3, 2)["c"].tolist() == [1, 1]
+    assert memory.load(RUN, 3, 1) == {}
+    assert memory.load(RUN, 2, 9) == {}
+    assert memory.load("f" * 16, 3, 9) == {}
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8, unique=True))
 def test_any_round_that_may_be_played_again_starts_from_the_same(rounds):
     """After turns in some rounds, the last of them can be played again, and so can any later one."""
     with tempfile.TemporaryDirectory() as folder:
-        memory = Memory(Path(folder))
+        memory = ClientStateStore(Path(folder))
         before = {}
         for round in sorted(rounds):
-            before[round] = memory.recall(RUN, 0, round)
-            memory.keep(RUN, 0, round, {"round": torch.tensor(round)})
+            before[round] = memory.load(RUN, 0, round)
+            memory.save(RUN, 0, round, {"round": torch.tensor(round)})
         last = max(rounds)
-        again = memory.recall(RUN, 0, last)
+        again = memory.load(RUN, 0, last)
         assert {name: int(t) for name, t in again.items()} == {name: int(t) for name, t in before[last].items()}
-        assert int(memory.recall(RUN, 0, last + 1)["round"]) == last
+        assert int(memory.load(RUN, 0, last + 1)["round"]) == last
         assert len(list(Path(folder).rglob("*.safetensors"))) <= 2
 
 
 def test_a_round_played_again_undoes_the_future(tmp_path):
-    memory = Memory(tmp_path)
+    memory = ClientStateStore(tmp_path)
     for round in (1, 2, 3):
-        memory.keep(RUN, 0, round, {"round": torch.tensor(round)})
-    memory.keep(RUN, 0, 2, {"round": torch.tensor(22)})
-    assert int(memory.recall(RUN, 0, 9)["round"]) == 22
+        memory.save(RUN, 0, round, {"round": torch.tensor(round)})
+    memory.save(RUN, 0, 2, {"round": torch.tensor(22)})
+    assert int(memory.load(RUN, 0, 9)["round"]) == 22
 
 
 @pytest.mark.parametrize("run", ["../../../../tmp/x", "", "0123456789ABCDEF", "0" * 15, "0" * 17])
 def test_a_run_id_from_the_network_is_never_a_path(tmp_path, run):
     with pytest.raises(ClientError, match="16 hexadecimal digits"):
-        Memory(tmp_path).keep(run, 0, 1, {"a": torch.ones(1)})
+        ClientStateStore(tmp_path).keep(run, 0, 1, {"a": torch.ones(1)})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_memory_is_named(tmp_path):
-    memory = Memory(tmp_path)
-    memory.keep(RUN, 0, 1, {"a": torch.ones(3)})
+    memory = ClientStateStore(tmp_path)
+    memory.save(RUN, 0, 1, {"a": torch.ones(3)})
     (path,) = tmp_path.rglob("*.safetensors")
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ClientError, match=r"client 0 can't read what it kept in .*safetensors"):
-        memory.recall(RUN, 0, 2)
+        memory.load(RUN, 0, 2)
 
 
 def test_a_disk_that_takes_nothing_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ClientError, match="client 0 can't keep its state"):
-        Memory(tmp_path / "file").keep(RUN, 0, 1, {"a": torch.ones(3)})
+        ClientStateStore(tmp_path / "file").keep(RUN, 0, 1, {"a": torch.ones(3)})
 
 
 def test_resume_equals_uninterrupted_with_clients_that_remember(small_run, tmp_path):

@@ -15,8 +15,8 @@ from layers import distance
 from peft import PeftModel
 from safetensors.torch import load, load_file
 
-from fedtune.core.protocol import SERVER, Peer
-from fedtune.lowrank.residual import FROM, VERSION, from_residual, installed_version, size_of
+from fedtune.core.protocol import SERVER, ClientInfo
+from fedtune.lowrank.residual import FROM, VERSION, base_version, from_residual, size_of
 from fedtune.models.tiny import tiny_model
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.app import make_client_app
@@ -97,7 +97,7 @@ def test_who_was_away_is_sent_what_it_lacks_and_holds_the_servers_bits(method, s
     assert lacking.count(1) >= 2  # ... and somebody wasn't
     for index, number in seen.items():
         memory = kept_by(folder, index, number)
-        assert installed_version(memory) == number - 1
+        assert base_version(memory) == number - 1
         there = states[number - 2].merged.total
         assert memory.keys() == {"version", *there}
         assert all(torch.equal(memory[name], tensor) for name, tensor in there.items())
@@ -196,7 +196,7 @@ def test_the_exported_adapter_is_the_model_that_was_scored(tmp_path):
     party = Party(experiment)
     template = party.strategy.init(party.model.layout)
     state = load_checkpoint(folder / "checkpoint/state.safetensors", template).state
-    party.install(party.strategy.configure(state, 4, Peer(SERVER, 1)), {})
+    party.install(party.strategy.configure(state, 4, ClientInfo(SERVER, 1)), {})
     exported = PeftModel.from_pretrained(tiny_model(), folder / "adapter")
     tokens = torch.arange(24).reshape(2, 12)
     with torch.no_grad():

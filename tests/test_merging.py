@@ -8,15 +8,15 @@ from layers import SHAPES, distance, factors
 
 from fedtune.core.errors import ClientError
 from fedtune.core.protocol import Instruction
-from fedtune.lowrank.algebra import pairs
-from fedtune.lowrank.residual import FROM, VERSION, Merged, from_residual, installed_version, size_of, update_residual
+from fedtune.lowrank.algebra import lora_factors
+from fedtune.lowrank.residual import FROM, VERSION, BaseResidual, base_version, from_residual, size_of, update_residual
 from fedtune.runs.checkpoint import state_sha256
 
 WIDE = {"one": (30, 20), "two": (16, 24)}
 
 
 def change(seed, rank, shapes=WIDE):
-    return pairs(factors(rank, seed, shapes))
+    return lora_factors(factors(rank, seed, shapes))
 
 
 def whole(residual):
@@ -25,7 +25,7 @@ def whole(residual):
 
 def after(ranks, limit=256, shapes=WIDE):
     """The states after merging changes of these ranks, and the dense sums."""
-    states, sums = [Merged()], [{m: torch.zeros(shape, dtype=torch.float64) for m, shape in shapes.items()}]
+    states, sums = [BaseResidual()], [{m: torch.zeros(shape, dtype=torch.float64) for m, shape in shapes.items()}]
     for seed, rank in enumerate(ranks):
         made = change(seed, rank, shapes)
         states.append(states[-1].merge(made, limit))
@@ -58,14 +58,14 @@ def test_whoever_was_away_holds_the_servers_bits_after_one_message(ranks, presen
         for client, memory in enumerate(memories):
             if not there[client]:
                 continue
-            told = state.lacking(known[client])
+            told = state.missing_merges(known[client])
             assert size_of(told.tensors) <= size_of(state.total)
             residual, rest = update_residual(told, memory)
             assert not rest
             assert residual.keys() == state.total.keys()
             assert all(torch.equal(residual[name], tensor) for name, tensor in state.total.items())
             known[client] = int(told.settings[VERSION])
-            assert known[client] == state.version == installed_version(memory)
+            assert known[client] == state.version == base_version(memory)
             assert {name for name in memory if name != "version"} == state.total.keys()
 
 
@@ -73,19 +73,19 @@ def test_a_present_client_is_sent_the_last_merge_alone_and_a_newcomer_all():
     """Ranks 2, 1, 3 of layers with 30 + 20 and 16 + 24: 90 numbers a rank."""
     states, _ = after([2, 1, 3])
     state = states[-1]
-    sizes = [size_of(state.lacking(version).tensors) for version in range(4)]
+    sizes = [size_of(state.missing_merges(version).tensors) for version in range(4)]
     assert sizes == [90 * 6, 90 * (1 + 3), 90 * 3, 0]
-    assert [state.lacking(v).settings for v in range(4)] == [{FROM: v, VERSION: 3} for v in range(4)]
+    assert [state.missing_merges(v).settings for v in range(4)] == [{FROM: v, VERSION: 3} for v in range(4)]
 
 
 def test_a_client_from_the_future_is_sent_all():
     """It kept more than a server that was resumed from an older checkpoint knows of."""
     states, _ = after([2, 1, 3])
-    told = states[2].lacking(3)
+    told = states[2].missing_merges(3)
     memory = {}
-    update_residual(states[3].lacking(0), memory)
+    update_residual(states[3].missing_merges(0), memory)
     residual, _ = update_residual(told, memory)
-    assert installed_version(memory) == 2
+    assert base_version(memory) == 2
     assert all(torch.equal(residual[name], tensor) for name, tensor in states[2].total.items())
 
 
@@ -107,7 +107,7 @@ def test_the_order_of_layers_changes_no_bit():
     shapes = {f"layer{place}": (12, 9) for place in range(30)}
     found = set()
     for shift in range(6):
-        state = Merged()
+        state = BaseResidual()
         for seed in range(3):
             made = list(change(seed, 2, shapes).items())
             state = state.merge(dict(made[5 * shift :] + made[: 5 * shift]), 2)
@@ -119,11 +119,11 @@ def test_the_order_of_layers_changes_no_bit():
 def test_after_a_cut_everybody_is_sent_the_whole():
     states, _ = after([2, 2, 2, 1], limit=2)
     for version in range(3):
-        told = states[3].lacking(version)
+        told = states[3].missing_merges(version)
         assert told.settings == {FROM: 0, VERSION: 3}
         assert size_of(told.tensors) == 90 * 2
-    assert size_of(states[4].lacking(3).tensors) == 90
-    assert states[4].lacking(2).settings == {FROM: 0, VERSION: 4}
+    assert size_of(states[4].missing_merges(3).tensors) == 90
+    assert states[4].missing_merges(2).settings == {FROM: 0, VERSION: 4}
 
 
 def test_a_layer_narrower_than_the_limit_loses_nothing():
@@ -152,14 +152,14 @@ def test_history_is_bounded(limit):
 def test_merges_that_build_on_others_are_refused():
     states, _ = after([1, 1, 1])
     memory = {}
-    update_residual(states[1].lacking(0), memory)
+    update_residual(states[1].missing_merges(0), memory)
     with pytest.raises(ClientError, match="build on version 2 of the base; this client holds 1"):
-        update_residual(states[3].lacking(2), memory)
+        update_residual(states[3].missing_merges(2), memory)
 
 
 def test_what_else_is_sent_and_kept_stays_as_it_is():
     states, _ = after([1, 2])
-    told = states[2].lacking(0)
+    told = states[2].missing_merges(0)
     adapter = {"x.lora_A.weight": torch.ones(1, 2), "x.residual_Bx.1": torch.zeros(1)}
     memory = {"mine": torch.ones(3)}
     _, rest = update_residual(Instruction({**told.tensors, **adapter}, told.settings), memory)
@@ -170,7 +170,7 @@ def test_what_else_is_sent_and_kept_stays_as_it_is():
 def test_without_a_version_nothing_changes():
     states, _ = after([1])
     memory = {}
-    held, _ = update_residual(states[1].lacking(0), memory)
+    held, _ = update_residual(states[1].missing_merges(0), memory)
     again, rest = update_residual(Instruction({"x": torch.ones(1)}), memory)
     assert again.keys() == held.keys()
     assert rest.keys() == {"x"}

@@ -15,7 +15,7 @@ from fedtune.models.adapter_kinds import adaptable
 from fedtune.models.base import PACKAGED, _packaged_file, converted, load_base, pick_device, pick_dtype
 from fedtune.models.tiny import tiny_model, tiny_tokenizer
 from fedtune.runs.adapter_files import adapter_files
-from fedtune.training.first_order import fit, learnt_logits
+from fedtune.training.first_order import fit, supervised_logits
 
 CPU = torch.device("cpu")
 TINY = ModelSpec(name="tiny", dtype="float32")
@@ -128,7 +128,7 @@ def test_logits_are_those_of_the_whole_forward_pass_at_the_learnt_places():
     model = local()
     given = batch()
     with torch.no_grad():
-        logits, labels = learnt_logits(model.module, given)
+        logits, labels = supervised_logits(model.module, given)
         whole = model.module(given.tokens).logits
     counts = given.targets[:, 1:]
     assert torch.equal(labels, given.tokens[:, 1:][counts])
@@ -142,7 +142,9 @@ def test_padding_changes_no_prediction():
         torch.nn.functional.pad(short.tokens, (0, 7), value=256), torch.nn.functional.pad(short.targets, (0, 7))
     )
     with torch.no_grad():
-        assert torch.allclose(learnt_logits(model.module, short)[0], learnt_logits(model.module, wide)[0], atol=1e-5)
+        assert torch.allclose(
+            supervised_logits(model.module, short)[0], supervised_logits(model.module, wide)[0], atol=1e-5
+        )
 
 
 def test_an_sgd_step_is_what_autograd_says():
@@ -294,7 +296,7 @@ class TestSmolLM2:
         given = Batch(words, torch.ones_like(words, dtype=torch.bool))
         settings = {"lr": 3e-3, "optimizer": "adamw", "weight_decay": 0.0, "max_grad_norm": 1.0, "key": 0}
         with torch.inference_mode():  # some layers change their form when they are first evaluated
-            learnt_logits(model.module, given)
+            supervised_logits(model.module, given)
         first = fit(model, [given], steps=1, **settings)
         fit(model, [given] * 6, steps=6, **settings)
         assert fit(model, [given], steps=1, **settings) < first - 0.5

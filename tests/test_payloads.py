@@ -11,7 +11,7 @@ import pytest
 from conftest import SMALL
 
 from fedtune.config.compose import compose
-from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.workspace.party import Party
 
 HEADER = 128
@@ -21,7 +21,7 @@ FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short ex
 def sides():
     """(out, in) of every adapted layer."""
     model = Party(compose([*SMALL, FEW])).model
-    return [(p.b.shape[0], p.a.shape[1]) for p in pairs(model.layout.initial).values()]
+    return [(p.b.shape[0], p.a.shape[1]) for p in lora_factors(model.layout.initial).values()]
 
 
 def both(r):

@@ -9,7 +9,7 @@ from conftest import rows, small
 from fedtune.cli import main
 from fedtune.config.devices import write_devices
 from fedtune.core.errors import QuorumError
-from fedtune.core.protocol import Capability
+from fedtune.core.protocol import DeviceProfile
 from fedtune.plan_view import COLUMNS, plans, table_of
 from fedtune.runtime.local import run_local
 from fedtune.workspace.party import Party
@@ -24,10 +24,10 @@ def three(tmp_path):
     write_devices(
         path,
         [
-            Capability(device="large", memory_bytes=1e9, flop_per_s=1e9, up_bytes_per_s=1e6, down_bytes_per_s=1e6),
-            Capability(device="slow", memory_bytes=1e9, flop_per_s=1e7, up_bytes_per_s=1e4, down_bytes_per_s=1e4),
-            Capability(device="watch", memory_bytes=1e6, flop_per_s=1e9, up_bytes_per_s=1e6, down_bytes_per_s=1e6),
-            Capability(device="large", memory_bytes=1e9, flop_per_s=1e9, up_bytes_per_s=1e6, down_bytes_per_s=1e6),
+            DeviceProfile(device="large", memory_bytes=1e9, flop_per_s=1e9, up_bytes_per_s=1e6, down_bytes_per_s=1e6),
+            DeviceProfile(device="slow", memory_bytes=1e9, flop_per_s=1e7, up_bytes_per_s=1e4, down_bytes_per_s=1e4),
+            DeviceProfile(device="watch", memory_bytes=1e6, flop_per_s=1e9, up_bytes_per_s=1e6, down_bytes_per_s=1e6),
+            DeviceProfile(device="large", memory_bytes=1e9, flop_per_s=1e9, up_bytes_per_s=1e6, down_bytes_per_s=1e6),
         ],
     )
     return f"population.devices={path}"

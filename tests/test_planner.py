@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import Capability
+from fedtune.core.protocol import DeviceProfile
 from fedtune.planning import planner
 from fedtune.planning.knapsack import selections
 from fedtune.planning.planner import Plan, Rules, memory_of, plan
@@ -68,7 +68,7 @@ def test_the_plan_in_the_docstring():
     weights = [Weight("w", 0, 30, 20)]
     rules = Rules(ranks=[1, 2], batches=[1, 2], bits=[16], steps=2, deadline=3.6)
     made = selections(weights, rules.ranks, np.array([[5.0, 6.0]]))
-    device = Capability(memory_bytes=5000, flop_per_s=1e4, down_bytes_per_s=1000, up_bytes_per_s=500)
+    device = DeviceProfile(memory_bytes=5000, flop_per_s=1e4, down_bytes_per_s=1000, up_bytes_per_s=500)
     found = plan(made, COSTS, weights, rules, [device, replace(device, memory_bytes=6000)])
     first = Plan(1, 16, {"w": 2}, 6.0, 4080.0, 1.2, 1.2, 100, 0)
     assert found == [first, replace(first, batch_size=2, memory_bytes=5460.0, compute_seconds=2.4)]
@@ -112,7 +112,7 @@ def problems(draw):
         state_bytes=draw(st.sampled_from([8, 16])),
     )
     power = st.sampled_from([0.25, 1.0, 16.0, math.inf])
-    device = Capability(
+    device = DeviceProfile(
         max_rank=draw(st.sampled_from([1, 2, 8, math.inf])),
         flop_per_s=draw(power),
         read_bytes_per_s=draw(power),
@@ -182,7 +182,7 @@ def worth(plans):
 def test_large_plans_break_no_limit(large):
     made, costs, weights, rules = large
     devices = benchmark.fleet(SIZE)
-    devices += [Capability(), *(replace(one, max_rank=4.0) for one in devices[:5])]
+    devices += [DeviceProfile(), *(replace(one, max_rank=4.0) for one in devices[:5])]
     plans = plan(made, costs, weights, rules, devices)
     assert sum(isinstance(one, Plan) for one in plans) > 60
     for one, device in zip(plans, devices, strict=True):
@@ -282,7 +282,7 @@ def test_of_equal_value_the_least_parameters_are_taken():
     rules = Rules(ranks=[1], batches=[1], bits=[16], steps=1, deadline=math.inf)
     costs = replace(COSTS, backward_flop=[1000.0, 500.0], read_bytes=[9.0, 8.0], saved_bytes=[400.0, 200.0])
     made = selections(weights, rules.ranks, np.ones((2, 1)))
-    found = plan(made, costs, weights, rules, [Capability(memory_bytes=4600), Capability(memory_bytes=4599)])
+    found = plan(made, costs, weights, rules, [DeviceProfile(memory_bytes=4600), DeviceProfile(memory_bytes=4599)])
     assert [(one.ranks, one.memory_bytes) for one in found] == [({"b": 1}, 4600.0), ({"a": 1}, 3440.0)]
 
 
@@ -304,16 +304,16 @@ def test_why_a_device_can_take_no_part():
     costs = replace(COSTS, backward_flop=[1000.0, 500.0], read_bytes=[9.0, 8.0], saved_bytes=[400.0, 200.0])
     rules = Rules(ranks=[2, 4], batches=[2, 1], bits=[16, 4], steps=3, deadline=10.0)
     made = selections(weights, rules.ranks, np.ones((2, 2)))
-    enough = Capability(memory_bytes=1484, flop_per_s=724.5)
+    enough = DeviceProfile(memory_bytes=1484, flop_per_s=724.5)
     reasons = {
-        Capability(backprop=False): "can compute forward only, and adapters are trained with gradients",
-        Capability(max_rank=1): "trains ranks up to 1, and the smallest on offer is 2",
+        DeviceProfile(backprop=False): "can compute forward only, and adapters are trained with gradients",
+        DeviceProfile(max_rank=1): "trains ranks up to 1, and the smallest on offer is 2",
         replace(enough, memory_bytes=1483.0): "needs at least 1.484 kB of memory (at a batch of 1 and 4 bits) and has "
         "1.483 kB",
         replace(enough, flop_per_s=300): "has the memory but needs at least 24.15 s (at a batch of 1 and 4 bits) and "
         "the deadline is 10 s",
         # 16 bits would take less memory than this one has, and no less time
-        Capability(memory_bytes=1e9, flop_per_s=300, up_bytes_per_s=96): "has the memory but needs at least 25.15 s "
+        DeviceProfile(memory_bytes=1e9, flop_per_s=300, up_bytes_per_s=96): "has the memory but needs at least 25.15 s "
         "(at a batch of 1 and 4 bits) and the deadline is 10 s",
     }
     assert plan(made, costs, weights, rules, list(reasons)) == list(reasons.values())
@@ -323,7 +323,7 @@ def test_why_a_device_can_take_no_part():
 
 def test_a_device_of_small_ranks_has_a_plan_of_those(large):
     made, costs, weights, rules = large
-    capped, fewer = plan(made, costs, weights, rules, [Capability(max_rank=5), Capability(max_rank=4)])
+    capped, fewer = plan(made, costs, weights, rules, [DeviceProfile(max_rank=5), DeviceProfile(max_rank=4)])
     assert set(capped.ranks.values()) <= {1, 2, 4}
     assert capped == fewer
     assert capped.value == pytest.approx(made.values[:, 2].sum(), rel=1e-12)
@@ -355,7 +355,7 @@ def test_what_does_not_belong_together_is_refused(change, told):
     made = selections(weights, [1, 2], np.ones((1, 2)))
     good = {"costs": COSTS, "weights": weights, "rules": Rules([1, 2], [1], [16], 1, 1.0)}
     with pytest.raises(ConfigError, match=told):
-        plan(made, **{**good, **change}, capabilities=[Capability()])
+        plan(made, **{**good, **change}, capabilities=[DeviceProfile()])
 
 
 @pytest.mark.parametrize(

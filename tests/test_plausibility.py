@@ -20,8 +20,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_hostile_client import Told, extreme
 
-from fedtune.core.errors import MAX_TEXT, ClientError, DivergedError, WireError, of_peer, short
-from fedtune.core.protocol import Peer, Update, share
+from fedtune.core.errors import MAX_TEXT, ClientError, DivergedError, WireError, printable, short
+from fedtune.core.protocol import ClientInfo, Update, share
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.server.plausibility import (
@@ -72,7 +72,7 @@ def test_without_a_limit_examples_are_weights_as_they_are(examples):
 
 def test_weighed_replies_are_the_same_but_for_their_examples():
     tensors = {"a": torch.ones(2)}
-    replies = [(Peer(index, 5), Update(tensors, 5, {"m": 1.0})) for index in range(3)]
+    replies = [(ClientInfo(index, 5), Update(tensors, 5, {"m": 1.0})) for index in range(3)]
     weighed = Weighed(replies, [1, 1, 2])
     assert share(weighed) == [0.25, 0.25, 0.5]
     assert [peer.index for peer, _ in weighed[1:]] == [1, 2]
@@ -118,10 +118,10 @@ def test_where_a_state_is_not_finite():
 @example("\udc80" * 9, 500)
 @example("x" * 501, 500)
 def test_a_strangers_text_is_a_line_that_can_be_printed(text, most):
-    line = of_peer(text, most)
+    line = printable(text, most)
     assert len(line) <= most
     assert line.isprintable()
-    assert of_peer(line, most) == line
+    assert printable(line, most) == line
     if text.isprintable() and len(text) <= most and text == " ".join(text.split()):
         assert line == text
 

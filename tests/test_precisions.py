@@ -9,8 +9,8 @@ from test_probe import llama
 import fedtune.models.shared_base
 from fedtune.config.devices import write_devices
 from fedtune.core.errors import ModelError
-from fedtune.core.protocol import SERVER, Capability, Instruction, Peer
-from fedtune.lowrank.algebra import pairs
+from fedtune.core.protocol import SERVER, ClientInfo, DeviceProfile, Instruction
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.models.base import load_base
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.app import make_client_app
@@ -38,7 +38,7 @@ def party_of(base, out, *more):
 
 def told(party, state, bits, modules=None):
     """What a client without limits is told, in these bits, as far as these layers go."""
-    whole = party.strategy.configure(state, 1, Peer(0, 9))
+    whole = party.strategy.configure(state, 1, ClientInfo(0, 9))
     tensors = {name: tensor for name, tensor in whole.tensors.items() if not modules or name.startswith(tuple(modules))}
     return Instruction(tensors, {**whole.settings, BITS: bits})
 
@@ -78,11 +78,11 @@ def test_the_right_layers_move_on_a_base_in_any_bits(base, tmp_path, bits):
     """The answer has these layers alone, all of them other than they were; the run's own model is as it was."""
     party = party_of(base, tmp_path)
     state = party.strategy.init(party.layout)
-    chosen = sorted(pairs(state.adapter))[1:3]
+    chosen = sorted(lora_factors(state.adapter))[1:3]
     instruction = told(party, state, bits, chosen)
     update = party.turn(RUN, 0, 1, instruction)
-    assert sorted(pairs(update.tensors)) == chosen
-    for module, product in pairs(update.tensors).items():
+    assert sorted(lora_factors(update.tensors)) == chosen
+    for module, product in lora_factors(update.tensors).items():
         assert product.b.any(), module
     assert (update.tensors[SCORES] > 0).all()
     assert update.tensors[SCORES].shape == (2,)
@@ -107,7 +107,7 @@ def test_what_is_evaluated_is_on_the_runs_own_base(base, tmp_path):
         state = party.strategy.init(party.layout)
         party.turn(RUN, 0, 1, told(party, state, 4))
         party.turn(RUN, 0, 1, told(party, state, 16))
-        heard = party.strategy.configure(state, 2, Peer(SERVER, 1))
+        heard = party.strategy.configure(state, 2, ClientInfo(SERVER, 1))
         assert party.install(heard, {}) is party.model
         assert party.model_for(told(party, state, own)) is party.model
         assert bool(getattr(party.model.module.get_base_model(), "is_loaded_in_4bit", False)) == (own == 4)
@@ -144,7 +144,7 @@ def test_one_round_in_three_precisions(base, tmp_path):
     numbers = sum(8 * (weight.rows + weight.columns) for weight in weights)
     per_token = sum(costs.input_bytes * weight.columns + costs.inner_bytes * 8 for weight in weights)
     limits = [float(costs.memory(1, bits, 0, numbers, per_token, 24)) for bits in (16, 8, 4)]
-    write_devices(tmp_path / "devices.csv", [Capability(memory_bytes=limit) for limit in limits])
+    write_devices(tmp_path / "devices.csv", [DeviceProfile(memory_bytes=limit) for limit in limits])
     results = set()
     for name in ("one", "other"):
         more = (f"population.devices={tmp_path / 'devices.csv'}", "rounds=1", "population.cohort=4")
@@ -157,4 +157,4 @@ def test_one_round_in_three_precisions(base, tmp_path):
         assert all(float(row["memory_bytes"]) <= float(row["limit_bytes"]) for row in turns)
         results.add(summary_of(tmp_path / name)["state_sha256"])
     assert len(results) == 1
-    assert len(pairs(load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors"))) == len(weights)
+    assert len(lora_factors(load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors"))) == len(weights)

@@ -18,7 +18,7 @@ from fedtune.config.compose import compose
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.data.corpus import Corpus
 from fedtune.data.federated_data import FederatedData
-from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base, pick_device
 from fedtune.models.tiny import tiny_tokenizer
@@ -243,7 +243,7 @@ def test_whatever_the_adapter_the_model_is_as_it_was(kind):
 def test_layers_that_are_switched_off_stay_so():
     """Between two turns of a client of some layers."""
     model = local()
-    model.adapt_only([module for module in pairs(model.layout.initial) if "q_proj" in module])
+    model.adapt_only([module for module in lora_factors(model.layout.initial) if "q_proj" in module])
     model.module.train()
     before = state_of(model.module)
     assert len(before[1]) == 2

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from layers import SCALING, SHAPES, dense, distance, factors, ideal, layout, reply
 
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.algebra import lora_factors
 from strategies.raflora import RaFLoRA, State
 
 OLD = State(factors(3, 50), SCALING)
@@ -21,33 +21,33 @@ REPLIES = [reply(0, 1, SCALING, 2), reply(1, 2, SCALING, 1), reply(2, 2, SCALING
 
 
 def parts(module):
-    return [pairs(update.tensors)[module] for _, update in REPLIES]
+    return [lora_factors(update.tensors)[module] for _, update in REPLIES]
 
 
 @pytest.mark.parametrize("module", SHAPES)
 def test_each_component_is_averaged_over_those_who_have_it(module):
-    new = pairs(RaFLoRA(form="factors").aggregate(OLD, 1, REPLIES).adapter)[module]
+    new = lora_factors(RaFLoRA(form="factors").aggregate(OLD, 1, REPLIES).adapter)[module]
     zero, one, two = parts(module)
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(new.a[0], zero.a[0] / 2 + one.a[0] / 4 + two.a[0] / 4, **close)
     torch.testing.assert_close(new.a[1], one.a[1] / 2 + two.a[1] / 2, **close)
     torch.testing.assert_close(new.b[:, 1], one.b[:, 1] / 2 + two.b[:, 1] / 2, **close)
-    assert torch.equal(new.a[2], pairs(OLD.adapter)[module].a[2])
-    assert torch.equal(new.b[:, 2], pairs(OLD.adapter)[module].b[:, 2])
+    assert torch.equal(new.a[2], lora_factors(OLD.adapter)[module].a[2])
+    assert torch.equal(new.b[:, 2], lora_factors(OLD.adapter)[module].b[:, 2])
 
 
 @pytest.mark.parametrize("module", SHAPES)
 def test_products_of_components_are_averaged_and_cut_to_the_rank(module):
     """By numpy: dW as a whole matrix, its SVD, and the error that Eckart and Young leave."""
     zero, one, two = parts(module)
-    old = pairs(OLD.adapter)[module]
+    old = lora_factors(OLD.adapter)[module]
     change = (
         torch.outer(zero.b[:, 0], zero.a[0]) / 2 + torch.outer(one.b[:, 0], one.a[0]) / 4
         + torch.outer(two.b[:, 0], two.a[0]) / 4
         + torch.outer(one.b[:, 1], one.a[1]) / 2 + torch.outer(two.b[:, 1], two.a[1]) / 2
         + torch.outer(old.b[:, 2], old.a[2])
     ).numpy()  # fmt: skip
-    new = pairs(RaFLoRA().aggregate(OLD, 1, REPLIES).adapter)[module]
+    new = lora_factors(RaFLoRA().aggregate(OLD, 1, REPLIES).adapter)[module]
     values = np.linalg.svd(change, compute_uv=False)
     assert new.rank == 3
     missed = np.linalg.norm(change - (new.b @ new.a).numpy())

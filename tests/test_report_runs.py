@@ -211,7 +211,7 @@ def test_a_strangers_config_looks_nothing_up_and_ends_nothing(made, monkeypatch,
 def test_the_fast_way_and_the_careful_way_agree(made, monkeypatch):
     """A ledger of 20,000 lines takes the first, the same with one line of garbage the second."""
     entries = (made / "ledger.csv").read_text().splitlines()[1:]
-    header = "round,peer,direction,part,payload_bytes,wire_bytes,framing_bytes,seconds"
+    header = "round,peer,direction,part,payload_bytes,wire_bytes,overhead_bytes,seconds"
     text = "\n".join([header, *(entries * (20_000 // len(entries))), ""])
     (made / "ledger.csv").write_text(text)
     fast = read(made)

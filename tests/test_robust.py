@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from fedtune.codecs.raw import Raw
 from fedtune.config.compose import build, compose
 from fedtune.core.errors import ConfigError, QuorumError
-from fedtune.core.protocol import Layout, Peer, Update
+from fedtune.core.protocol import ClientInfo, Layout, Update
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
 from fedtune.server.robust import tolerated
@@ -67,7 +67,7 @@ def aggregate(method, vectors, examples=None, dtype=torch.float32):
     state = method.init(
         Layout((), {"A": torch.zeros(1, dtype=dtype), "B": torch.zeros(len(vectors[0]) - 1, dtype=dtype)})
     )
-    replies = [(Peer(index, update.examples), update) for index, update in enumerate(updates)]
+    replies = [(ClientInfo(index, update.examples), update) for index, update in enumerate(updates)]
     adapter = method.aggregate(state, 1, replies).adapter
     assert list(adapter) == ["A", "B"]
     return torch.cat(list(adapter.values()))

@@ -22,9 +22,9 @@ from layers import SCALING, dense, distance, ideal, layout, reply
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, WireError
-from fedtune.core.protocol import SERVER, Peer
+from fedtune.core.protocol import SERVER, ClientInfo
 from fedtune.lowrank.averaging import for_peer
-from fedtune.lowrank.residual import FROM, VERSION, installed_version
+from fedtune.lowrank.residual import FROM, VERSION, base_version
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
 from fedtune.workspace.party import Party
@@ -68,7 +68,7 @@ def test_each_round_is_exact_and_leaves_the_other_factor_bit_for_bit():
 def test_b_goes_first_and_is_all_that_comes_up():
     assert [active(number) for number in (1, 2, 3, 4)] == ["lora_B", "lora_A", "lora_B", "lora_A"]
     state = METHOD.init(layout())
-    assert METHOD.configure(state, 1, Peer(0, 1)).settings["train"] == "lora_B"
+    assert METHOD.configure(state, 1, ClientInfo(0, 1)).settings["train"] == "lora_B"
     peer, update = reply(0, roles=["lora_A"])
     with pytest.raises(WireError, match=r"'one.lora_B.weight' is missing"):
         METHOD.validate(state, 1, peer, update)
@@ -80,23 +80,23 @@ def test_who_was_there_is_sent_one_factor_and_who_was_not_both():
     states, _ = play(5)
     down, held = [], 0
     for number, state in enumerate(states, 1):
-        told = METHOD.configure(state, number, Peer(0, 1, installed_version=held))
+        told = METHOD.configure(state, number, ClientInfo(0, 1, base_version=held))
         down.append(numbers(told))
         assert told.settings[VERSION] == number - 1
         held = int(told.settings[VERSION])
     assert down == [0, 36, 40, 36, 40, 36]
     for held in (0, 1, 2, 3):
-        told = METHOD.configure(states[5], 6, Peer(0, 1, installed_version=held))
+        told = METHOD.configure(states[5], 6, ClientInfo(0, 1, base_version=held))
         assert numbers(told) == 76
         assert told.settings[FROM] == 0
-    assert numbers(METHOD.configure(states[5], 6, Peer(0, 1, installed_version=4))) == 36
-    assert numbers(METHOD.configure(states[5], 6, Peer(0, 1, installed_version=10**9))) == 76
-    assert numbers(METHOD.configure(states[5], 6, Peer(SERVER, 1))) == 76
+    assert numbers(METHOD.configure(states[5], 6, ClientInfo(0, 1, base_version=4))) == 36
+    assert numbers(METHOD.configure(states[5], 6, ClientInfo(0, 1, base_version=10**9))) == 76
+    assert numbers(METHOD.configure(states[5], 6, ClientInfo(SERVER, 1))) == 76
 
 
 def test_all_who_lack_the_same_are_handed_the_same_tensors():
     states, _ = play(4)
-    one, other = (METHOD.configure(states[4], 5, Peer(k, 1, installed_version=k)) for k in (0, 1))
+    one, other = (METHOD.configure(states[4], 5, ClientInfo(k, 1, base_version=k)) for k in (0, 1))
     assert one.settings == other.settings
     assert all(tensor is other.tensors[name] for name, tensor in one.tensors.items())
 
@@ -126,13 +126,13 @@ def test_after_any_absences_a_client_holds_the_same_as_the_server(cohorts):
     for number, cohort in enumerate(cohorts, 1):
         for index in sorted(cohort):
             told = party.strategy.configure(
-                states[number - 1], number, Peer(index, 1, installed_version=versions[index])
+                states[number - 1], number, ClientInfo(index, 1, base_version=versions[index])
             )
             party.install(told, memories[index])
             held = party.model.adapter()
             assert all(torch.equal(held[name], tensor) for name, tensor in states[number - 1].adapter.items())
             versions[index] = int(told.settings[VERSION])
-            assert installed_version(memories[index]) == versions[index]
+            assert base_version(memories[index]) == versions[index]
 
 
 def test_what_it_is_spared_does_not_change_what_a_client_trains(tmp_path):
@@ -142,7 +142,7 @@ def test_what_it_is_spared_does_not_change_what_a_client_trains(tmp_path):
     strategy, versions = party.strategy, {0: 0, 1: 0}
     for number in (1, 2, 3, 4):
         for index in (0, 1) if number in (1, 4) else (0,):
-            peer = Peer(index, party.samples(index), installed_version=versions[index])
+            peer = ClientInfo(index, party.samples(index), base_version=versions[index])
             told = strategy.configure(states[number - 1], number, peer)
             update = party.turn(RUN, index, number, told)
             strategy.validate(states[number - 1], number, peer, update)
@@ -151,13 +151,13 @@ def test_what_it_is_spared_does_not_change_what_a_client_trains(tmp_path):
             assert all(torch.equal(held[name], tensor) for name, tensor in frozen.items())
             versions[index] = int(told.settings[VERSION])
             assert party.holds(RUN, index, number + 1)[0] == versions[index]
-            whole = strategy.configure(states[number - 1], number, replace(peer, installed_version=0))
+            whole = strategy.configure(states[number - 1], number, replace(peer, base_version=0))
             assert state_sha256(party.turn("1" * 16, index, number, whole)) == state_sha256(update)
 
 
 def test_merges_on_something_else_are_refused_by_the_client(tmp_path):
     party, states = party_with(f"out={tmp_path}"), some_states()[1]
-    told = party.strategy.configure(states[4], 5, Peer(0, 1, installed_version=3))
+    told = party.strategy.configure(states[4], 5, ClientInfo(0, 1, base_version=3))
     with pytest.raises(ClientError, match=r"build on version 3 .*; this client holds 0"):
         party.turn(RUN, 0, 5, told)
 

@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from fedtune.config.compose import compose, load
 from fedtune.config.population import PopulationSpec
 from fedtune.core.errors import Interrupted, RunFolderError
-from fedtune.core.protocol import Peer, Update
+from fedtune.core.protocol import ClientInfo, Update
 from fedtune.data.federated_data import load_data
 from fedtune.models.tiny import tiny_tokenizer
 from fedtune.runs.checkpoint import Checkpoint, flatten, load_checkpoint, save_checkpoint, state_sha256, unflatten
-from fedtune.runs.ledger import COLUMNS, Entry, Ledger, parse
+from fedtune.runs.ledger import COLUMNS, Ledger, LedgerRow, parse
 from fedtune.runs.run_folder import METRICS, RunFolder
 from fedtune.runs.update_store import Replies
 from fedtune.runtime.local import run_local
-from fedtune.server.client_registry import Roster
+from fedtune.server.client_registry import ClientRegistry
 from strategies.fedit import State
 
 LONG = [*SMALL, "rounds=40", "train.steps=1", "population.cohort=4"]
@@ -147,13 +147,13 @@ def test_a_resumed_run_is_no_longer_called_finished(small_run, monkeypatch):
     folder = small_run(rounds=1)
     assert summary_of(folder)["status"] == "finished"
     seen = []
-    gather = Roster.gather
+    gather = ClientRegistry.gather
 
     def look(self, round):
         seen.append(summary_of(folder)["status"])
         gather(self, round)
 
-    monkeypatch.setattr(Roster, "gather", look)
+    monkeypatch.setattr(ClientRegistry, "gather", look)
     run_local(replace(load((folder / "config.yaml").read_text()), rounds=2), resume=str(folder))
     assert seen == ["running"]
     assert summary_of(folder)["status"] == "finished"
@@ -205,7 +205,7 @@ def test_an_out_folder_that_is_taken_is_refused(tmp_path, prepare, said):
 
 def test_a_write_that_fails_halfway_leaves_whole_lines(tmp_path):
     folder = RunFolder.create(str(tmp_path / "run"), "x")
-    entry = Entry(1, 2, "up", "train", 3, 4, 5, 0.5)
+    entry = LedgerRow(1, 2, "up", "train", 3, 4, 5, 0.5)
     folder.append_ledger([entry])
     (tmp_path / "run" / "metrics.csv").symlink_to("/dev/full")
     with pytest.raises(RunFolderError, match=r"metrics\.csv can't be written: No space left on device"):
@@ -217,11 +217,11 @@ def test_a_write_that_fails_halfway_leaves_whole_lines(tmp_path):
 
 
 def test_a_ledger_line_comes_back():
-    entry = Entry(1, 2, "down", "train", 3, 4, 5, 0.5)
+    entry = LedgerRow(1, 2, "down", "train", 3, 4, 5, 0.5)
     assert parse(entry.line().strip().split(",")) == entry
-    ledger = Ledger([entry, Entry(1, 2, "up", "failed", 0, 7, 6, 0.5)])
+    ledger = Ledger([entry, LedgerRow(1, 2, "up", "failed", 0, 7, 6, 0.5)])
     assert (ledger.totals["down_wire_bytes"], ledger.totals["up_wire_bytes"], ledger.totals["failed"]) == (4, 7, 1)
-    assert ledger.totals["framing_bytes"] == 11
+    assert ledger.totals["overhead_bytes"] == 11
 
 
 STATES = st.recursive(
@@ -278,7 +278,7 @@ def test_updates_beyond_the_memory_limit_wait_on_disk_and_come_back(tmp_path):
     replies, start = Replies(Raw(), tmp_path, memory_bytes=1000), {"a": torch.ones(100)}
     for index in (3, 1, 2, 0):
         update = Update({"a": torch.full((100,), float(index))}, index + 1, {"train_loss": 0.5}, start)
-        replies.add(Peer(index, 9), update, Raw().encode(update.tensors, 0))
+        replies.add(ClientInfo(index, 9), update, Raw().encode(update.tensors, 0))
     replies.sort()
     assert [peer.index for peer, _ in replies] == [0, 1, 2, 3]
     assert [float(update.tensors["a"][5]) for _, update in replies] == [0, 1, 2, 3]
@@ -294,7 +294,7 @@ def test_updates_that_the_disk_cannot_take_stop_the_run_not_the_client(tmp_path)
     replies = Replies(Raw(), tmp_path / "gone", memory_bytes=0)
     update = Update({"a": torch.ones(3)}, 1)
     with pytest.raises(RunFolderError, match="can't hold the round's updates: No such file"):
-        replies.add(Peer(0, 1), update, Raw().encode(update.tensors, 0))
+        replies.add(ClientInfo(0, 1), update, Raw().encode(update.tensors, 0))
 
 
 def test_without_held_out_data_there_is_a_run_and_no_score(small_run):
@@ -305,14 +305,14 @@ def test_without_held_out_data_there_is_a_run_and_no_score(small_run):
 
 @pytest.mark.parametrize(("quorum", "cohort", "enough"), [(0.5, 3, 2), (0.1, 30, 3), (1, 7, 7), (0.01, 10, 1)])
 def test_a_quorum_is_rounded_up(quorum, cohort, enough):
-    assert PopulationSpec(clients=100, quorum=quorum).enough(cohort) == enough
+    assert PopulationSpec(clients=100, quorum=quorum).min_replies(cohort) == enough
 
 
 def test_a_run_that_is_interrupted_in_round_0_names_no_round_that_was_not(small_run, monkeypatch):
     def interrupt(self, round):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Roster, "gather", interrupt)
+    monkeypatch.setattr(ClientRegistry, "gather", interrupt)
     with pytest.raises(Interrupted, match="interrupted before round 0 was done; go on with: fedtune run resume="):
         small_run()
 

@@ -23,8 +23,8 @@ from toy import SHAPES, A, B, Endless, Toy, drawn, quadratic
 from clients.scaffold import Scaffold as ScaffoldClient
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.core.protocol import Instruction, Layout, Peer, Slot, Update
-from fedtune.core.seeds import fold
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Slot, Update
+from fedtune.core.seeds import derive_seed
 from fedtune.lowrank.residual import VERSION
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
@@ -52,8 +52,8 @@ def test_the_server_by_hand():
     b = torch.zeros(2, 1, dtype=torch.float64)
     state = State({A: a(9, 9, 9), B: b}, {A: a(1, 1, 1), B: b})
     replies = [
-        (Peer(1, 1), Update({A: a(4, 0, 8), B: b, CHANGE + A: a(2, 0, 4), CHANGE + B: b}, 1)),
-        (Peer(3, 3), Update({A: a(0, 4, 4), B: b, CHANGE + A: a(6, 4, 0), CHANGE + B: b}, 3)),
+        (ClientInfo(1, 1), Update({A: a(4, 0, 8), B: b, CHANGE + A: a(2, 0, 4), CHANGE + B: b}, 1)),
+        (ClientInfo(3, 3), Update({A: a(0, 4, 4), B: b, CHANGE + A: a(6, 4, 0), CHANGE + B: b}, 3)),
     ]
     after = Scaffold(clients=4).aggregate(state, 7, replies)
     assert after.adapter[A].tolist() == [[1, 3, 5]]
@@ -96,7 +96,7 @@ class Federation:
         self.method = Scaffold(clients=count)
         self.state = self.method.init(layout(drawn(0)))
         self.memories = [{} for _ in range(count)]
-        self.peers = [Peer(index, 1) for index in range(count)]
+        self.peers = [ClientInfo(index, 1) for index in range(count)]
 
     def play(self, round, cohort, lost=(), examples=lambda index: 1):
         replies = []
@@ -108,7 +108,7 @@ class Federation:
             update = self.client.train(model, Endless(examples(index)), told, self.memories[index], 0)
             assert set(update.tensors) == {*SHAPES, *tag(CHANGE, SHAPES)}
             ok = index not in lost
-            self.peers[index] = replace(self.peers[index], installed_version=told.settings[VERSION] if ok else 0)
+            self.peers[index] = replace(self.peers[index], base_version=told.settings[VERSION] if ok else 0)
             if ok:
                 self.method.validate(self.state, round, self.peers[index], update)
                 replies.append((self.peers[index], update))
@@ -146,7 +146,7 @@ def test_a_turn_whose_reply_got_lost_never_happened(monkeypatch, lost):
 def test_a_client_that_failed_before_it_kept_anything_goes_on_from_its_last_turn_that_counted(monkeypatch):
     federation = Federation(monkeypatch, 3)
     federation.play(1, (0, 1, 2))
-    federation.peers[1] = replace(federation.peers[1], installed_version=0)  # its round 2 raised
+    federation.peers[1] = replace(federation.peers[1], base_version=0)  # its round 2 raised
     federation.play(2, (0, 2))
     assert federation.memories[1][CHANGE + A].abs().max() > 0
     federation.check_mean()
@@ -157,7 +157,7 @@ def test_a_client_that_failed_before_it_kept_anything_goes_on_from_its_last_turn
 def test_a_device_that_comes_without_its_memory_begins_again(monkeypatch):
     federation = Federation(monkeypatch, 3)
     federation.play(1, (0, 1, 2))
-    federation.memories[1], federation.peers[1] = {}, Peer(1, 1)
+    federation.memories[1], federation.peers[1] = {}, ClientInfo(1, 1)
     federation.play(2, (0, 1, 2))
     assert federation.state.counted == {"0": 2, "1": 2, "2": 2}
 
@@ -207,17 +207,17 @@ def test_an_update_of_another_form_is_refused_by_name(change, said):
     tensors = {**state.adapter, **tag(CHANGE, state.control)}
     change(tensors)
     with pytest.raises(WireError) as caught:
-        method.validate(state, 1, Peer(0, 1), Update(tensors, 1))
+        method.validate(state, 1, ClientInfo(0, 1), Update(tensors, 1))
     assert said in str(caught.value)
 
 
 def test_on_a_real_model_one_steps_c_i_is_the_gradient():
     party = Party(compose([*SMALL, "method=scaffold", "train.steps=1"]))
     state = party.strategy.init(party.model.layout)
-    told = party.strategy.configure(state, 1, Peer(2, 1))
+    told = party.strategy.configure(state, 1, ClientInfo(2, 1))
     update = party.turn(RUN, 2, 1, told)
     party.install(told, {})
-    batch = next(iter(party.data.batches(2, party.experiment.train.batch_size, fold(0, "train", 1, 2))))
+    batch = next(iter(party.data.batches(2, party.experiment.train.batch_size, derive_seed(0, "train", 1, 2))))
     gradients = torch.autograd.grad(loss_of(party.model.module, batch), party.model.parameters())
     assert max(float(g.abs().max()) for g in gradients) > 1e-3
     for name, gradient in zip(state.adapter, gradients, strict=True):

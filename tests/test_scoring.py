@@ -22,7 +22,7 @@ import fedtune.training.first_order
 from clients.scoring import Scoring, Sensitivity
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.protocol import Batch, Instruction
-from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.lowrank.algebra import lora_factors, name_of
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base, pick_device
 from fedtune.training.apply_instruction import SCORE, SCORE_BYTES, SCORES
@@ -81,7 +81,7 @@ def test_scores_are_those_of_numpy(count, seed, betas):
         for parameter in live.values():
             parameter.grad = torch.from_numpy(rng.normal(size=parameter.shape))
         sensitivity.watch()
-        for module, layer in pairs(live).items():
+        for module, layer in lora_factors(live).items():
             arrays = (layer.b.detach(), layer.a.detach(), layer.b.grad, layer.a.grad)
             seen[module].append([array.numpy().copy() for array in arrays])
         with torch.no_grad():
@@ -168,7 +168,7 @@ def test_a_score_costs_no_pass(model, monkeypatch, asked):
 def test_scores_of_some_layers_come_in_the_order_of_their_names(model):
     """Alone, a layer that is last in the model is first."""
     client = Scoring(steps=2)
-    chosen = sorted(pairs(model.layout.initial))[2:]
+    chosen = sorted(lora_factors(model.layout.initial))[2:]
     told = Instruction({n: t for n, t in model.layout.initial.items() if n.startswith(tuple(chosen))}, {SCORE: True})
     client.receive(model, told, {})
     assert client.train(model, Fixed(), told, {}, 0).tensors[SCORES].shape == (2,)

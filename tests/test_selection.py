@@ -56,7 +56,7 @@ def test_uniform_over_all_is_what_it_always_was(data):
 
 
 def test_golden_values():
-    """permutation(fold(0, "cohort", 1), 7) is [2, 1, 5, 4, 6, 0, 3], and the first who are able go."""
+    """permutation(derive_seed(0, "cohort", 1), 7) is [2, 1, 5, 4, 6, 0, 3], and the first who are able go."""
     assert [pick("uniform", range(7), size) for size in (1, 2, 3)] == [[2], [1, 2], [1, 2, 5]]
     assert [pick("uniform", (0, 1, 3, 4, 6), size) for size in (1, 2, 3)] == [[1], [1, 4], [1, 4, 6]]
     samples = {index: index + 1 for index in range(7)}

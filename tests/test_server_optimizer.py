@@ -44,7 +44,7 @@ from hypothesis import strategies as st
 
 from fedtune.config.compose import build, choices, compose
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import Layout, Peer, Slot, Traits, Update
+from fedtune.core.protocol import ClientInfo, Layout, Slot, Traits, Update
 from fedtune.runs.checkpoint import flatten, state_sha256, unflatten
 from fedtune.runtime.local import run_local
 from fedtune.workspace.party import Party
@@ -69,7 +69,7 @@ def layout(dtype=torch.float64, start=1.0):
 
 
 def reply(index, tensors, examples=1):
-    return Peer(index, examples), Update(tensors, examples)
+    return ClientInfo(index, examples), Update(tensors, examples)
 
 
 def averages():
@@ -91,7 +91,7 @@ def test_three_rounds_by_hand(method, deltas, steps):
     signs = {A: torch.tensor([[1.0, -1.0, 1.0]], dtype=torch.float64), B: torch.tensor([[1.0], [-1.0]]).double()}
     expected = {name: tensor.clone() for name, tensor in state.base.adapter.items()}
     for number, (delta, step) in enumerate(zip(deltas, steps, strict=True), 1):
-        sent = method.configure(state, number, Peer(0, 1)).tensors
+        sent = method.configure(state, number, ClientInfo(0, 1)).tensors
         # Weights 1/4 and 3/4: the first client is three times as far off, on the other side
         replies = [
             reply(0, {n: t + signs[n] * (delta + 3) for n, t in sent.items()}, 1),
@@ -144,7 +144,7 @@ def test_flowers_form_is_flowers_own_over_several_rounds(cls, theirs, rates, mon
         ]
         after = []
         for each, state in zip((method, paper), states, strict=True):
-            sent = each.configure(state, number, Peer(0, 1)).tensors
+            sent = each.configure(state, number, ClientInfo(0, 1)).tensors
             replies = [
                 reply(index, {name: sent[name] + step for name, step in moves.items()}, index + 1)
                 for index, moves in enumerate(moved)
@@ -202,7 +202,7 @@ def test_rolora_s_frozen_factor_stays_to_the_last_bit(name):
     party = Party(compose([*SMALL, "method=rolora", f"server_optimizer={name}", "population.cohort=4"]))
     state = party.strategy.init(party.model.layout)
     for round in range(1, 5):
-        peers = [Peer(index, party.samples(index)) for index in range(2)]
+        peers = [ClientInfo(index, party.samples(index)) for index in range(2)]
         replies = [
             (peer, party.turn("0" * 16, peer.index, round, party.strategy.configure(state, round, peer)))
             for peer in peers
@@ -265,7 +265,7 @@ def test_the_rest_of_the_state_and_the_traits_are_those_of_the_method_inside():
     state = method.aggregate(state, 1, [reply(0, {A: torch.ones(1, 3), B: torch.ones(2, 1)})])
     assert (state.base.rounds, state.merged) == (1, "something")
     assert method.traits == Traits(averages=False, mixed_ranks=True, needs_low_rank=True, personal=True)
-    one, other = (method.configure(state, 2, Peer(index, 1)).tensors for index in (0, 1))
+    one, other = (method.configure(state, 2, ClientInfo(index, 1)).tensors for index in (0, 1))
     assert one is other
 
 

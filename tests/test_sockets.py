@@ -18,7 +18,7 @@ from deployed import PATHS, failures, run
 from flwr.cli.build import build_fab_from_disk
 
 from fedtune.config.compose import compose
-from fedtune.core.protocol import Peer
+from fedtune.core.protocol import ClientInfo
 from fedtune.runtime.local import run_local
 from fedtune.wire.flower_private import Run, content_to_bytes
 from fedtune.wire.http_overhead import Link
@@ -124,7 +124,7 @@ def misplayed(fleet, tmp_path_factory):
     setup = (*mischief.WORDS, "adapter.rank=24", "adapter.targets=[all-linear]", "rounds=4")
     party = Party(compose([*words(folder, 3, *setup)]))
     greeting.write_bytes(
-        content_to_bytes(pack_greeting(Peer(2, party.samples(2)), party.model.layout.sha256, party.data.sha256))
+        content_to_bytes(pack_greeting(ClientInfo(2, party.samples(2)), party.model.layout.sha256, party.data.sha256))
     )
     fleet.flwr("supernode", "register", str(make_node_key(key)), LINK)
     command = [sys.executable, str(HERE / "rogue.py"), fleet.superlink.address, fleet.authority, key, greeting]
@@ -164,11 +164,11 @@ def test_the_ledger_is_what_crossed_the_sockets(fleet, misplayed):
     joined = sum(link.join(node.node_id, Run.create_empty(1), bundle).total for node in fleet.nodes)
     ledger = rows(misplayed.folder, "ledger.csv")
     honest = [row for row in ledger if row["peer"] in ("0", "1")]
-    wire, framing = (sum(int(row[name]) for row in honest) for name in ("wire_bytes", "framing_bytes"))
+    wire, framing = (sum(int(row[name]) for row in honest) for name in ("wire_bytes", "overhead_bytes"))
     counted = misplayed.counted
     print(f"{counted=} {joined=} {wire=} {framing=} off by {(wire + framing + joined) / counted - 1:+.4f}")
     assert abs(wire + framing + joined - counted) < 0.02 * (counted - joined)
     assert {row["part"] for row in honest} == {"handshake", "train", "idle"}
     totals = summary_of(misplayed.folder)["totals"]
-    assert sum(int(row["framing_bytes"]) for row in ledger) == totals["framing_bytes"]
+    assert sum(int(row["overhead_bytes"]) for row in ledger) == totals["overhead_bytes"]
     assert sum(int(row["wire_bytes"]) for row in ledger) == totals["up_wire_bytes"] + totals["down_wire_bytes"]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.config.schema import DataSpec
-from fedtune.core.seeds import fold
+from fedtune.core.seeds import derive_seed
 from fedtune.data import token_cache
 from fedtune.data.corpus import Corpus, Question
 from fedtune.data.partition import _partitioner, divide
@@ -134,7 +134,7 @@ def test_places_are_those_that_a_partitioner_loads(partition):
     """One partition after the other, each as a data set of its own, is what flwr-datasets would have us do."""
     labels = [{"label": f"l{(7 * place) % 5}"} for place in range(120)]
     spec = DataSpec(partition=partition, partition_by=None if partition == "linear" else "label", alpha=5.0)
-    partitioner = _partitioner(spec, 5, fold(0, "partition") % 2**32)
+    partitioner = _partitioner(spec, 5, derive_seed(0, "partition") % 2**32)
     partitioner.dataset = Dataset.from_dict({"place": range(120), "label": [row["label"] for row in labels]})
     expected = [list(partitioner.load_partition(client)["place"]) for client in range(5)]
     assert [part.tolist() for part in divide(spec, labels, 5, 0)] == expected

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedtune.codecs.raw import Raw
 from fedtune.core.errors import WireError
-from fedtune.core.protocol import Capability, Instruction, Peer, Update
+from fedtune.core.protocol import ClientInfo, DeviceProfile, Instruction, Update
 from fedtune.wire import messages as wire
 from fedtune.wire.flower_private import assume_identity, set_message_id
 
@@ -164,10 +164,10 @@ def test_a_greeting_is_checked(record, said):
 
 
 def test_a_greeting_tells_what_a_device_can_do():
-    able = Capability(memory_bytes=8e9, backprop=False, max_rank=4, up_bytes_per_s=1.5e6)
-    peer = Peer(2, 10, able)
+    able = DeviceProfile(memory_bytes=8e9, backprop=False, max_rank=4, up_bytes_per_s=1.5e6)
+    peer = ClientInfo(2, 10, able)
     assert wire.unpack_greeting(wire.pack_greeting(peer, "x"), 4, "x") == peer
-    assert wire.unpack_greeting(wire.pack_greeting(Peer(1, 3), "x"), 4, "x") == Peer(1, 3)
+    assert wire.unpack_greeting(wire.pack_greeting(ClientInfo(1, 3), "x"), 4, "x") == ClientInfo(1, 3)
 
 
 def test_a_runs_id_that_is_no_text_is_refused():

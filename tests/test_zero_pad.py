@@ -5,8 +5,8 @@ import torch
 from layers import SCALING, dense, distance, ideal, layout, reply
 
 from fedtune.core.errors import WireError
-from fedtune.core.protocol import Peer, Update
-from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.core.protocol import ClientInfo, Update
+from fedtune.lowrank.algebra import lora_factors, name_of
 from strategies.fedit import FedIT
 from strategies.zero_pad import ZeroPad
 
@@ -17,8 +17,8 @@ def test_narrow_clients_are_padded_with_zeros():
     replies = [reply(0, 1, 8.0, 1), reply(1, 4, 2.0, 3)]
     method = ZeroPad()
     state = method.aggregate(method.init(layout()), 1, replies)
-    zero, one = (pairs(update.tensors)["one"] for _, update in replies)
-    mean = pairs(state.adapter)["one"]
+    zero, one = (lora_factors(update.tensors)["one"] for _, update in replies)
+    mean = lora_factors(state.adapter)["one"]
     torch.testing.assert_close(mean.a[1:], 0.75 * one.a[1:], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(mean.a[0], 0.25 * zero.a[0] + 0.75 * one.a[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(mean.b[:, 0], zero.b[:, 0] + 0.75 * one.b[:, 0], rtol=1e-12, atol=1e-12)
@@ -65,4 +65,4 @@ def test_an_update_of_another_rank_is_refused_by_name():
         method.validate(method.init(layout()), 1, peer, wider)
     a = name_of("one", "lora_A")
     with pytest.raises(WireError, match=r"'one.lora_B.weight' is missing"):
-        method.validate(method.init(layout()), 1, Peer(0, 1), Update({a: layout().initial[a]}, 1))
+        method.validate(method.init(layout()), 1, ClientInfo(0, 1), Update({a: layout().initial[a]}, 1))

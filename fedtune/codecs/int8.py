@@ -84,7 +84,7 @@ def _write(key: int | None, name: str, values: Array) -> list[Array]:
 def _draws(key: int, name: str, shape: Shape) -> Array:
     """Uniform in (0, 1), float32."""
     size = math.prod(shape)
-    halves = keys.bits(keys.fold(key, name), -(-size // 4)).astype("<u8", copy=False).view("<u2")
+    halves = keys.bits(keys.derive_seed(key, name), -(-size // 4)).astype("<u8", copy=False).view("<u2")
     drawn: Array = halves[:size].reshape(shape).astype(np.float32)
     drawn += np.float32(0.5)
     drawn *= np.float32(2.0**-16)

@@ -21,7 +21,7 @@ from fedtune.core.checks import nearest
 from fedtune.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedtune.core.protocol import Capability
+    from fedtune.core.protocol import DeviceProfile
 
 GIB = 2**30  # data sheets write GB and mean this, of memory
 
@@ -62,15 +62,15 @@ class Device:
     network: str
     usable: float = 1.0
 
-    def capability(self, efficiency: float) -> "Capability":
+    def capability(self, efficiency: float) -> "DeviceProfile":
         """The device as a client.
 
         Args:
             efficiency: share of both peaks that training sustains, above 0 up to 1.
         """
-        from fedtune.core.protocol import Capability  # which imports torch
+        from fedtune.core.protocol import DeviceProfile  # which imports torch
 
-        return Capability(
+        return DeviceProfile(
             device=self.name,
             memory_bytes=self.memory_bytes * self.usable,
             flop_per_s=self.peak_flop_per_s * efficiency,
@@ -245,7 +245,7 @@ MAX_FILE_BYTES = 10_000_000
 _LOOK = "docs/devices.md shows one"
 
 
-def read_devices(path: str | Path) -> "list[Capability]":
+def read_devices(path: str | Path) -> "list[DeviceProfile]":
     """The devices of a CSV, a row each, under a header: `REQUIRED` in any order, and of `OPTIONAL` what one likes.
 
     An empty cell is the default: unlimited, or of a device that is always there, can take gradients and has no name.
@@ -266,7 +266,7 @@ def read_devices(path: str | Path) -> "list[Capability]":
     return found
 
 
-def write_devices(path: str | Path, devices: "Sequence[Capability]") -> None:
+def write_devices(path: str | Path, devices: "Sequence[DeviceProfile]") -> None:
     """Write what `read_devices` reads, whole or not at all. `max_rank` is a column only where it limits somebody.
 
     Raises:
@@ -313,8 +313,8 @@ def _check_header(path: Path, header: list[str]) -> None:
         raise ConfigError(f"{path}, line 1: column {', '.join(twice)} stands there twice: {expected}")
 
 
-def _device(where: str, header: list[str], row: list[str]) -> "Capability":
-    from fedtune.core.protocol import Capability  # which imports torch
+def _device(where: str, header: list[str], row: list[str]) -> "DeviceProfile":
+    from fedtune.core.protocol import DeviceProfile  # which imports torch
 
     if len(row) != len(header):
         raise ConfigError(f"{where}: expected {len(header)} cells, as the header has, got {len(row)}")
@@ -324,7 +324,7 @@ def _device(where: str, header: list[str], row: list[str]) -> "Capability":
         if cell.strip() or name == "device"
     }
     try:
-        return Capability(**values)
+        return DeviceProfile(**values)
     except ValueError as error:  # it names the column
         raise ConfigError(f"{where}: {error}; an empty cell is unlimited") from error
 

@@ -68,8 +68,8 @@ class PopulationSpec:
         elif self.ranks not in (None, "capability"):
             raise ConfigError(f"population.ranks={self.ranks}: expected a list of ranks, capability, or null")
         at_least("population.clients", self.clients, 1)
-        at_least("population.cohort", self.per_round, 1)
-        if self.per_round > self.clients:
+        at_least("population.cohort", self.cohort_size, 1)
+        if self.cohort_size > self.clients:
             raise ConfigError(
                 f"population.cohort={self.cohort} asks for more clients a round than there are "
                 f"(population.clients={self.clients})"
@@ -111,20 +111,20 @@ class PopulationSpec:
                 f"population.candidates={self.candidates} means nothing to population.selection={self.selection}: "
                 "leave it out, or set population.selection=power_of_choice"
             )
-        if not self.per_round <= self.candidates <= self.clients:
+        if not self.cohort_size <= self.candidates <= self.clients:
             raise ConfigError(
-                f"population.candidates={self.candidates}: expected at least the cohort ({self.per_round}) and at most "
+                f"population.candidates={self.candidates}: expected at least the cohort ({self.cohort_size}) and at most "
                 f"population.clients={self.clients}"
             )
 
     @property
-    def per_round(self) -> int:
+    def cohort_size(self) -> int:
         return min(self.clients, 10) if self.cohort is None else self.cohort
 
     @property
     def drawn(self) -> int:
         """How many clients power_of_choice draws, of which a cohort is then taken."""
-        return min(2 * self.per_round, self.clients) if self.candidates is None else self.candidates
+        return min(2 * self.cohort_size, self.clients) if self.candidates is None else self.candidates
 
     def rank_of(self, index: int, rank: int, most: float) -> int:
         """The LoRA rank of client `index`, or 0 where all have the same.
@@ -138,7 +138,7 @@ class PopulationSpec:
         asked = rank if self.ranks == "capability" else self.ranks[index % len(self.ranks)]
         return max(1, int(min(asked, most)))
 
-    def enough(self, cohort: int) -> int:
+    def min_replies(self, cohort: int) -> int:
         """How many of `cohort` clients have to reply; the small number takes back what rounding adds to 0.1 * 30."""
         return math.ceil(self.quorum * cohort - 1e-9)
 

@@ -260,7 +260,7 @@ class Experiment:
 
     def _pool(self) -> None:
         """Make all clients one, which takes as many steps a round as a cohort would have taken together."""
-        population, method, cohort = self.population, self.method, self.population.per_round
+        population, method, cohort = self.population, self.method, self.population.cohort_size
         together = replace(
             population, clients=1, cohort=1, pooled=population.clients, selection="uniform", candidates=None
         )

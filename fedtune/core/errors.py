@@ -11,7 +11,7 @@ MAX_TEXT = 500  # characters of an error that quotes a peer
 MAX_NAME = 80  # characters of what it quotes, where its own words come after
 
 
-def of_peer(text: str, most: int = MAX_TEXT) -> str:
+def printable(text: str, most: int = MAX_TEXT) -> str:
     """A stranger's text as one line of at most `most` printable characters.
 
     What isn't printable (escape sequences, line ends, characters that turn the direction of writing) is a space where
@@ -25,7 +25,7 @@ def of_peer(text: str, most: int = MAX_TEXT) -> str:
 
 def short(name: object) -> str:
     """What a stranger calls something, cut to be quoted in an error."""
-    return of_peer(str(name), MAX_NAME)
+    return printable(str(name), MAX_NAME)
 
 
 class FedtuneError(Exception):
@@ -44,18 +44,18 @@ class ModelError(FedtuneError):
     """A base model can't be loaded, or the adapter doesn't fit it."""
 
 
-class PeerError(FedtuneError):
-    """An error that may quote a peer, whose words are cut and made printable (`of_peer`)."""
+class QuotedError(FedtuneError):
+    """An error that may quote a peer, whose words are cut and made printable (`printable`)."""
 
     def __init__(self, text: object = ""):
-        super().__init__(of_peer(str(text)))
+        super().__init__(printable(str(text)))
 
 
-class WireError(PeerError):
+class WireError(QuotedError):
     """A message or blob isn't what was agreed on. Input from a peer is hostile until checked."""
 
 
-class ClientError(PeerError):
+class ClientError(QuotedError):
     """A client could not do its part of a round."""
 
 

@@ -1,6 +1,6 @@
 """The words that every part of fedtune speaks: read this first.
 
-A round in one line: the server's strategy makes an `Instruction` for each `Peer`, a codec turns its tensors into a
+A round in one line: the server's strategy makes an `Instruction` for each `ClientInfo`, a codec turns its tensors into a
 blob, the client's `Update` comes back the same way, and the strategy folds the updates into its next state.
 
 Strategies, clients and codecs are values: frozen dataclasses whose fields are hyper-parameters and whose methods keep
@@ -31,7 +31,7 @@ SERVER = -1  # the index under which the server itself installs and evaluates wh
 
 
 @dataclass(frozen=True)
-class Capability:
+class DeviceProfile:
     """What a device can do: as the population assigns it (fedtune/planning/population.py), and as its owner declares it to its
     SuperNode (`--node-config 'memory-bytes=8e9 ...'`), which goes first. inf: unlimited.
 
@@ -77,19 +77,19 @@ class Capability:
             raise ValueError(f"availability is a share of rounds, above 0 up to 1, got {self.availability!r}")
 
 
-UNLIMITED = Capability()
+UNLIMITED = DeviceProfile()
 
 
 @dataclass(frozen=True)
-class Peer:
+class ClientInfo:
     """One client as the server knows it."""
 
     index: int  # the client's partition; stable between runs, unlike Flower's node id
     samples: int  # training examples the client holds, as it said at the handshake
-    capability: Capability = field(default_factory=Capability)
+    capability: DeviceProfile = field(default_factory=DeviceProfile)
     rank: int = 0  # r_k of the adapter that it trains; 0: the layout's, as everybody's
     scaling: float = 0.0  # s_k, what its B A is multiplied by; 0: the layout's
-    installed_version: int = 0  # the last change of the base (or of what else it keeps) that it is known to hold
+    base_version: int = 0  # the last change of the base (or of what else it keeps) that it is known to hold
     heard: int = 0  # the last broadcast that it is known to hold, where broadcasts build on one another
     staleness: int = 0  # server updates since it was sent what it trained on; 0 where rounds are synchronous
 
@@ -206,16 +206,16 @@ class Strategy(Protocol[State]):
 
     def init(self, layout: Layout) -> State: ...
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         """What `peer` is sent. Peers that are sent the same should be handed the same `tensors` object: it is then
         encoded once."""
         ...
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         """Raise `WireError` if the update is not what was asked for; the round then goes on without this peer."""
         ...
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         """Fold the valid replies, in order of peer index, into the next state. A reply is decoded when it is looked
         up, so a strategy that passes over them once holds one update at a time."""
         ...
@@ -286,7 +286,7 @@ def contracts(codec: Codec) -> bool:
     return bool(getattr(codec, "contracts", False))
 
 
-def share(replies: Sequence[tuple[Peer, Update]]) -> list[float]:
+def share(replies: Sequence[tuple[ClientInfo, Update]]) -> list[float]:
     """The weight p_k = n_k / sum(n) of each reply, summing to one.
 
     Raises:

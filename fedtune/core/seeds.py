@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-def fold(seed: int, *path: int | str) -> int:
+def derive_seed(seed: int, *path: int | str) -> int:
     """Derive the key of one draw from the run's seed and the names of the draw.
 
     Returns:

@@ -14,7 +14,7 @@ import numpy as np
 from fedtune.config.schema import DataSpec
 from fedtune.core.errors import DataError
 from fedtune.core.protocol import Batch
-from fedtune.core.seeds import fold, permutation
+from fedtune.core.seeds import derive_seed, permutation
 from fedtune.data.corpus import Corpus
 from fedtune.data.duplicates import distinct, groups, hold_out, repeated, texts
 from fedtune.data.partition import divide
@@ -47,7 +47,7 @@ class ClientBatches:
         epoch = 0
         while True:
             while len(waiting) < size:
-                order = permutation(fold(self.key, "epoch", epoch), len(self.rows))
+                order = permutation(derive_seed(self.key, "epoch", epoch), len(self.rows))
                 waiting.extend(self.rows[order].tolist())
                 epoch += 1
             yield self.corpus.batch(waiting[:size], self.pad)
@@ -209,7 +209,7 @@ def load_data(spec: DataSpec, clients: int, tokenizer: Any, seed: int) -> Federa
     count = len(corpus)
     columns = [examples[place].columns for place in places]
     group = groups([examples[place] for place in places], texts(corpus))
-    order = permutation(fold(seed, "data"), count)
+    order = permutation(derive_seed(seed, "data"), count)
     aside = round(spec.heldout * count)
     labels = [str(own.get(by)) if by else "" for own in columns]
     server = hold_out(order, group, [0] * count, {0: aside}, labels)
@@ -228,7 +228,7 @@ def load_data(spec: DataSpec, clients: int, tokenizer: Any, seed: int) -> Federa
     owner = np.full(count, -1)
     for client, rows in enumerate(held):
         owner[rows] = client
-    mixed = [rows[permutation(fold(seed, "client data", client), len(rows))] for client, rows in enumerate(held)]
+    mixed = [rows[permutation(derive_seed(seed, "client data", client), len(rows))] for client, rows in enumerate(held)]
     owners = owner.tolist()
     own = hold_out(np.concatenate(mixed), group, owners, quota, owners)
     tests = np.zeros(count, dtype=bool)

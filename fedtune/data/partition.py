@@ -13,7 +13,7 @@ from fedtune.config.schema import DataSpec
 from fedtune.core import lean_imports as lean
 from fedtune.core.checks import one_of
 from fedtune.core.errors import ConfigError
-from fedtune.core.seeds import fold
+from fedtune.core.seeds import derive_seed
 
 LEAST = "min_partition_size"
 
@@ -65,7 +65,7 @@ def divide(spec: DataSpec, columns: Sequence[Mapping[str, Any]], clients: int, s
 
 def _places(spec: DataSpec, dataset: Any, clients: int, seed: int) -> list[np.ndarray]:
     """The places of each partition, however many there are."""
-    partitioner = _partitioner(spec, clients, fold(seed, "partition") % 2**32)
+    partitioner = _partitioner(spec, clients, derive_seed(seed, "partition") % 2**32)
     partitioner.dataset = dataset
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a line for every attempt at a skewed draw

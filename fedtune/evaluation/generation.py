@@ -20,7 +20,7 @@ import torch
 from fedtune.core.protocol import Batch
 from fedtune.data.corpus import Corpus
 from fedtune.models.adapted_model import LocalModel
-from fedtune.training.first_order import learnt_logits
+from fedtune.training.first_order import supervised_logits
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _reread(
         for row, text in enumerate(texts):
             batch.tokens[row, : len(text)] = torch.tensor(text)
             batch.targets[row, len(text)] = True  # the token that is asked for
-        likeliest = learnt_logits(model.module, batch.to(model.device))[0].argmax(-1).tolist()
+        likeliest = supervised_logits(model.module, batch.to(model.device))[0].argmax(-1).tolist()
         for place, token in zip(going, likeliest, strict=True):
             made[place].append(token)
         going = [place for place in going if made[place][-1] not in stop]

@@ -13,7 +13,7 @@ from fedtune.core.seeds import permutation
 from fedtune.data.corpus import Corpus, Span, padded
 from fedtune.evaluation.generation import answerable, answers, exact, rouge_l
 from fedtune.models.adapted_model import LocalModel
-from fedtune.training.first_order import learnt_logits
+from fedtune.training.first_order import supervised_logits
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ def score(model: LocalModel, corpus: Corpus, rows: Sequence[int] | np.ndarray, b
     with torch.inference_mode():
         for start in range(0, len(ordered), batch_size):
             batch = corpus.batch(ordered[start : start + batch_size], pad).to(model.device)
-            logits, labels = learnt_logits(model.module, batch)
+            logits, labels = supervised_logits(model.module, batch)
             loss += functional.cross_entropy(logits.float(), labels, reduction="sum").item()
             right += int((logits.argmax(-1) == labels).sum())
             tokens += len(labels)
     return Score(loss / tokens, right / tokens, tokens) if tokens else Score(float("nan"), float("nan"), 0)
 
 
-def appraise(
+def evaluate_all(
     model: LocalModel, corpus: Corpus, rows: Sequence[int] | np.ndarray, spec: EvaluateSpec, pad: int, key: int
 ) -> Score:
     """All that is measured of the model as it stands: `score`, the choices of the rows that are questions, and answers
@@ -89,7 +89,7 @@ def choose(model: LocalModel, corpus: Corpus, rows: Sequence[int], batch_size: i
         for start in range(0, len(options), batch_size):
             part = options[start : start + batch_size]
             batch = padded([span for _, _, span in part], pad).to(model.device)
-            logits, labels = learnt_logits(model.module, batch)
+            logits, labels = supervised_logits(model.module, batch)
             each = -functional.cross_entropy(logits.float(), labels, reduction="none").double()
             owner = torch.arange(len(part), device=each.device).repeat_interleave(batch.targets[:, 1:].sum(1))
             sums = torch.zeros(len(part), dtype=each.dtype, device=each.device).index_add_(0, owner, each)

@@ -24,7 +24,7 @@ from fedtune.config.compatibility import traits_of
 from fedtune.config.compose import load_file
 from fedtune.config.schema import FULL, Experiment
 from fedtune.core.errors import ExportError, ModelError
-from fedtune.core.seeds import bits, fold
+from fedtune.core.seeds import bits, derive_seed
 from fedtune.device.owner import user
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import Base, Origin, load_base, pick_device
@@ -263,7 +263,7 @@ def _take_apart(adapted: Any) -> None:
 def _predictions(model: Any, device: torch.device) -> Tensor:
     """The logits of a few tokens drawn by key, (2, 16, vocabulary) float32, on the CPU."""
     rows = model.get_input_embeddings().weight.shape[0]
-    words = torch.from_numpy(bits(fold(0, "export"), 32) % rows).to(torch.int64).reshape(2, 16)
+    words = torch.from_numpy(bits(derive_seed(0, "export"), 32) % rows).to(torch.int64).reshape(2, 16)
     with torch.inference_mode():
         logits: Tensor = model.eval()(input_ids=words.to(device), use_cache=False).logits
     return logits.float().cpu()

@@ -43,14 +43,14 @@ def factors(adapter: Tensors, *roles: str) -> Tensors:
     return {name: tensor for name, tensor in adapter.items() if name.endswith(endings)}
 
 
-def pairs(adapter: Tensors) -> dict[str, LowRank]:
+def lora_factors(adapter: Tensors) -> dict[str, LowRank]:
     """B and A of each layer, told apart by name, by the module that they adapt."""
     ending = name_of("", "lora_A")
     modules = [name.removesuffix(ending) for name in adapter if name.endswith(ending)]
     return {m: LowRank(adapter[name_of(m, "lora_B")], adapter[name_of(m, "lora_A")]) for m in modules}
 
 
-def unpair(products: Mapping[str, LowRank], dtype: torch.dtype | None = None) -> Tensors:
+def to_adapter(products: Mapping[str, LowRank], dtype: torch.dtype | None = None) -> Tensors:
     """The inverse of `pairs`, with the tensors contiguous and of `dtype`."""
     adapter: Tensors = {}
     for module, product in products.items():
@@ -72,7 +72,7 @@ def stack(terms: Sequence[LowRank], weights: Sequence[float] | None = None) -> L
     return LowRank(b, a)
 
 
-def principal(product: LowRank, kept: Callable[[Tensor], int]) -> tuple[LowRank, Tensor]:
+def truncated_svd(product: LowRank, kept: Callable[[Tensor], int]) -> tuple[LowRank, Tensor]:
     """The leading part of the singular value decomposition U S V^T of B A, at the cost of its inner width: QR of both
     factors, SVD of the small core between them.
 
@@ -107,7 +107,7 @@ def _rows(v: Tensor, a: Tensor, triangle: Tensor, factored: tuple[Tensor, Tensor
 
 def truncated(product: LowRank, rank: int) -> LowRank:
     """The nearest matrix of that rank (Eckart and Young), or of less where there is no more: B = U_r S_r, A = V_r^T."""
-    return principal(product, lambda s: min(rank, len(s)))[0]
+    return truncated_svd(product, lambda s: min(rank, len(s)))[0]
 
 
 def by_energy(product: LowRank, energy: float) -> LowRank:
@@ -119,10 +119,10 @@ def by_energy(product: LowRank, energy: float) -> LowRank:
         noise = s[0] * max(product.b.shape[0], product.a.shape[1]) * torch.finfo(s.dtype).eps
         return max(1, int(((tail > (1 - energy) * tail[0]) & (s > noise)).sum()))
 
-    return principal(product, rank)[0]
+    return truncated_svd(product, rank)[0]
 
 
-def widened(product: LowRank, rank: int, rows: Tensor) -> LowRank:
+def pad_rank(product: LowRank, rank: int, rows: Tensor) -> LowRank:
     """The same matrix with an inner width of `rank`: B goes on in zeros and A, whose rows are orthonormal, in more such
     as far as there are any. Were both zero there, no gradient would ever reach these components.
 

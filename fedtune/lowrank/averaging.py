@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fedtune.core.protocol import Instruction, Peer, Setting, Tensors, Update, share
+from fedtune.core.protocol import ClientInfo, Instruction, Setting, Tensors, Update, share
 
-Replies = Sequence[tuple[Peer, Update]]
+Replies = Sequence[tuple[ClientInfo, Update]]
 PORTION_BYTES = 1 << 30  # of updates that are held at a time
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
@@ -59,7 +59,7 @@ def cast_like(tensors: Tensors, reference: Mapping[str, Tensor]) -> Tensors:
 def _portions(replies: Replies) -> Iterator[tuple[int, Replies]]:
     """The replies, as many at a time as take little memory once they are looked up, and the place of the first."""
     start, room = 0, PORTION_BYTES
-    held: list[tuple[Peer, Update]] = []
+    held: list[tuple[ClientInfo, Update]] = []
     for place, reply in enumerate(replies):
         size = sum(tensor.nbytes for tensor in reply[1].tensors.values())
         if held and size > room:
@@ -71,22 +71,22 @@ def _portions(replies: Replies) -> Iterator[tuple[int, Replies]]:
     yield start, held
 
 
-def carried(name: str, peer: Peer, scaling: float) -> float:
+def carried(name: str, peer: ClientInfo, scaling: float) -> float:
     """What a tensor of `peer` is multiplied by to stand in the global adapter: s_k / s for B, 1 for all else."""
     return peer.scaling / scaling if name.endswith(".lora_B.weight") and peer.scaling and scaling else 1.0
 
 
-def narrowed(adapter: Tensors, rank: int) -> Tensors:
+def truncate_rank(adapter: Tensors, rank: int) -> Tensors:
     """The adapter's first `rank` components: the first columns of B, the first rows of A. 0 takes them all."""
     return {name: _first(name, tensor, rank) for name, tensor in adapter.items()} if rank else adapter
 
 
-def own_width(peer: Peer) -> dict[str, Setting]:
+def own_width(peer: ClientInfo) -> dict[str, Setting]:
     """The settings that tell a client its rank and what its B A is multiplied by, where these are its own."""
     return {"rank": peer.rank, "scaling": peer.scaling} if peer.rank else {}
 
 
-def for_peer(adapter: Tensors, peer: Peer, scaling: float = 0, rank: int = 0) -> Instruction:
+def for_peer(adapter: Tensors, peer: ClientInfo, scaling: float = 0, rank: int = 0) -> Instruction:
     """The adapter, or as much of it as `peer` takes. Peers that take the same are handed the same tensors.
 
     Args:

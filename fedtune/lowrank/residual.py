@@ -14,7 +14,7 @@ import torch
 
 from fedtune.core.errors import ClientError
 from fedtune.core.protocol import Instruction, Setting, Tensors
-from fedtune.lowrank.algebra import LowRank, narrowest, principal, stack
+from fedtune.lowrank.algebra import LowRank, narrowest, stack, truncated_svd
 
 B, A = ".residual_B", ".residual_A"  # MODULE.residual_B (out, R) and MODULE.residual_A (R, in), float32
 FROM, VERSION = "builds_on", "version"  # settings: the version that the tensors build on, and the one they lead to
@@ -22,7 +22,7 @@ KEPT = "version"  # in a client's memory, beside the residual
 
 
 @dataclass(frozen=True)
-class Merged:
+class BaseResidual:
     """All that a server has merged."""
 
     version: int = 0  # how many merges there were
@@ -30,7 +30,7 @@ class Merged:
     recent: list[Tensors] = field(default_factory=list)  # the last merges, oldest first
     error: float = 0.0  # ||recompressed - total||_F / ||total||_F of the last merge; 0 where nothing was cut
 
-    def merge(self, change: Mapping[str, LowRank], limit: int) -> "Merged":
+    def merge(self, change: Mapping[str, LowRank], limit: int) -> "BaseResidual":
         """One merge more.
 
         Args:
@@ -46,18 +46,18 @@ class Merged:
             recent = [*self.recent, increment]
             while len(recent) > 1 and sum(map(size_of, recent)) > size_of(total):
                 recent = recent[1:]  # who lacks more than these is better off with the whole
-            return Merged(version, total, recent, 0.0)
+            return BaseResidual(version, total, recent, 0.0)
         cut: dict[str, LowRank] = {}
         lost = whole = 0.0
         for module in sorted(held | added):  # the error's last bits depend on the order
             product = stack([part[module] for part in (held, added) if module in part])
-            best, s = principal(product, lambda s: min(limit, len(s)))
+            best, s = truncated_svd(product, lambda s: min(limit, len(s)))
             cut[module] = LowRank(best.b.float(), best.a.float())
             lost += float(s[best.rank :].square().sum())
             whole += float(s.square().sum())
-        return Merged(version, as_residual(cut), [], math.sqrt(lost / whole) if whole else 0.0)
+        return BaseResidual(version, as_residual(cut), [], math.sqrt(lost / whole) if whole else 0.0)
 
-    def lacking(self, installed: int) -> Instruction:
+    def missing_merges(self, installed: int) -> Instruction:
         """What brings a client that holds version `installed` (0: the plain base) up to date."""
         behind = self.version - installed
         settings: dict[str, Setting] = {FROM: installed, VERSION: self.version}
@@ -124,7 +124,7 @@ def update_residual(instruction: Instruction, memory: Tensors) -> tuple[Tensors,
     if VERSION not in instruction.settings:
         return held, instruction.tensors
     base, version = int(instruction.settings[FROM]), int(instruction.settings[VERSION])
-    mine = installed_version(memory)
+    mine = base_version(memory)
     if base not in (0, mine):
         raise ClientError(f"the server's merges build on version {base} of the base; this client holds {mine}")
     merges: dict[int, Tensors] = {}
@@ -143,7 +143,7 @@ def update_residual(instruction: Instruction, memory: Tensors) -> tuple[Tensors,
     return residual, rest
 
 
-def installed_version(memory: Tensors) -> int:
+def base_version(memory: Tensors) -> int:
     """The version of the base that a client with this memory holds; 0 is the base as loaded."""
     return int(memory[KEPT]) if KEPT in memory else 0
 

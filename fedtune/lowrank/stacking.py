@@ -13,17 +13,17 @@ from functools import partial
 import torch
 
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import Instruction, Layout, Peer, Tensors, Update, expect_like, share
-from fedtune.lowrank.algebra import LowRank, name_of, pairs, stack
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Tensors, Update, expect_like, share
+from fedtune.lowrank.algebra import LowRank, lora_factors, name_of, stack
 from fedtune.lowrank.averaging import own_width
-from fedtune.lowrank.residual import Merged
+from fedtune.lowrank.residual import BaseResidual
 
 LAYERS_AT_A_TIME = 4  # each of 4096 x 4096 at a stacked rank of 500 takes some 100 MB meanwhile
 
 
 @dataclass(frozen=True)
 class State:
-    merged: Merged  # the sum of all rounds so far, which every party adds to its base
+    merged: BaseResidual  # the sum of all rounds so far, which every party adds to its base
     sizes: dict[str, list[int]]  # (out, in) of each adapted layer
     rank: int  # of clients that have none of their own
     scaling: float  # theirs
@@ -33,7 +33,7 @@ def begin(layout: Layout) -> State:
     """Nothing merged yet."""
     start = fresh_layers(layout)
     sizes = {module: [product.b.shape[0], product.a.shape[1]] for module, product in start.items()}
-    return State(Merged(), sizes, layout.rank, layout.scaling)
+    return State(BaseResidual(), sizes, layout.rank, layout.scaling)
 
 
 def fresh_layers(layout: Layout) -> dict[str, LowRank]:
@@ -47,16 +47,16 @@ def fresh_layers(layout: Layout) -> dict[str, LowRank]:
             "this method begins each round with B = 0, and this adapter begins with a part of the base in B A: take "
             "adapter=lora or adapter=rslora"
         )
-    return pairs(layout.initial)
+    return lora_factors(layout.initial)
 
 
-def instruct(state: State, peer: Peer) -> Instruction:
+def instruct(state: State, peer: ClientInfo) -> Instruction:
     """The merges that this client lacks, and the adapter that it is to begin with."""
-    lacking = state.merged.lacking(peer.installed_version)
+    lacking = state.merged.missing_merges(peer.base_version)
     return Instruction(lacking.tensors, {**lacking.settings, **own_width(peer)})
 
 
-def check_factors(state: State, peer: Peer, update: Update) -> None:
+def check_factors(state: State, peer: ClientInfo, update: Update) -> None:
     """Raises:
     WireError: if these are not A and B of every layer at this client's rank.
     """
@@ -68,7 +68,7 @@ def check_factors(state: State, peer: Peer, update: Update) -> None:
     expect_like(update.tensors, expected)
 
 
-def stacked(replies: Sequence[tuple[Peer, Update]], scaling: float) -> dict[str, Callable[[], LowRank]]:
+def stacked(replies: Sequence[tuple[ClientInfo, Update]], scaling: float) -> dict[str, Callable[[], LowRank]]:
     """dW* of each layer, in float64, once it is asked for.
 
     Args:
@@ -76,7 +76,7 @@ def stacked(replies: Sequence[tuple[Peer, Update]], scaling: float) -> dict[str,
     """
     held = list(replies)
     weights = [weight * (peer.scaling or scaling) for weight, (peer, _) in zip(share(held), held, strict=True)]
-    adapters = [pairs(update.tensors) for _, update in held]
+    adapters = [lora_factors(update.tensors) for _, update in held]
     # Sorted: safetensors hands out tensors in another order each time, and a sum over layers keeps the order's bits
     return {
         module: partial(stack, [adapter[module] for adapter in adapters], weights) for module in sorted(adapters[0])

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fedtune.config.schema import FULL, AdapterSpec
 from fedtune.core.errors import ModelError
 from fedtune.core.protocol import Layout, Tensors, describe
-from fedtune.core.seeds import fold, uniform
-from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.core.seeds import derive_seed, uniform
+from fedtune.lowrank.algebra import lora_factors, name_of
 from fedtune.models.adapter_kinds import RESIZABLE, attach, constants, origin_shift, slot_of, starting_values, trainable
 from fedtune.models.base import Base
 from fedtune.models.base_delta import BaseChange
@@ -33,7 +33,7 @@ class LocalModel:
         origin: where the base came from.
         layout: names, shapes and starting values of the trainable tensors, in PEFT's own naming, so that an exported
             adapter has the names that PEFT looks for; the base's own names where there is no adapter.
-        base_change: what was merged into the base.
+        base_delta: what was merged into the base.
         origin_shift: what is added to the base from the start and for good; nothing for most kinds (fedtune/models/adapter_kinds.py).
         pad: the token that pads.
         quantization: what the base is held in: none, int8, nf4, or what its files say.
@@ -68,7 +68,7 @@ class LocalModel:
         self._changed = False  # ranks, scaling or what is trained differ from the layout's
         self._switched_off: list[Any] = []  # layers that are left as the base has them
         self._resizable = spec.kind in RESIZABLE
-        self.base_change = BaseChange(self._base_layer, requantize)
+        self.base_delta = BaseChange(self._base_layer, requantize)
         self.origin_shift = origin_shift(self.layout, spec)
         BaseChange(self._base_layer).set(self.origin_shift)
         self.reset()
@@ -85,7 +85,7 @@ class LocalModel:
                 self._scale(self._lora)
                 self._changed = False
             torch._foreach_copy_(self._tensors, self._start)
-        self.base_change.clear()
+        self.base_delta.clear()
 
     def install(self, tensors: Tensors, scaling: float | None = None) -> None:
         """Copy `tensors` into the trainable tensors of those names; the others keep their values.
@@ -120,7 +120,7 @@ class LocalModel:
                 self._live[name].data = tensor.detach().to(self.device, copy=True)
         if resized:
             self._changed = True
-            for module, product in pairs(dict(self._live)).items():
+            for module, product in lora_factors(dict(self._live)).items():
                 if product.a.shape[0] != product.b.shape[1]:
                     raise ModelError(
                         f"layer '{module}': A has rank {product.a.shape[0]}, B has rank {product.b.shape[1]}"
@@ -146,10 +146,12 @@ class LocalModel:
                 f"a fresh adapter of rank {rank}: expected 1 to {self.layout.rank}, the widest of this run"
             )
         fresh = {}
-        for module, product in pairs(self.layout.initial).items():
+        for module, product in lora_factors(self.layout.initial).items():
             (out, _), (_, width) = product.b.shape, product.a.shape
             name = name_of(module, "lora_A")
-            fresh[name] = uniform(fold(key, "adapter", name), (rank, width), 1 / math.sqrt(width)).to(product.a.dtype)
+            fresh[name] = uniform(derive_seed(key, "adapter", name), (rank, width), 1 / math.sqrt(width)).to(
+                product.a.dtype
+            )
             fresh[name_of(module, "lora_B")] = torch.zeros(out, rank, dtype=product.b.dtype)
         self.install(fresh, scaling)
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fedtune.config.schema import ADAPTERS, ALL_LINEAR, FULL, AdapterSpec
 from fedtune.core.errors import ModelError
 from fedtune.core.protocol import Layout, Slot, Tensors
-from fedtune.core.seeds import bits, fold, uniform
-from fedtune.lowrank.algebra import LowRank, pairs, unpair
+from fedtune.core.seeds import bits, derive_seed, uniform
+from fedtune.lowrank.algebra import LowRank, lora_factors, to_adapter
 from fedtune.lowrank.residual import as_residual
 from fedtune.models.requantize import dequantized
 from fedtune.models.target_modules import Targets, adaptable, check_attached, check_names, targets_for
@@ -102,9 +102,9 @@ def starting_values(module: Any, live: Mapping[str, Tensor], spec: AdapterSpec, 
     start = {}
     for name, parameter in live.items():
         slot = slot_of(module, name, parameter, spec)
-        start[name] = _START[slot.role](module, slot, fold(seed, "adapter", name)).to(parameter.dtype)
+        start[name] = _START[slot.role](module, slot, derive_seed(seed, "adapter", name)).to(parameter.dtype)
     if spec.kind == "pissa":
-        start = unpair({layer: _principal(module.get_submodule(layer), spec.rank) for layer in pairs(start)})
+        start = to_adapter({layer: _principal(module.get_submodule(layer), spec.rank) for layer in lora_factors(start)})
     return start
 
 
@@ -116,7 +116,7 @@ def origin_shift(layout: Layout, spec: AdapterSpec) -> Tensors:
     """
     if spec.kind != "pissa":
         return {}
-    starts = pairs(layout.initial)
+    starts = lora_factors(layout.initial)
     return as_residual({layer: LowRank(-layout.scaling * start.b, start.a) for layer, start in starts.items()})
 
 
@@ -130,7 +130,7 @@ def constants(module: Any, seed: int) -> Tensors:
     for side in ("vera_A", "vera_B"):
         if (shared := getattr(module.base_model, side, None)) is not None:
             name, buffer = f"base_model.{side}", shared["default"]
-            made[name] = uniform(fold(seed, "adapter", name), buffer.shape, math.sqrt(6 / buffer.shape[1]))
+            made[name] = uniform(derive_seed(seed, "adapter", name), buffer.shape, math.sqrt(6 / buffer.shape[1]))
             buffer.copy_(made[name])
     return made
 

@@ -40,10 +40,10 @@ class _Choice:
     """All layers that could be adapted, and why the others can't."""
 
     names: list[str] = field(default_factory=list)
-    left_out: dict[str, list[str]] = field(default_factory=dict)  # by reason
+    excluded: dict[str, list[str]] = field(default_factory=dict)  # by reason
 
     def leave_out(self, name: str, reason: str) -> None:
-        self.left_out.setdefault(reason, []).append(name)
+        self.excluded.setdefault(reason, []).append(name)
 
 
 def targets_for(model: Any, spec: AdapterSpec, reached: Collection[str] | None = None) -> Targets:
@@ -63,7 +63,7 @@ def targets_for(model: Any, spec: AdapterSpec, reached: Collection[str] | None =
         return Targets(choice.names, said + _listed(choice))
     if spec.targets == [ALL_LINEAR]:
         choice = _all_linear(model, spec, reached)
-        return Targets(choice.names, f"adapter.targets={ALL_LINEAR}: {_listed(choice)}" if choice.left_out else "")
+        return Targets(choice.names, f"adapter.targets={ALL_LINEAR}: {_listed(choice)}" if choice.excluded else "")
     check_names(model, spec.targets)
     for target in spec.targets:
         _check_target(model, spec, target, reached)
@@ -237,8 +237,8 @@ def _last(name: str) -> str:
 
 
 def _listed(choice: _Choice) -> str:
-    return ", ".join(choice.names) + (f"; without {_reasons(choice)}" if choice.left_out else "")
+    return ", ".join(choice.names) + (f"; without {_reasons(choice)}" if choice.excluded else "")
 
 
 def _reasons(choice: _Choice) -> str:
-    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in choice.left_out.items())
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in choice.excluded.items())

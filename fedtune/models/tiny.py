@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fedtune.core.seeds import fold, uniform
+from fedtune.core.seeds import derive_seed, uniform
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -50,5 +50,5 @@ def tiny_model() -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.copy_(uniform(fold(0, "tiny", name), parameter.shape, parameter.shape[1] ** -0.5))
+                parameter.copy_(uniform(derive_seed(0, "tiny", name), parameter.shape, parameter.shape[1] ** -0.5))
     return model

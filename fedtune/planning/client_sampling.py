@@ -25,7 +25,7 @@ import numpy as np
 
 from fedtune.core.checks import at_least, one_of
 from fedtune.core.errors import ConfigError, QuorumError
-from fedtune.core.seeds import bits, fold, permutation
+from fedtune.core.seeds import bits, derive_seed, permutation
 
 RULES = ("uniform", "power_of_choice", "speed_tier")
 NOTHING: Mapping[int, float] = {}
@@ -84,7 +84,7 @@ def select(
         wanted = 2 * cohort if candidates is None else candidates
         if wanted < cohort:
             raise ConfigError(f"candidates={wanted} is too small: expected at least the cohort, which is {cohort}")
-        drawn = _by_samples(there, samples, wanted, fold(seed, "candidates", round))
+        drawn = _by_samples(there, samples, wanted, derive_seed(seed, "candidates", round))
         if not drawn:
             raise QuorumError(f"round {round}: none of the {len(there)} clients that are able has a training example")
         ranked = sorted(
@@ -92,12 +92,12 @@ def select(
         )  # stable: ties as drawn
         chosen = ranked[:cohort]
         return sorted(chosen)
-    shuffled = permutation(fold(seed, "cohort", round), clients)  # of all, so that an absence moves nobody else
+    shuffled = permutation(derive_seed(seed, "cohort", round), clients)  # of all, so that an absence moves nobody else
     order = [int(index) for index in shuffled[np.isin(shuffled, there)]]
     if rule == "speed_tier":
         if not 1 <= tiers <= clients:
             raise ConfigError(f"tiers={tiers}: expected from 1 to the number of clients, which is {clients}")
-        far = _distances(clients, seconds, tiers, _below(tiers, int(bits(fold(seed, "tier", round), 1)[0])))
+        far = _distances(clients, seconds, tiers, _below(tiers, int(bits(derive_seed(seed, "tier", round), 1)[0])))
         order.sort(key=far.__getitem__)  # stable: within a tier it stays at random
     return sorted(order[:cohort])
 

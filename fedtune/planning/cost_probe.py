@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fedtune.core.costs import Costs, Weight
-from fedtune.core.seeds import fold, permutation
+from fedtune.core.seeds import derive_seed, permutation
 from fedtune.data.federated_data import FederatedData
-from fedtune.lowrank.algebra import pairs
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.models.adapted_model import LocalModel
 from fedtune.training.first_order import seeded
 
@@ -38,8 +38,8 @@ def costs_of(model: LocalModel, data: FederatedData, batch_size: int, seed: int)
         batch_size: examples that are padded to one length.
     """
     rows = np.concatenate(data.train)
-    lengths, learnt = np.diff(data.corpus.starts), _learnt(data)
-    padded, answers = _typical(lengths, learnt, rows, batch_size, fold(seed, "costs"))
+    lengths, learnt = np.diff(data.corpus.starts), _supervised(data)
+    padded, answers = _typical(lengths, learnt, rows, batch_size, derive_seed(seed, "costs"))
     base = model.base
     blocks = blocks_of(base)
     with _bare(model):
@@ -78,7 +78,7 @@ def weights_of(model: LocalModel) -> list[Weight]:
     names = list(blocks_of(model.base))
     return [
         Weight(module, _block(module, names), product.b.shape[0], product.a.shape[1])
-        for module, product in pairs(model.layout.initial).items()
+        for module, product in lora_factors(model.layout.initial).items()
     ]
 
 
@@ -144,7 +144,7 @@ def _bare(model: LocalModel) -> Iterator[None]:
             module.training = training
 
 
-def _learnt(data: FederatedData) -> np.ndarray:
+def _supervised(data: FederatedData) -> np.ndarray:
     """[example]: its tokens whose loss counts; the first has none to be told from."""
     corpus = data.corpus
     before = np.concatenate([[0], np.cumsum(corpus.targets)])
@@ -157,7 +157,7 @@ def _typical(
 ) -> tuple[float, float]:
     """Mean over batches: the length that examples are padded to, and the tokens of an example that are learnt."""
     epochs = -(-SAMPLED * batch_size // len(rows))
-    order = np.concatenate([permutation(fold(key, epoch), len(rows)) for epoch in range(epochs)])
+    order = np.concatenate([permutation(derive_seed(key, epoch), len(rows)) for epoch in range(epochs)])
     drawn = rows[order[: SAMPLED * batch_size]]
     padded = lengths[drawn].reshape(SAMPLED, batch_size).max(1)
     return float(padded.mean()), float(learnt[drawn].mean())

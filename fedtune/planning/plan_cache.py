@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.core.costs import Costs, Weight
-from fedtune.core.protocol import Capability
+from fedtune.core.protocol import DeviceProfile
 from fedtune.planning.knapsack import selections
 from fedtune.planning.planner import Plan, Rules, plan
 
@@ -22,9 +22,9 @@ class Offer:
         """
         self._rules, self._costs, self._weights = rules, costs, list(weights)
         self._selections = selections(self._weights, rules.ranks, values, costs.input_bytes, costs.inner_bytes)
-        self.plans: dict[Capability, Plan | str] = {}
+        self.plans: dict[DeviceProfile, Plan | str] = {}
 
-    def plans_for(self, devices: Sequence[Capability]) -> list[Plan | str]:
+    def plans_for(self, devices: Sequence[DeviceProfile]) -> list[Plan | str]:
         """A plan for each, or why it can take no part. Many at once take little longer than one."""
         new = [device for device in dict.fromkeys(devices) if device not in self.plans]
         if len(self.plans) + len(new) > KEPT_PLANS:

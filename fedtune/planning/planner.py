@@ -27,7 +27,7 @@ import numpy as np
 
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import Capability
+from fedtune.core.protocol import DeviceProfile
 from fedtune.planning.knapsack import Floats, Ints, Run, Selections, expect_ranks
 
 ROUNDING = 1e-9  # of the slopes along which ladders were built
@@ -98,7 +98,7 @@ def plan(
     costs: Costs,
     weights: Sequence[Weight],
     rules: Rules,
-    capabilities: Sequence[Capability],
+    capabilities: Sequence[DeviceProfile],
 ) -> list[Plan | str]:
     """A plan for each device, or why it can take no part.
 
@@ -122,7 +122,7 @@ def plan(
     1: 4080 bytes, 2.4 s. With 6000 bytes it is b = 2, if the deadline leaves it 3.6 s.
     """
     _check(selections, costs, weights, rules)
-    answers: dict[Capability, Plan | str] = {}
+    answers: dict[DeviceProfile, Plan | str] = {}
     distinct = list(dict.fromkeys(capabilities))
     for count in range(len(rules.ranks) + 1):  # of the ranks that a device can train
         of = [one for one in distinct if one.backprop and sum(rank <= one.max_rank for rank in rules.ranks) == count]
@@ -138,7 +138,7 @@ def plan(
     return [answers[one] for one in capabilities]
 
 
-def _plan(selections: Selections, costs: Costs, rules: Rules, devices: Sequence[Capability]) -> Iterator[Plan | str]:
+def _plan(selections: Selections, costs: Costs, rules: Rules, devices: Sequence[DeviceProfile]) -> Iterator[Plan | str]:
     for device, value in zip(devices, _best_values(selections, costs, rules, devices).tolist(), strict=True):
         if value < 0:
             yield _reason(selections, costs, rules, device)
@@ -146,7 +146,7 @@ def _plan(selections: Selections, costs: Costs, rules: Rules, devices: Sequence[
             yield _first(selections, costs, rules, device, selections.worth(value))
 
 
-def _best_values(selections: Selections, costs: Costs, rules: Rules, devices: Sequence[Capability]) -> Floats:
+def _best_values(selections: Selections, costs: Costs, rules: Rules, devices: Sequence[DeviceProfile]) -> Floats:
     """[device] the largest value of any feasible plan; -1 where none is. The smallest b has it."""
     batch = min(rules.batches)
     # Bits that take no less memory and no less time than others have no value of their own
@@ -206,7 +206,7 @@ def _most_parameters(
     selections: Selections,
     costs: Costs,
     rules: Rules,
-    devices: Sequence[Capability],
+    devices: Sequence[DeviceProfile],
     batch: int,
     bits: int,
     block: int,
@@ -226,7 +226,7 @@ def _most_parameters(
     return low
 
 
-def _first(selections: Selections, costs: Costs, rules: Rules, device: Capability, equal: Ints) -> Plan:
+def _first(selections: Selections, costs: Costs, rules: Rules, device: DeviceProfile, equal: Ints) -> Plan:
     """Of selections of equal value, one of which is feasible: the largest b, then q, then the least P."""
     block, parameters = selections.block[equal], selections.parameters[equal]
     per_token = selections.per_token_bytes[equal]
@@ -252,7 +252,7 @@ def _first(selections: Selections, costs: Costs, rules: Rules, device: Capabilit
     raise AssertionError("the value was found feasible a moment ago")
 
 
-def _reason(selections: Selections, costs: Costs, rules: Rules, device: Capability) -> str:
+def _reason(selections: Selections, costs: Costs, rules: Rules, device: DeviceProfile) -> str:
     """Why nothing is feasible. Nothing takes less than the smallest rank on one weight, with the smallest b."""
     batch, rank = min(rules.batches), rules.ranks[0]
     block = np.array([weight.block for weight in selections.weights])
@@ -291,7 +291,7 @@ def _sums(costs: Costs, weights: Mapping[str, Weight], ranks: Mapping[str, int])
 
 
 def _compute(
-    costs: Costs, rules: Rules, batch: int, bits: int, block: Ints, parameters: Floats, device: Capability
+    costs: Costs, rules: Rules, batch: int, bits: int, block: Ints, parameters: Floats, device: DeviceProfile
 ) -> Floats:
     found: Floats = costs.compute(
         batch, bits, rules.steps, block, parameters, device.flop_per_s, device.read_bytes_per_s
@@ -299,7 +299,7 @@ def _compute(
     return found
 
 
-def _seconds_per_byte(device: Capability) -> float:
+def _seconds_per_byte(device: DeviceProfile) -> float:
     """There and back."""
     return 1 / device.down_bytes_per_s + 1 / device.up_bytes_per_s
 

@@ -13,8 +13,8 @@ from fedtune.config.devices import CATALOGUE, apportion, read_devices
 from fedtune.config.population import MEASURED
 from fedtune.config.schema import Experiment
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import SERVER, UNLIMITED, Capability, Layout, Peer
-from fedtune.core.seeds import fold, permutation
+from fedtune.core.protocol import SERVER, UNLIMITED, ClientInfo, DeviceProfile, Layout
+from fedtune.core.seeds import derive_seed, permutation
 
 
 def sample_cohort(clients: int, cohort: int, seed: int, round: int) -> list[int]:
@@ -22,11 +22,11 @@ def sample_cohort(clients: int, cohort: int, seed: int, round: int) -> list[int]
 
     A function of the seed and the round alone, so it is the same after a resume and whatever ids Flower gives to nodes.
     """
-    chosen = permutation(fold(seed, "cohort", round), clients)[:cohort]
+    chosen = permutation(derive_seed(seed, "cohort", round), clients)[:cohort]
     return [int(index) for index in np.sort(chosen)]
 
 
-def equip(peer: Peer, experiment: Experiment, layout: Layout) -> Peer:
+def assign_rank(peer: ClientInfo, experiment: Experiment, layout: Layout) -> ClientInfo:
     """The peer with the rank and the scaling of the adapter that it is to train."""
     rank = experiment.population.rank_of(peer.index, experiment.adapter.rank, peer.capability.max_rank)
     if not rank:
@@ -43,14 +43,14 @@ def scaling_at(rank: int, experiment: Experiment, layout: Layout) -> float:
     return whole * (math.sqrt(wider) if experiment.adapter.kind == "rslora" else wider)
 
 
-def server_peer(experiment: Experiment, layout: Layout) -> Peer:
+def server_peer(experiment: Experiment, layout: Layout) -> ClientInfo:
     """The server as one more client: it holds nothing yet, and can take the widest adapter."""
     if experiment.population.ranks is None:
-        return Peer(SERVER, 1)
-    return Peer(SERVER, 1, rank=experiment.adapter.rank, scaling=layout.scaling)
+        return ClientInfo(SERVER, 1)
+    return ClientInfo(SERVER, 1, rank=experiment.adapter.rank, scaling=layout.scaling)
 
 
-def profile_of(index: int, experiment: Experiment, home: Path | None = None) -> Capability:
+def profile_of(index: int, experiment: Experiment, home: Path | None = None) -> DeviceProfile:
     """What client `index` can do, as population.devices has it: a function of the settings alone, wherever it is asked,
     but for files, which are read where it is asked.
 
@@ -83,7 +83,7 @@ def _dealt(shares: str, clients: int, seed: int) -> tuple[str, ...]:
     """
     counts = apportion(json.loads(shares), clients)
     names = [name for name, count in counts.items() for _ in range(count)]
-    return tuple(names[place] for place in permutation(fold(seed, "devices"), clients))
+    return tuple(names[place] for place in permutation(derive_seed(seed, "devices"), clients))
 
 
 def _own(home: Path | None) -> Path:
@@ -96,7 +96,7 @@ def _own(home: Path | None) -> Path:
     return home / "device.csv"
 
 
-def _rows(path: Path) -> tuple[Capability, ...]:
+def _rows(path: Path) -> tuple[DeviceProfile, ...]:
     try:
         found = path.stat()
     except OSError:
@@ -105,6 +105,6 @@ def _rows(path: Path) -> tuple[Capability, ...]:
 
 
 @lru_cache(maxsize=4)
-def _read(path: Path, changed: int, size: int) -> tuple[Capability, ...]:
+def _read(path: Path, changed: int, size: int) -> tuple[DeviceProfile, ...]:
     """The file's devices; read again when it changed, as a process may stay longer than a run."""
     return tuple(read_devices(path))

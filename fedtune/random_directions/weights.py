@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.core.errors import ConfigError, DivergedError
-from fedtune.core.seeds import bits, fold
+from fedtune.core.seeds import bits, derive_seed
 from fedtune.random_directions.hash_noise import LARGEST, SIGMA, Table, accumulate_, check_kind, render_
 
 FINEST = 2.0**-16  # what a slope is rounded to at most, loss per unit of z, unless a method needs it otherwise
@@ -101,7 +101,7 @@ class Space:
 
 def pool(pool_seed: int, count: int) -> list[int]:
     """`count` seeds, each a function of `pool_seed` and its place."""
-    return [int(seed) for seed in bits(fold(pool_seed, "pool"), count)]
+    return [int(seed) for seed in bits(derive_seed(pool_seed, "pool"), count)]
 
 
 class SeededWeights:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 from fedtune.core.protocol import Tensors
-from fedtune.lowrank.algebra import LowRank, pairs, stack, unpair
+from fedtune.lowrank.algebra import LowRank, lora_factors, stack, to_adapter
 from fedtune.lowrank.residual import from_residual, joined
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base_delta import DENSE
@@ -33,7 +33,7 @@ def adapter_files(model: LocalModel) -> dict[str, bytes]:
     config = readable(made, made.to_dict())
     config["base_model_name_or_path"] = model.origin.hub_id or model.origin.path
     config["inference_mode"] = True
-    ranks = {module: product.rank for module, product in pairs(tensors).items()}
+    ranks = {module: product.rank for module, product in lora_factors(tensors).items()}
     scaling = 1.0 if _change(model) else model.scaling
     if ranks and scaling is not None and (set(ranks.values()) != {config["r"]} or scaling != model.layout.scaling):
         config |= {"r": max(ranks.values()), "use_rslora": False, "lora_alpha": max(ranks.values()) * scaling}
@@ -51,7 +51,7 @@ def _tensors(model: LocalModel) -> Tensors:
     if not change:
         return adapter
     assert model.scaling is not None, "only methods on LoRA change the base"
-    products = pairs(adapter)
+    products = lora_factors(adapter)
     wider = from_residual(change)
     for name, matrix in change.items():
         if name.endswith(DENSE):
@@ -63,11 +63,11 @@ def _tensors(model: LocalModel) -> Tensors:
         products[module] = stack([part, own]) if own.b.any() else part
     for module in products.keys() - wider.keys():
         products[module] = LowRank(products[module].b * model.scaling, products[module].a)
-    return {**adapter, **unpair(products, torch.float32)}
+    return {**adapter, **to_adapter(products, torch.float32)}
 
 
 def _change(model: LocalModel) -> Tensors:
-    return joined([model.origin_shift, model.base_change.tensors])
+    return joined([model.origin_shift, model.base_delta.tensors])
 
 
 def _inner(module: str) -> str:

@@ -18,7 +18,7 @@ from fedtune.core.atomic import write_atomically
 from fedtune.core.errors import RunFolderError
 from fedtune.core.protocol import Tensors
 from fedtune.core.sealed import seal, unseal
-from fedtune.wire.broadcast_chain import Sent
+from fedtune.wire.broadcast_chain import BroadcastChain
 
 TENSOR = "$tensor"  # stands in the tree where a tensor belongs; a plain dict may not use it as a key
 
@@ -32,7 +32,9 @@ class Progress:
     pending: dict[str, Any] = field(
         default_factory=dict
     )  # by index: turns that have not ended (fedtune/server/asynchronous.py)
-    unsure: list[int] = field(default_factory=list)  # clients whose last turn failed: who knows what they kept of it
+    state_unknown: list[int] = field(
+        default_factory=list
+    )  # clients whose last turn failed: who knows what they kept of it
     in_a_row: dict[str, int] = field(default_factory=dict)  # by index: rounds that power_of_choice took it in turn
     measured: list[float] = field(default_factory=lambda: [1.0, 1.0])  # messages down and up beside what was expected
 
@@ -43,7 +45,9 @@ class Checkpoint:
     config_sha256: str
     state: Any
     run: str  # the run's id, by which clients find what they kept
-    sent: Sent = field(default_factory=Sent)  # what was broadcast so far, where broadcasts build on one another
+    sent: BroadcastChain = field(
+        default_factory=BroadcastChain
+    )  # what was broadcast so far, where broadcasts build on one another
     progress: Progress = field(default_factory=Progress)
     data: dict[str, Any] = field(default_factory=dict)  # by what the data are known again (FederatedData.identity)
     tables: dict[str, list[Any]] = field(default_factory=dict)  # by name: bytes and SHA-256 (fedtune/runs/tables.py)
@@ -139,7 +143,7 @@ def load_checkpoint(path: Path, template: Any) -> Checkpoint:
         tensors, header = unseal(path)
         tensors |= {name: tensors[first] for name, first in json.loads(header.get("same", "{}")).items()}
         state = unflatten(json.loads(header["state"]), tensors, template)
-        sent = unflatten(json.loads(header["sent"]), tensors, Sent())
+        sent = unflatten(json.loads(header["sent"]), tensors, BroadcastChain())
         progress = unflatten(json.loads(header["progress"]), tensors, Progress())
         data, tables = json.loads(header["data"]), json.loads(header["tables"])
         run, config = header["run"], header["config_sha256"]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 
-class Entry(NamedTuple):
+class LedgerRow(NamedTuple):
     """One message that crossed the wire, or should have."""
 
     round: int
@@ -17,7 +17,7 @@ class Entry(NamedTuple):
     part: str  # "handshake", "train", "evaluate", "idle", or "failed": an error, a refused update, no reply
     payload_bytes: int  # the codec's blob
     wire_bytes: int  # the serialised message
-    framing_bytes: int  # what a deployment moves around it, either way; 0 where there are no sockets
+    overhead_bytes: int  # what a deployment moves around it, either way; 0 where there are no sockets
     seconds: float  # down: making the message; up: until its reply was there
 
     def line(self) -> str:
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
         return f"{round},{peer},{direction},{part},{payload},{wire},{framing},{seconds:.6f}\n"
 
 
-COLUMNS = Entry._fields
+COLUMNS = LedgerRow._fields
 
 
 TOTALS = {
@@ -40,13 +40,13 @@ class Ledger:
 
     `spent_bytes` are the wire bytes of both directions without those of messages that only measure."""
 
-    def __init__(self, entries: Iterable[Entry] = ()):
+    def __init__(self, entries: Iterable[LedgerRow] = ()):
         self.totals: Counter[str] = Counter()
-        self.pending: list[Entry] = []
+        self.pending: list[LedgerRow] = []
         for entry in entries:
             self._add(entry)
 
-    def book(self, entry: Entry) -> None:
+    def book(self, entry: LedgerRow) -> None:
         self._add(entry)
         self.pending.append(entry)
 
@@ -58,29 +58,29 @@ class Ledger:
                 self.totals["failed"] += 1
                 return
 
-    def take_pending(self) -> list[Entry]:
+    def take_pending(self) -> list[LedgerRow]:
         pending, self.pending = self.pending, []
         return pending
 
-    def _add(self, entry: Entry) -> None:
+    def _add(self, entry: LedgerRow) -> None:
         payload, wire = TOTALS[entry.direction]
         self.totals[payload] += entry.payload_bytes
         self.totals[wire] += entry.wire_bytes
-        self.totals["framing_bytes"] += entry.framing_bytes
+        self.totals["overhead_bytes"] += entry.overhead_bytes
         self.totals["spent_bytes"] += entry.wire_bytes * (entry.part != "evaluate")
         self.totals["messages"] += entry.wire_bytes > 0
         self.totals["failed"] += entry.part == "failed"
 
 
-def sums(entries: Iterable[Entry]) -> dict[str, int]:
+def sums(entries: Iterable[LedgerRow]) -> dict[str, int]:
     """Bytes by direction and kind, e.g. {"up_payload_bytes": ...}; framing is of both directions."""
     totals = Ledger(entries).totals
-    return {name: totals[name] for name in (*(name for names in TOTALS.values() for name in names), "framing_bytes")}
+    return {name: totals[name] for name in (*(name for names in TOTALS.values() for name in names), "overhead_bytes")}
 
 
-def parse(row: list[str]) -> Entry:
+def parse(row: list[str]) -> LedgerRow:
     """An entry from its line in ledger.csv. Raises ValueError on any other line."""
     round_, peer, direction, part, payload, wire, framing, seconds = row
     if direction not in TOTALS:
         raise ValueError(f"direction: expected {' or '.join(TOTALS)}, got {direction!r}")
-    return Entry(int(round_), int(peer), direction, part, int(payload), int(wire), int(framing), float(seconds))
+    return LedgerRow(int(round_), int(peer), direction, part, int(payload), int(wire), int(framing), float(seconds))

@@ -14,7 +14,7 @@ METRICS = (
     "down_payload_bytes",
     "up_wire_bytes",
     "down_wire_bytes",
-    "framing_bytes",
+    "overhead_bytes",
     "client_eval_loss",
     "client_eval_accuracy",
     "aggregation_error",  # ||dW_server - dW*||_F / ||dW*||_F
@@ -28,6 +28,6 @@ CLIENTS = ("round", "peer", "eval_loss", "eval_accuracy", "tokens", *MORE_SCORES
 CLOCK = (
     "round", "peer", "begun_seconds", "device", "down_bytes", "download_seconds", "compute_seconds", "up_bytes",
     "upload_seconds", "memory_bytes", "limit_bytes", "bits", "batch_size", "steps", "layers", "numbers", "staleness",
-    "not_counted",
+    "excluded_reason",
 )  # fmt: skip
 SIMILARITY = ("round", "peer", "other", "similarity")

@@ -34,7 +34,7 @@ from fedtune.core.locks import LOCK
 from fedtune.evaluation.scoring import Score
 from fedtune.runs import model_file
 from fedtune.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedtune.runs.ledger import Entry
+from fedtune.runs.ledger import LedgerRow
 from fedtune.runs.metrics_columns import CLOCK as CLOCK
 from fedtune.runs.metrics_columns import METRICS as METRICS
 from fedtune.runs.metrics_columns import MORE_SCORES, SIMILARITY
@@ -112,7 +112,7 @@ class RunFolder:
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         self._append("metrics.csv", [row])
 
-    def append_ledger(self, entries: Iterable[Entry]) -> None:
+    def append_ledger(self, entries: Iterable[LedgerRow]) -> None:
         with self._writing("ledger.csv"):
             self._tables.append("ledger.csv", "".join([entry.line() for entry in entries]))
 
@@ -139,7 +139,7 @@ class RunFolder:
         rows = []
         for timed in sorted(turns, key=lambda timed: (timed.peer, timed.begun)):
             took = [None if value == math.inf else value for value in astuple(timed.turn)]
-            cells = (round, timed.peer, timed.begun, *took, timed.staleness, timed.not_counted)
+            cells = (round, timed.peer, timed.begun, *took, timed.staleness, timed.excluded_reason)
             rows.append(dict(zip(CLOCK, cells, strict=True)))
         self._append("clock.csv", rows)
 
@@ -174,7 +174,7 @@ class RunFolder:
         with self._writing(model_file.NAME) as path:
             write_atomically(path, content)
 
-    def forget_after(self, round: int) -> list[Entry]:
+    def forget_after(self, round: int) -> list[LedgerRow]:
         """Take out what follows `round`, that of the checkpoint that was read, and return the ledger.
 
         Raises:

@@ -20,7 +20,7 @@ from typing import Any
 from fedtune.core.atomic import sync_folder, write_atomically
 from fedtune.core.errors import RunFolderError
 from fedtune.runs import ledger
-from fedtune.runs.ledger import Entry
+from fedtune.runs.ledger import LedgerRow
 from fedtune.runs.metrics_columns import CLIENTS, CLOCK, FAILURES, METRICS, SIMILARITY
 
 LEDGER = "ledger.csv"
@@ -32,7 +32,7 @@ COLUMNS = {
     "clock.csv": CLOCK,
     "similarity.csv": SIMILARITY,
 }
-WORDS = ("direction", "part", "error", "device", "not_counted")  # the columns that don't hold numbers
+WORDS = ("direction", "part", "error", "device", "excluded_reason")  # the columns that don't hold numbers
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Tables:
         self._written[name].add(kept)
         self._written[name].synced = kept == content or not kept
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[LedgerRow]:
         """The ledger."""
         return [ledger.parse(cells) for cells in read_lines(self._folder / LEDGER)[1:]]
 

@@ -9,7 +9,7 @@ from tempfile import TemporaryFile
 from typing import IO, overload
 
 from fedtune.core.errors import RunFolderError
-from fedtune.core.protocol import Codec, Peer, Tensors, Update
+from fedtune.core.protocol import ClientInfo, Codec, Tensors, Update
 from fedtune.wire.delta_coding import decode, with_feedback
 
 MEMORY_BYTES = 64 << 20  # updates beyond this wait in a temporary file, encoded
@@ -26,7 +26,7 @@ class _Stored:
     lost: Tensors  # and what was left out of that
 
 
-class Buffered(list[tuple[Peer, Update]]):
+class Buffered(list[tuple[ClientInfo, Update]]):
     """The updates of a step of an asynchronous server."""
 
     def drop(self, index: int) -> None:
@@ -34,7 +34,7 @@ class Buffered(list[tuple[Peer, Update]]):
         self[:] = [reply for reply in self if reply[0].index != index]
 
 
-class Replies(Sequence[tuple[Peer, Update]]):
+class Replies(Sequence[tuple[ClientInfo, Update]]):
     """The valid updates of a round.
 
     Past the first 64 MB they wait on disk and are decoded when looked up, so a strategy that passes over them one by
@@ -45,11 +45,11 @@ class Replies(Sequence[tuple[Peer, Update]]):
         self._codec = codec
         self._folder = folder
         self._room = memory_bytes
-        self._items: list[tuple[Peer, Update | _Stored]] = []
+        self._items: list[tuple[ClientInfo, Update | _Stored]] = []
         self._file: IO[bytes] | None = None
 
     def add(
-        self, peer: Peer, update: Update, blob: bytes, known: Tensors | None = None, lost: Tensors | None = None
+        self, peer: ClientInfo, update: Update, blob: bytes, known: Tensors | None = None, lost: Tensors | None = None
     ) -> None:
         """Keep `update`, whose tensors `blob` encodes, given what is `known` of them already.
 
@@ -85,12 +85,12 @@ class Replies(Sequence[tuple[Peer, Update]]):
         return len(self._items)
 
     @overload
-    def __getitem__(self, place: int) -> tuple[Peer, Update]: ...
+    def __getitem__(self, place: int) -> tuple[ClientInfo, Update]: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[tuple[Peer, Update]]: ...
+    def __getitem__(self, place: slice) -> list[tuple[ClientInfo, Update]]: ...
 
-    def __getitem__(self, place: int | slice) -> tuple[Peer, Update] | list[tuple[Peer, Update]]:
+    def __getitem__(self, place: int | slice) -> tuple[ClientInfo, Update] | list[tuple[ClientInfo, Update]]:
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
         peer, update = self._items[place]

@@ -14,12 +14,12 @@ from flwr.serverapp import Grid
 
 from fedtune.config.schema import Experiment
 from fedtune.core.errors import RunFolderError
-from fedtune.core.seeds import fold
+from fedtune.core.seeds import derive_seed
 from fedtune.runs.run_folder import settled
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.wire.flower_private import SERVER_NODE, Error, ErrorCode, Run, assume_identity, set_message_id
 
-RUN_ID = fold(0, "local run")  # as long as Flower's own, so that a message here is as long as one there
+RUN_ID = derive_seed(0, "local run")  # as long as Flower's own, so that a message here is as long as one there
 
 
 class LocalGrid(Grid):
@@ -36,7 +36,7 @@ class LocalGrid(Grid):
         self._client_app = client_app
         self._run = Run.create_empty(RUN_ID)
         self._contexts = {
-            (node_id := fold(0, "local node", index)): Context(
+            (node_id := derive_seed(0, "local node", index)): Context(
                 run_id=RUN_ID,
                 node_id=node_id,
                 node_config={"partition-id": index, "num-partitions": clients},

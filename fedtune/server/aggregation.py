@@ -9,7 +9,7 @@ from typing import Any
 
 from fedtune.config.schema import Experiment
 from fedtune.core.errors import DivergedError
-from fedtune.core.protocol import Peer, Strategy, Tensors, Update
+from fedtune.core.protocol import ClientInfo, Strategy, Tensors, Update
 from fedtune.runs.update_store import Updates
 from fedtune.server.plausibility import (
     Weighed,
@@ -56,7 +56,7 @@ class Aggregator:
 
     def aggregate(
         self, state: Any, played: Round, replies: Updates, check: Callable[[int], None]
-    ) -> tuple[Any, Sequence[tuple[Peer, Update]]]:
+    ) -> tuple[Any, Sequence[tuple[ClientInfo, Update]]]:
         """The next state, without the update that keeps it from being one if that is one client's, and the replies as
         they counted.
 
@@ -84,7 +84,7 @@ class Aggregator:
         population = self._experiment.population
         return effective_examples(samples, population.weights, population.max_weight)
 
-    def _weigh(self, played: Round, replies: Updates) -> Sequence[tuple[Peer, Update]]:
+    def _weigh(self, played: Round, replies: Updates) -> Sequence[tuple[ClientInfo, Update]]:
         examples = played.examples()
         given = [count for _, count in examples]
         counted = self.weights(given)

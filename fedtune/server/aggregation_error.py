@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedtune.config.compatibility import traits_of
-from fedtune.core.protocol import Layout, Peer, Setting, Strategy, Tensors, Update, share
-from fedtune.lowrank.algebra import LowRank, Sum, name_of, norm_of, pairs
+from fedtune.core.protocol import ClientInfo, Layout, Setting, Strategy, Tensors, Update, share
+from fedtune.lowrank.algebra import LowRank, Sum, lora_factors, name_of, norm_of
 from fedtune.lowrank.residual import from_residual, update_residual
 from fedtune.models.base_delta import DENSE
 from fedtune.training.apply_instruction import SCALING
@@ -30,8 +30,8 @@ def aggregation_error(
     round: int,
     before: Any,
     after: Any,
-    replies: Sequence[tuple[Peer, Update]],
-    server: Peer,
+    replies: Sequence[tuple[ClientInfo, Update]],
+    server: ClientInfo,
 ) -> float | None:
     """The error of one round, or None where there is no such thing: part of what clients trained stayed with them, or
     nothing changed.
@@ -48,7 +48,7 @@ def aggregation_error(
     trained: dict[str, float] = {}
     if traits_of(strategy).partial:
         for weight, (_, update) in zip(weights, replies, strict=True):
-            for module in pairs(update.tensors):
+            for module in lora_factors(update.tensors):
                 trained[module] = trained.get(module, 0.0) + weight
         kept = strategy.configure(before, round, server)
         names = {name_of(module, role) for module in trained for role in ("lora_A", "lora_B")}
@@ -90,7 +90,7 @@ def _add_adapter(
     weight_of = {module: weight / total for module, total in (whole or {}).items()}
     scaling = float(settings.get(SCALING, layout.scaling))
     tensors = expanded(tensors, settings, layout)
-    for module, start in pairs(layout.initial).items():
+    for module, start in lora_factors(layout.initial).items():
         b, a = tensors.get(name_of(module, "lora_B")), tensors.get(name_of(module, "lora_A"))
         if b is not None or a is not None:
             rank = b.shape[1] if b is not None else a.shape[0]  # type: ignore[union-attr]

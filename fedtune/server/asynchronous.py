@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fedtune.core.errors import ConfigError, QuorumError
-from fedtune.core.protocol import Instruction, Peer, Update
+from fedtune.core.protocol import ClientInfo, Instruction, Update
 from fedtune.runs.update_store import Buffered
 from fedtune.server.round import Asked, Round
 from fedtune.server.round_loop import Server
@@ -97,14 +97,14 @@ class AsynchronousServer(Server):
         present = self.roster.refresh(number)
         able, expected = self._able(number)
         able = [index for index in able if index in present and str(index) not in self._pending and index not in asked]
-        while able and (lacking := self.per_round - len(self._pending)) > 0:
+        while able and (lacking := self.cohort_size - len(self._pending)) > 0:
             chosen = self.clock.cohort(number, able, lacking, self.roster.peers, expected)
             asked.update(chosen)
             able = [index for index in able if index not in asked]
             self._set_to_work(played, chosen)
 
     def _set_to_work(self, played: Round, chosen: Sequence[int]) -> None:
-        def take(peer: Peer, update: Update, blob: bytes, asked: Asked) -> None:
+        def take(peer: ClientInfo, update: Update, blob: bytes, asked: Asked) -> None:
             timed = played.turns.pop()
             played.told.pop(peer.index)
             waiting = {
@@ -125,7 +125,7 @@ class AsynchronousServer(Server):
         for index, arrival in self._ask(played.number, chosen):
             self._receive(index, arrival, played, take)
 
-    def _next(self, played: Round) -> tuple[Peer, Update] | None:
+    def _next(self, played: Round) -> tuple[ClientInfo, Update] | None:
         """The answer that is there first, of equal ones the lowest index's; the clock goes on to then. None if it is
         out of all proportion to those that are at work or counted."""
         norms = {int(index): waiting["norm"] for index, waiting in self._pending.items()}
@@ -150,14 +150,14 @@ class AsynchronousServer(Server):
         start = {name: known[name] for name in tensors if name in known}
         moved, start = (with_feedback(held, ended["lost"]) for held in (tensors, start))
         update = replace(update, tensors=moved, start=start)
-        return Peer(index, **ended["peer"], staleness=staleness), update
+        return ClientInfo(index, **ended["peer"], staleness=staleness), update
 
     def _check_buffer(self, played: Round, got: int) -> None:
         """
         Raises:
             QuorumError: if a round with that many updates doesn't count.
         """
-        enough = self.experiment.population.enough(self.buffer)
+        enough = self.experiment.population.min_replies(self.buffer)
         if got < enough:
             self.folder.append_failures(played.failures)
             first = next((f"; client {peer}: {reason}" for _, peer, reason in played.failures), "")

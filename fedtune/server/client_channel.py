@@ -10,10 +10,10 @@ from flwr.app import Message, MessageType, RecordDict
 from fedtune.config.compatibility import traits_of
 from fedtune.core.errors import CapacityError, ClientError, FedtuneError
 from fedtune.core.protocol import Instruction, Tensors, Update, is_lossless, same_instruction, same_tensors
-from fedtune.core.seeds import fold
+from fedtune.core.seeds import derive_seed
 from fedtune.lowrank.residual import VERSION
-from fedtune.runs.ledger import Entry, Ledger
-from fedtune.server.client_registry import Roster
+from fedtune.runs.ledger import Ledger, LedgerRow
+from fedtune.server.client_registry import ClientRegistry
 from fedtune.server.plausibility import check_examples, norm_of_change
 from fedtune.server.progress import View
 from fedtune.server.round import Asked, Round, Take
@@ -21,10 +21,10 @@ from fedtune.server.update_similarity import signs_of
 from fedtune.server.virtual_clock import Clock, Timed
 from fedtune.training.apply_instruction import SCALING, check_scaling
 from fedtune.wire import messages as wire
-from fedtune.wire.broadcast_chain import Sent
+from fedtune.wire.broadcast_chain import BroadcastChain
 from fedtune.wire.delta_coding import left_out
 from fedtune.wire.flower_private import content_bytes
-from fedtune.wire.transport import Arrival, Exchange
+from fedtune.wire.transport import Reply, Transport
 from fedtune.workspace.party import Party
 
 
@@ -46,7 +46,7 @@ class Talk:
         sent: the last broadcast, where broadcasts build on one another.
     """
 
-    def __init__(self, exchange: Exchange, party: Party, view: View):
+    def __init__(self, exchange: Transport, party: Party, view: View):
         self.exchange = exchange
         self.party = party
         self.experiment = party.experiment
@@ -58,9 +58,9 @@ class Talk:
         self.knows_samples = self.experiment.runtime.name != "flower"
         known = party.samples if self.knows_samples else None
         layout, data = party.model.layout, party.data.sha256
-        self.roster = Roster(exchange, self.experiment, layout, self._book, view.note, data, known)
+        self.roster = ClientRegistry(exchange, self.experiment, layout, self._book, view.note, data, known)
         self.state: Any = None
-        self.sent = Sent()
+        self.sent = BroadcastChain()
         self._asked: dict[int, Asked] = {}  # the clients whose answers are awaited
 
     @property
@@ -75,17 +75,17 @@ class Talk:
         return {index for index in known | peers.keys() if not (peers[index].samples if index in peers else 0)}
 
     @property
-    def per_round(self) -> int:
+    def cohort_size(self) -> int:
         """How many clients a round asks: no more than have data."""
         population = self.experiment.population
-        return min(population.per_round, population.clients - len(self.idle))
+        return min(population.cohort_size, population.clients - len(self.idle))
 
-    def _book(self, entry: Entry) -> None:
+    def _book(self, entry: LedgerRow) -> None:
         self.ledger.book(entry)
 
     def _ask(
         self, number: int, cohort: Iterable[int], kind: str = MessageType.TRAIN, label: int | None = None
-    ) -> Iterator[tuple[int, Arrival]]:
+    ) -> Iterator[tuple[int, Reply]]:
         """Send each client its instruction, and yield what comes, with whom it is from.
 
         Args:
@@ -105,7 +105,7 @@ class Talk:
     def _instructions(self, number: int, cohort: Iterable[int], kind: str, label: int) -> Iterator[Message]:
         """A message for each client, booked. Clients that are sent the same tensors and settings share one content."""
         packed: list[_Packed] = []
-        key = fold(self.experiment.seed, "down", number)
+        key = derive_seed(self.experiment.seed, "down", number)
         announced = self.party.announced(self.state, number)
         for index in cohort:
             begun = time.perf_counter()
@@ -141,10 +141,10 @@ class Talk:
             self._asked[index] = known.asked
             framing = self.exchange.lines.down(message, sent)
             seconds = time.perf_counter() - begun
-            self._book(Entry(label, index, "down", kind, known.payload_bytes, sent, framing, seconds))
+            self._book(LedgerRow(label, index, "down", kind, known.payload_bytes, sent, framing, seconds))
             yield message
 
-    def _receive(self, index: int, arrival: Arrival, played: Round, take: Take) -> None:
+    def _receive(self, index: int, arrival: Reply, played: Round, take: Take) -> None:
         """Check one reply and hand it on, or book its failure."""
         peer, asked = self.roster.peers[index], self._asked[index]
         part, payload, size = "failed", 0, None
@@ -166,8 +166,8 @@ class Talk:
         else:
             played.told[index] = (told.tensors or asked.meant.tensors) if traits_of(self.strategy).lossy_up else {}
             played.norms[index] = norm_of_change(update.tensors, played.told[index])
-            if (version := int(told.settings.get(VERSION, 0))) != peer.installed_version:
-                self.roster.peers[index] = replace(peer, installed_version=version)
+            if (version := int(told.settings.get(VERSION, 0))) != peer.base_version:
+                self.roster.peers[index] = replace(peer, base_version=version)
             self._trust(index, True)
             take(peer, update, blob, asked)
             part = "train"
@@ -185,7 +185,7 @@ class Talk:
             turn = self.clock.turn(self.roster.peers[index], asked.meant, asked.content_bytes, size)
             self.clock.measure(asked.meant, asked.content_bytes, size)
             reason = reason or self.clock.late(turn)
-            played.turns.append(Timed(index, turn, self.clock.progress.seconds, not_counted=reason))
+            played.turns.append(Timed(index, turn, self.clock.progress.seconds, excluded_reason=reason))
         if reason:
             raise ClientError(reason)
 
@@ -210,19 +210,19 @@ class Talk:
 
     def _doubt(self, index: int) -> None:
         """Nobody knows what a client kept of a turn that failed: next time it is sent everything."""
-        self.roster.peers[index] = replace(self.roster.peers[index], installed_version=0, heard=0)
+        self.roster.peers[index] = replace(self.roster.peers[index], base_version=0, heard=0)
         self._trust(index, False)
 
     def _trust(self, index: int, sure: bool) -> None:
         """Whether it is known what a client keeps. It is asked after a resume too, and says what it keeps, but not of
         which turn: so who is to be sent everything is remembered."""
         progress = self.clock.progress
-        if sure is (index in progress.unsure):
-            others = {other for other in progress.unsure if other != index}
-            self.clock.progress = replace(progress, unsure=sorted(others if sure else others | {index}))
+        if sure is (index in progress.state_unknown):
+            others = {other for other in progress.state_unknown if other != index}
+            self.clock.progress = replace(progress, state_unknown=sorted(others if sure else others | {index}))
 
     def _book_arrival(
-        self, number: int, index: int, part: str, arrival: Arrival, payload: int = 0, size: int | None = None
+        self, number: int, index: int, part: str, arrival: Reply, payload: int = 0, size: int | None = None
     ) -> None:
         """Args:
         payload: bytes of the blob.
@@ -232,12 +232,12 @@ class Talk:
         if arrival.message is not None and arrival.crossed:
             sent = wire.wire_bytes(arrival.message, size)
             framing = self.exchange.lines.up(arrival.node, arrival.message, sent)
-        self._book(Entry(number, index, "up", part, payload, sent, framing, arrival.seconds))
+        self._book(LedgerRow(number, index, "up", part, payload, sent, framing, arrival.seconds))
 
     def _miss(self, index: int, played: Round) -> None:
         """A client of the cohort whose node isn't there to be asked."""
         self._fail(index, played, "its node is not connected")
-        self._book(Entry(played.number, index, "up", "failed", 0, 0, 0, 0.0))
+        self._book(LedgerRow(played.number, index, "up", "failed", 0, 0, 0, 0.0))
         self.view.reply(played.mean("train_loss"), len(played.failures), self.ledger.totals)
 
     def _fail(self, index: int, played: Round, reason: str) -> None:

@@ -11,17 +11,17 @@ from flwr.app import Message, MessageType
 
 from fedtune.config.schema import Experiment
 from fedtune.core.errors import FedtuneError, QuorumError, WireError
-from fedtune.core.protocol import Layout, Peer
-from fedtune.planning.population import equip
-from fedtune.runs.ledger import Entry
+from fedtune.core.protocol import ClientInfo, Layout
+from fedtune.planning.population import assign_rank
+from fedtune.runs.ledger import LedgerRow
 from fedtune.wire import messages as wire
 from fedtune.wire.flower_private import content_bytes, raised_by_client
-from fedtune.wire.transport import POLL_SECONDS, Arrival, Exchange
+from fedtune.wire.transport import POLL_SECONDS, Reply, Transport
 
 AGAIN_SECONDS = 5.0  # after which a node that didn't answer is asked again
 
 
-class Roster:
+class ClientRegistry:
     """The clients that said who they are.
 
     Attributes:
@@ -39,20 +39,20 @@ class Roster:
 
     def __init__(
         self,
-        exchange: Exchange,
+        exchange: Transport,
         experiment: Experiment,
         layout: Layout,
-        book: Callable[[Entry], None],
+        book: Callable[[LedgerRow], None],
         say: Callable[[str], None],
         data_sha256: str = "",
         samples: Callable[[int], int] | None = None,
     ):
-        self.peers: dict[int, Peer] = {}
+        self.peers: dict[int, ClientInfo] = {}
         self.nodes: dict[int, int] = {}
         self._index_of: dict[int, int] = {}  # by node, the inverse of `nodes`: there may be ten thousand
         self._exchange = exchange
         self._wanted = experiment.population.clients
-        self._needed = experiment.population.enough(self._wanted)
+        self._needed = experiment.population.min_replies(self._wanted)
         self._seconds = experiment.runtime.wait
         self._layout = layout
         self._experiment = experiment
@@ -81,9 +81,9 @@ class Roster:
         while len(self.peers) < self._wanted:
             late = time.monotonic() > deadline
             present = self._exchange.nodes()
-            newcomers = self._strangers(present)
+            newcomers = self._unknown_nodes(present)
             if newcomers and (late or len(self.peers) + len(self._wrong) + len(newcomers) >= self._wanted):
-                self._greet(newcomers, present, done, done + 1)
+                self._handshake(newcomers, present, done, done + 1)
                 self._check_wrong()
             elif self._is_complete(present):
                 break
@@ -107,11 +107,11 @@ class Roster:
     def refresh(self, round: int) -> set[int]:
         """Ask nodes that appeared since, and return the indices whose nodes are connected now."""
         present = self._exchange.nodes()
-        if newcomers := self._strangers(present):
-            self._greet(newcomers, present, round, round)
+        if newcomers := self._unknown_nodes(present):
+            self._handshake(newcomers, present, round, round)
         return {index for index, node in self.nodes.items() if node in present}
 
-    def _strangers(self, present: Mapping[int, str]) -> list[int]:
+    def _unknown_nodes(self, present: Mapping[int, str]) -> list[int]:
         """Nodes that were not asked since they were started: a node may come back as somebody else."""
         self._asked = {node: started for node, started in self._asked.items() if present.get(node) == started}
         self._wrong = {node: error for node, error in self._wrong.items() if node in self._asked}
@@ -134,7 +134,7 @@ class Roster:
                 f"population.quorum asks for {self._needed}: {first}"
             )
 
-    def _greet(self, nodes: list[int], present: Mapping[int, str], round: int, next_round: int) -> None:
+    def _handshake(self, nodes: list[int], present: Mapping[int, str], round: int, next_round: int) -> None:
         at_start = next_round > round
         question = wire.pack_question(self.run, next_round)
         messages = [Message(question, node, MessageType.QUERY, group_id=str(round)) for node in nodes]
@@ -162,10 +162,12 @@ class Roster:
             assert arrival.message is not None
             size = wire.wire_bytes(arrival.message)
             framing = lines.up(arrival.node, arrival.message, size)
-            self._book(Entry(round, peer.index, "down", "handshake", 0, sizes[arrival.node], around[arrival.node], 0.0))
-            self._book(Entry(round, peer.index, "up", "handshake", 0, size, framing, arrival.seconds))
+            self._book(
+                LedgerRow(round, peer.index, "down", "handshake", 0, sizes[arrival.node], around[arrival.node], 0.0)
+            )
+            self._book(LedgerRow(round, peer.index, "up", "handshake", 0, size, framing, arrival.seconds))
 
-    def _check_samples(self, peer: Peer) -> None:
+    def _check_samples(self, peer: ClientInfo) -> None:
         """
         Raises:
             WireError: if a client says it has other data than the server, who divided them, knows.
@@ -173,7 +175,7 @@ class Roster:
         if self._samples is not None and peer.samples != (known := self._samples(peer.index)):
             raise WireError(f"client {peer.index} says it has {peer.samples} samples; the division gives it {known}")
 
-    def _admit(self, peer: Peer, node: int, present: Mapping[int, str]) -> None:
+    def _admit(self, peer: ClientInfo, node: int, present: Mapping[int, str]) -> None:
         holder = self.nodes.get(peer.index, node)
         if holder != node and holder in present:
             raise WireError(f"two nodes say they are client {peer.index}: give each its own partition-id")
@@ -181,7 +183,7 @@ class Roster:
         if holder != node:
             self._say(f"client {peer.index} is back, on another node")
         self._forget(node)
-        self.peers[peer.index] = equip(peer, self._experiment, self._layout)
+        self.peers[peer.index] = assign_rank(peer, self._experiment, self._layout)
         self._forget(self.nodes.get(peer.index, node))
         self.nodes[peer.index] = node
         self._index_of[node] = peer.index
@@ -193,7 +195,7 @@ class Roster:
             self.nodes.pop(index, None)
 
 
-def _needs_a_person(arrival: Arrival, error: FedtuneError) -> bool:
+def _needs_a_person(arrival: Reply, error: FedtuneError) -> bool:
     """Whether it is no use to wait: the node is there, and it is set up wrongly."""
     if arrival.message is None:
         return False

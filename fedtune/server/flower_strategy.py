@@ -38,10 +38,10 @@ from flwr.serverapp import strategy as flower
 from fedtune.core.errors import ClientError, ConfigError, FedtuneError, QuorumError, WireError
 from fedtune.core.protocol import (
     SERVER,
+    ClientInfo,
     Instruction,
     Layout,
     LosslessCodec,
-    Peer,
     Slot,
     Strategy,
     Update,
@@ -49,7 +49,7 @@ from fedtune.core.protocol import (
     is_lossless,
     same_instruction,
 )
-from fedtune.core.seeds import fold
+from fedtune.core.seeds import derive_seed
 from fedtune.planning.population import sample_cohort
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.wire import messages as wire
@@ -102,7 +102,7 @@ class FlowerStrategy(flower.Strategy):
 
     state: Any = field(default=None, init=False)  # the strategy's own, after the last round
     failures: list[tuple[int, int, str]] = field(default_factory=list, init=False)  # round, node, reason
-    peers: dict[int, Peer] = field(default_factory=dict, init=False)  # by node, once it replied
+    peers: dict[int, ClientInfo] = field(default_factory=dict, init=False)  # by node, once it replied
     _start: Layout = field(init=False, repr=False)
     _known: dict[str, Array] = field(default_factory=dict, init=False, repr=False)  # the arrays that `state` stands for
     _sent: list[Message] = field(default_factory=list, init=False, repr=False)
@@ -135,7 +135,7 @@ class FlowerStrategy(flower.Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        usable: list[tuple[int, Peer, Update]] = []
+        usable: list[tuple[int, ClientInfo, Update]] = []
         failed_before = len(self.failures)
         for node, reply in self._answers(server_round, replies):
             try:
@@ -143,7 +143,7 @@ class FlowerStrategy(flower.Strategy):
             except FedtuneError as error:
                 self._fail(server_round, node, str(error))
         claims = Counter(peer.index for _, peer, _ in usable)
-        accepted: list[tuple[Peer, Update]] = []
+        accepted: list[tuple[ClientInfo, Update]] = []
         for node, peer, update in usable:
             if claims[peer.index] == 1:
                 self.peers[node] = peer
@@ -230,13 +230,14 @@ class FlowerStrategy(flower.Strategy):
             wanted = max(int(len(nodes) * fraction), least)
             if len(nodes) >= (needed := max(wanted, self.min_available_nodes, 1)):
                 return [
-                    nodes[place] for place in sample_cohort(len(nodes), wanted, fold(self.seed, purpose), server_round)
+                    nodes[place]
+                    for place in sample_cohort(len(nodes), wanted, derive_seed(self.seed, purpose), server_round)
                 ]
             LOG.info("waiting for nodes: %d of at least %d are connected", len(nodes), needed)
             time.sleep(POLL_SECONDS)
 
-    def _peer(self, node: int) -> Peer:
-        return self.peers.get(node, Peer(node, samples=1))
+    def _peer(self, node: int) -> ClientInfo:
+        return self.peers.get(node, ClientInfo(node, samples=1))
 
     def _messages(
         self, number: int, server_round: int, kind: str, config: ConfigRecord, nodes: Iterable[int]
@@ -254,7 +255,7 @@ class FlowerStrategy(flower.Strategy):
 
     def _pack(self, instruction: Instruction, number: int, words: dict[str, Any]) -> RecordDict:
         if self.codec is not None:
-            content = wire.pack_instruction(instruction, self.codec, fold(self.seed, "down", number))
+            content = wire.pack_instruction(instruction, self.codec, derive_seed(self.seed, "down", number))
             content[self.configrecord_key] = ConfigRecord(words)
             return content
         if clash := words.keys() & instruction.settings.keys():
@@ -268,9 +269,9 @@ class FlowerStrategy(flower.Strategy):
 
     def _broadcast(self, number: int) -> ArrayRecord:
         """What a fully capable client would hold after decoding the broadcast of round `number`."""
-        tensors = self.strategy.configure(self.state, number, Peer(SERVER, 1)).tensors
+        tensors = self.strategy.configure(self.state, number, ClientInfo(SERVER, 1)).tensors
         if self.codec is not None:
-            decoded = self.codec.decode(self.codec.encode(tensors, fold(self.seed, "down", number)))
+            decoded = self.codec.decode(self.codec.encode(tensors, derive_seed(self.seed, "down", number)))
             tensors = {name: decoded[name] for name in tensors}  # safetensors keeps no order, and Flower's users do
         return wire.pack_arrays(tensors)
 
@@ -289,7 +290,7 @@ class FlowerStrategy(flower.Strategy):
         for node in waiting:
             self._fail(server_round, node, "no reply within the timeout")
 
-    def _receive(self, server_round: int, node: int, reply: Message) -> tuple[Peer, Update]:
+    def _receive(self, server_round: int, node: int, reply: Message) -> tuple[ClientInfo, Update]:
         content = _content(reply)
         if self.codec is not None:
             update = wire.unpack_update(content, wire.blob_of(content), self.codec)
@@ -300,7 +301,7 @@ class FlowerStrategy(flower.Strategy):
         if self.max_examples is not None and update.examples > self.max_examples:
             raise WireError(f"it claims {update.examples} examples; max_examples={self.max_examples}")
         metrics = dict(update.metrics)
-        peer = Peer(self._index(node, metrics.pop(self.index_key, None)), update.examples)
+        peer = ClientInfo(self._index(node, metrics.pop(self.index_key, None)), update.examples)
         update = replace(update, metrics=metrics)
         self.strategy.validate(self.state, server_round, peer, update)
         return peer, update

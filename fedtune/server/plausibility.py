@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedtune.core.errors import DivergedError, WireError
-from fedtune.core.protocol import Peer, Strategy, Tensors, Update
+from fedtune.core.protocol import ClientInfo, Strategy, Tensors, Update
 from fedtune.runs.checkpoint import flatten
 from fedtune.wire.delta_coding import starts_of, wide
 
@@ -26,7 +26,7 @@ BY_FAR = 10  # times what the others' median is
 FINE = 1 << 20  # steps of an example in which weights are cut
 
 
-def check_examples(update: Update, peer: Peer, known: bool) -> None:
+def check_examples(update: Update, peer: ClientInfo, known: bool) -> None:
     """
     Args:
         known: whether `peer.samples` is what the server knows, rather than what the client said.
@@ -132,7 +132,7 @@ def heavy_of(examples: Sequence[tuple[int, int]], counted: Sequence[int]) -> tup
 
 
 def attempt(
-    strategy: Strategy[Any], state: Any, number: int, replies: Sequence[tuple[Peer, Update]]
+    strategy: Strategy[Any], state: Any, number: int, replies: Sequence[tuple[ClientInfo, Update]]
 ) -> tuple[Any, str]:
     """What `strategy.aggregate` makes of the replies, and what is wrong with it; nothing if that is empty.
 
@@ -187,14 +187,14 @@ def effective_examples(examples: Sequence[int], weights: str, most: float) -> li
     return [min(n * FINE, max(1, math.floor(limit * FINE))) for n in examples]
 
 
-class Weighed(Sequence[tuple[Peer, Update]]):
+class Weighed(Sequence[tuple[ClientInfo, Update]]):
     """Replies whose updates count for other numbers of examples; nothing else about them changes.
 
     Args:
         examples: by place.
     """
 
-    def __init__(self, replies: Sequence[tuple[Peer, Update]], examples: Sequence[int]):
+    def __init__(self, replies: Sequence[tuple[ClientInfo, Update]], examples: Sequence[int]):
         self._replies = replies
         self._examples = examples
 
@@ -202,12 +202,12 @@ class Weighed(Sequence[tuple[Peer, Update]]):
         return len(self._replies)
 
     @overload
-    def __getitem__(self, place: int) -> tuple[Peer, Update]: ...
+    def __getitem__(self, place: int) -> tuple[ClientInfo, Update]: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[tuple[Peer, Update]]: ...
+    def __getitem__(self, place: slice) -> list[tuple[ClientInfo, Update]]: ...
 
-    def __getitem__(self, place: int | slice) -> tuple[Peer, Update] | list[tuple[Peer, Update]]:
+    def __getitem__(self, place: int | slice) -> tuple[ClientInfo, Update] | list[tuple[ClientInfo, Update]]:
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
         peer, update = self._replies[place]

@@ -239,7 +239,7 @@ def clients_of(experiment: Experiment) -> str:
         rules = experiment.method.strategy.get("rules", {})
         steps = rules.get("local_steps", experiment.train.steps)
         return f"1 client that holds the data of all {population.pooled}, {steps} steps a round"
-    return f"{population.clients} clients, {population.per_round} a round"
+    return f"{population.clients} clients, {population.cohort_size} a round"
 
 
 def closing(summary: Mapping[str, Any], folder: Path) -> list[str]:

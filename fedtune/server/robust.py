@@ -15,11 +15,11 @@ from flwr.app import MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 
 from fedtune.core.errors import ConfigError, QuorumError
-from fedtune.core.protocol import Peer, Tensors, Update
-from fedtune.wire.flower_private import as_message, quietly
+from fedtune.core.protocol import ClientInfo, Tensors, Update
+from fedtune.wire.flower_private import as_message, suppress_logs
 from fedtune.wire.messages import pack_arrays, unpack_arrays
 
-Replies = Sequence[tuple[Peer, Update]]
+Replies = Sequence[tuple[ClientInfo, Update]]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _through(rule: flower.FedAvg, adapter: Tensors, replies: Replies) -> Tensors
         arrays = pack_arrays({name: update.tensors[name].double() for name in adapter})
         metrics = MetricRecord({rule.weighted_by_key: update.examples})
         messages.append(as_message(RecordDict({"arrays": arrays, "metrics": metrics})))
-    with quietly():
+    with suppress_logs():
         merged, _ = rule.aggregate_train(0, messages)
     assert merged is not None, "Flower skips a round without replies"
     found = unpack_arrays(merged)

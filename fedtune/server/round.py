@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from fedtune.core.protocol import Instruction, Peer, Tensors, Update
+from fedtune.core.protocol import ClientInfo, Instruction, Tensors, Update
 from fedtune.server.update_similarity import Signs
 from fedtune.server.virtual_clock import Timed
 
@@ -20,7 +20,7 @@ class Asked:
 
 
 # What becomes of a valid update, its blob, and what its client was sent
-Take = Callable[[Peer, Update, bytes, Asked], None]
+Take = Callable[[ClientInfo, Update, bytes, Asked], None]
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Round:
         self.clients = len(self._metrics)
         for known in (self.signs, self.norms, self.told):
             known.pop(peer, None)
-        self.turns = [replace(turn, not_counted=reason) if turn.peer == peer else turn for turn in self.turns]
+        self.turns = [replace(turn, excluded_reason=reason) if turn.peer == peer else turn for turn in self.turns]
 
     def examples(self) -> list[tuple[int, int]]:
         """Each update's peer and number of examples, in order of the peers."""

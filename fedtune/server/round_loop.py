@@ -21,12 +21,12 @@ from flwr.serverapp import Grid
 from fedtune.config.compatibility import check_client, traits_of
 from fedtune.config.compose import differences
 from fedtune.core.errors import DivergedError, FedtuneError, Interrupted, QuorumError, RunFolderError
-from fedtune.core.protocol import Instruction, Peer, Update
+from fedtune.core.protocol import ClientInfo, Instruction, Update
 from fedtune.evaluation.scoring import Score, mean_score
 from fedtune.planning.population import server_peer
 from fedtune.runs.adapter_files import ADAPTER_CONFIG, adapter_files
 from fedtune.runs.checkpoint import Checkpoint, state_sha256
-from fedtune.runs.ledger import Entry, Ledger, sums
+from fedtune.runs.ledger import Ledger, LedgerRow, sums
 from fedtune.runs.model_file import TunedModel, dump
 from fedtune.runs.run_folder import RunFolder, check_vacant
 from fedtune.runs.update_store import Replies
@@ -41,7 +41,7 @@ from fedtune.server.trackers import Tracking
 from fedtune.server.update_similarity import every_two
 from fedtune.server.virtual_clock import Turn
 from fedtune.wire import messages as wire
-from fedtune.wire.transport import Exchange
+from fedtune.wire.transport import Transport
 from fedtune.workspace.party import Party
 
 
@@ -74,7 +74,7 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
             folder.path = folder.path.resolve()
         kind = AsynchronousServer if traits_of(party.strategy).asynchronous else Server
         try:
-            kind(Exchange(grid, stop), party, folder, view, tracking).run()
+            kind(Transport(grid, stop), party, folder, view, tracking).run()
         finally:
             folder.close()
     finally:
@@ -85,7 +85,7 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
 class Server(Talk):
     """One run of one experiment: the state that lasts between rounds, and the steps of a round."""
 
-    def __init__(self, exchange: Exchange, party: Party, folder: RunFolder, view: View, tracking: Tracking):
+    def __init__(self, exchange: Transport, party: Party, folder: RunFolder, view: View, tracking: Tracking):
         super().__init__(exchange, party, view)
         self.folder = folder
         self.tracking = tracking
@@ -115,8 +115,8 @@ class Server(Talk):
         try:
             if self.done < self.experiment.rounds:
                 self.roster.gather(max(self.done, 0))
-                for index in set(self.clock.progress.unsure) & self.roster.peers.keys():
-                    self.roster.peers[index] = replace(self.roster.peers[index], installed_version=0, heard=0)
+                for index in set(self.clock.progress.state_unknown) & self.roster.peers.keys():
+                    self.roster.peers[index] = replace(self.roster.peers[index], base_version=0, heard=0)
             if self.done < 0:
                 self._finish_round(Round(0))
             while not self._is_last(self.done):
@@ -184,12 +184,12 @@ class Server(Talk):
         present = self.roster.refresh(number)
         able, expected = self._able(number)
         self._check_able(number, able)
-        cohort = self.clock.cohort(number, able, self.per_round, self.roster.peers, expected)
+        cohort = self.clock.cohort(number, able, self.cohort_size, self.roster.peers, expected)
         asked = [index for index in cohort if index in present]
         self.view.round_begins(number, len(cohort))
         with closing(Replies(self.party.codec_up, self.folder.path)) as replies:
 
-            def take(peer: Peer, update: Update, blob: bytes, asked: Asked) -> None:
+            def take(peer: ClientInfo, update: Update, blob: bytes, asked: Asked) -> None:
                 replies.add(peer, update, blob, self.party.known(asked.heard), asked.lost)
                 self._count(peer.index, update, blob, asked.heard.tensors, played)
 
@@ -214,11 +214,13 @@ class Server(Talk):
         peers, population, idle = self.roster.peers, self.experiment.population, self.idle
         expected: dict[int, Turn] = {}
         if self._is_timed():
-            expected = self.clock.admit(self.state, number, {i: peer for i, peer in peers.items() if i not in idle})
+            expected = self.clock.eligible_clients(
+                self.state, number, {i: peer for i, peer in peers.items() if i not in idle}
+            )
         else:
             self.clock.forget()
             self._say_untimed()
-        out = self.clock.left_out
+        out = self.clock.excluded
         for reason in dict.fromkeys(out.values()):
             new = [index for index in out if out[index] == reason and self.named.get(index) != reason]
             if new:
@@ -246,9 +248,9 @@ class Server(Talk):
             QuorumError: if a round with nobody else can't count.
         """
         population = self.experiment.population
-        needed = population.enough(self.per_round)
+        needed = population.min_replies(self.cohort_size)
         if len(able) < needed:
-            out = self.clock.left_out
+            out = self.clock.excluded
             away = population.clients - len(able) - len(out) - len(self.idle)
             why = [f"client {index} {reason}" for index, reason in out.items()][:1]
             why += [f"{len(self.idle)} have no rows"] if self.idle else []
@@ -261,7 +263,7 @@ class Server(Talk):
         Raises:
             QuorumError: if a round with that many usable updates doesn't count.
         """
-        enough = self.experiment.population.enough(max(asked, self.per_round))
+        enough = self.experiment.population.min_replies(max(asked, self.cohort_size))
         if got < enough:
             self.folder.append_failures(played.failures)
             first = next((f"; client {peer}: {reason}" for _, peer, reason in played.failures), "")
@@ -287,7 +289,7 @@ class Server(Talk):
         heard = self.party.broadcast(self.sent, self.state, number + 1)
         self.party.install(heard, memory={})
         personal = traits_of(self.strategy).personal
-        found, rounding = None, self.party.model.base_change.rounding
+        found, rounding = None, self.party.model.base_delta.rounding
         if every and number % every == 0:
             found = self._examine(number, heard) if personal else self.party.evaluate()
         self.seconds = self.seconds + played.seconds if played.virtual_seconds is None else played.virtual_seconds
@@ -298,9 +300,9 @@ class Server(Talk):
             said = f"round {number}: the held-out loss became {found.loss}"
             raise DivergedError(f"{said}. {self.aggregator.advice(played)}")
         index_of = {node: index for index, node in self.roster.nodes.items()}
-        for node, moved in self.exchange.lines.take_idle(index_of).items():
+        for node, moved in self.exchange.lines.drain_idle_bytes(index_of).items():
             if moved and node in index_of:
-                self._book(Entry(number, index_of[node], "up", "idle", 0, 0, moved, 0.0))
+                self._book(LedgerRow(number, index_of[node], "up", "idle", 0, 0, moved, 0.0))
         entries = self.ledger.take_pending()
         row = {
             "round": number,
@@ -345,8 +347,8 @@ class Server(Talk):
     def _save(self, number: int) -> None:
         peers, progress = self.roster.peers, self.clock.progress
         # Who has said since what it keeps is known
-        unsure = [i for i in progress.unsure if i in peers and not (peers[i].heard or peers[i].installed_version)]
-        self.clock.progress = replace(progress, unsure=unsure)
+        unsure = [i for i in progress.state_unknown if i in peers and not (peers[i].heard or peers[i].base_version)]
+        self.clock.progress = replace(progress, state_unknown=unsure)
         kept = (self.run_id, self.sent, self.clock.progress, self.party.data.identity)
         self.folder.save_checkpoint(Checkpoint(number, self.experiment.sha256, self.state, *kept))
 
@@ -392,8 +394,8 @@ class Server(Talk):
             scores["memory_bytes"] = round(self.memory_bytes)
         if error is not None:
             scores["error"] = f"{type(error).__name__}: {error}"
-        if self.clock.left_out:
-            scores["left_out"] = {str(index): reason for index, reason in self.clock.left_out.items()}
+        if self.clock.excluded:
+            scores["left_out"] = {str(index): reason for index, reason in self.clock.excluded.items()}
         summary = summarise(self.party, self.status, self.done, self.ledger.totals, self.state_sha256, scores)
         self.folder.write_summary(summary)
         return summary

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedtune.config.compatibility import traits_of
 from fedtune.core.checks import above_zero, fraction, one_of
 from fedtune.core.errors import ConfigError
-from fedtune.core.protocol import Instruction, Layout, Peer, Strategy, Tensors, Traits, Update
+from fedtune.core.protocol import ClientInfo, Instruction, Layout, Strategy, Tensors, Traits, Update
 
 FORMS = ("paper", "flower")  # of the optimizers that Flower has in another than the paper's
 
@@ -79,13 +79,13 @@ class ServerOptimizer(ABC):
         zeros = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in base.adapter.items()}
         return State(base, {name: self.start(zero) for name, zero in zeros.items()})
 
-    def configure(self, state: State, round: int, peer: Peer) -> Instruction:
+    def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
         return self.base.configure(state.base, round, peer)
 
-    def validate(self, state: State, round: int, peer: Peer, update: Update) -> None:
+    def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         self.base.validate(state.base, round, peer, update)
 
-    def aggregate(self, state: State, round: int, replies: Sequence[tuple[Peer, Update]]) -> State:
+    def aggregate(self, state: State, round: int, replies: Sequence[tuple[ClientInfo, Update]]) -> State:
         agreed = self.base.aggregate(state.base, round, replies)
         adapter, moments = dict(agreed.adapter), dict(state.moments)
         for name, current in state.base.adapter.items():

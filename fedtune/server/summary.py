@@ -32,7 +32,7 @@ def summarise(
         "server_optimizer": experiment.server_optimizer_name,
         "population": {
             "clients": experiment.population.clients,
-            "cohort": experiment.population.per_round,
+            "cohort": experiment.population.cohort_size,
             "pooled": experiment.population.pooled,
         },
         "status": status,
@@ -47,7 +47,7 @@ def summarise(
                 "down_payload_bytes",
                 "up_wire_bytes",
                 "down_wire_bytes",
-                "framing_bytes",
+                "overhead_bytes",
                 "spent_bytes",
                 "messages",
                 "failed",

@@ -25,9 +25,9 @@ import numpy as np
 from fedtune.config.compatibility import tells_its_work, traits_of
 from fedtune.core.costs import Costs, Weight, Work
 from fedtune.core.errors import CapacityError, QuorumError
-from fedtune.core.protocol import Capability, Instruction, Peer
-from fedtune.core.seeds import bits, fold
-from fedtune.lowrank.algebra import pairs
+from fedtune.core.protocol import ClientInfo, DeviceProfile, Instruction
+from fedtune.core.seeds import bits, derive_seed
+from fedtune.lowrank.algebra import lora_factors
 from fedtune.planning.client_sampling import PATIENCE, believed, select
 from fedtune.planning.population import server_peer
 from fedtune.runs.checkpoint import Progress
@@ -71,7 +71,7 @@ class Timed:
     turn: Turn
     begun: float  # what the clock showed when the client was asked
     staleness: int = 0  # updates of the server's since then
-    not_counted: str = ""  # why its update isn't part of the round; empty if it is
+    excluded_reason: str = ""  # why its update isn't part of the round; empty if it is
 
 
 class Clock:
@@ -89,7 +89,7 @@ class Clock:
         self._partial = traits_of(party.strategy).partial
         self._measured = [0.0, 0.0]  # this round's largest messages, down and up, as shares of what was expected
         self.progress = Progress()
-        self.left_out: dict[int, str] = {}
+        self.excluded: dict[int, str] = {}
         self.timed: set[int] = set()
 
     @cached_property
@@ -101,11 +101,11 @@ class Clock:
     def _weights(self) -> dict[str, Weight]:
         return {weight.module: weight for weight in self._party.weights}
 
-    def runs(self, peers: Mapping[int, Peer]) -> bool:
+    def runs(self, peers: Mapping[int, ClientInfo]) -> bool:
         """Whether there is anything to time: a device with a limit."""
         return tells_its_work(self._party.client) and any(limited(peer.capability) for peer in peers.values())
 
-    def untimed(self, peers: Mapping[int, Peer]) -> str | None:
+    def untimed(self, peers: Mapping[int, ClientInfo]) -> str | None:
         """What was asked for and means nothing where this clock doesn't run."""
         client = self._party.client
         if not tells_its_work(client) and any(limited(peer.capability) for peer in peers.values()):
@@ -120,7 +120,7 @@ class Clock:
             )
         return None
 
-    def turn(self, peer: Peer, told: Instruction, down_bytes: float, up_bytes: float) -> Turn:
+    def turn(self, peer: ClientInfo, told: Instruction, down_bytes: float, up_bytes: float) -> Turn:
         """What it takes `peer` to do as it is told.
 
         Args:
@@ -166,7 +166,7 @@ class Clock:
         except Exception:  # whatever it is: all rounds are done, and a figure for the report is no reason to fail
             return None
 
-    def expected(self, peer: Peer, told: Instruction) -> Turn:
+    def expected(self, peer: ClientInfo, told: Instruction) -> Turn:
         """`turn` before there are messages: both as large as the tensors that are sent, times what the largest of the
         last round came to beside that."""
         size = _expected_bytes(told)
@@ -185,13 +185,13 @@ class Clock:
         work: Work = client.work(told.settings)
         return work
 
-    def _trained(self, peer: Peer, told: Instruction) -> tuple[dict[str, int], int, int, float]:
+    def _trained(self, peer: ClientInfo, told: Instruction) -> tuple[dict[str, int], int, int, float]:
         """Ranks by layer, trainable numbers, the lowest block, and LoRA's bytes per token."""
         layout, costs, weights = self._party.model.layout, self._costs, self._weights
         if not layout.is_low_rank:
             return {slot.module: 0 for slot in layout.slots}, self._party.model.trainable, 0, 0.0
         if self._partial:
-            ranks = {module: product.rank for module, product in pairs(told.tensors).items()}
+            ranks = {module: product.rank for module, product in lora_factors(told.tensors).items()}
         else:
             rank = int(told.settings.get(RANK, 0)) or peer.rank or layout.rank
             ranks = dict.fromkeys(weights, rank)
@@ -203,7 +203,7 @@ class Clock:
         per_token = sum(a * costs.input_bytes * weight.columns + b * costs.inner_bytes * rank for weight, rank in of)
         return ranks, numbers, min((weight.block for weight, _ in of), default=0), per_token
 
-    def admit(self, state: Any, number: int, peers: Mapping[int, Peer]) -> dict[int, Turn]:
+    def eligible_clients(self, state: Any, number: int, peers: Mapping[int, ClientInfo]) -> dict[int, Turn]:
         """What round `number` is expected to take each client that can take part; the others, with the reason, are
         `left_out` from then on.
 
@@ -212,33 +212,33 @@ class Clock:
         """
         self.forget()
         self.timed = set(peers)
-        if (foresee := getattr(self._party.strategy, "foresee", None)) is not None:
-            foresee(state, [peer.capability for peer in peers.values()])
+        if (plan_for_all := getattr(self._party.strategy, "plan_for_all", None)) is not None:
+            plan_for_all(state, [peer.capability for peer in peers.values()])
         expected: dict[int, Turn] = {}
-        known: dict[tuple[Capability, int, int, int], Turn | str] = {}
+        known: dict[tuple[DeviceProfile, int, int, int], Turn | str] = {}
         least = self._party.experiment.train.batch_size
         for index, peer in sorted(peers.items()):
-            key = (peer.capability, peer.rank, peer.installed_version, min(peer.samples, least))
+            key = (peer.capability, peer.rank, peer.base_version, min(peer.samples, least))
             if key not in known:
                 known[key] = self._fits(state, number, peer)
             found = known[key]
             if isinstance(found, str):
-                self.left_out[index] = f"{found} ({peer.capability.device})" if peer.capability.device else found
+                self.excluded[index] = f"{found} ({peer.capability.device})" if peer.capability.device else found
             else:
                 expected[index] = found
-        if not expected and self.left_out:
-            index = min(self.left_out)
+        if not expected and self.excluded:
+            index = min(self.excluded)
             raise QuorumError(
-                f"round {number}: none of the {len(peers)} clients can take part; client {index} {self.left_out[index]}"
+                f"round {number}: none of the {len(peers)} clients can take part; client {index} {self.excluded[index]}"
             )
         self._check_deadline(number, expected)
         return expected
 
     def forget(self) -> None:
         """Leave nobody out and time nobody."""
-        self.left_out, self.timed = {}, set()
+        self.excluded, self.timed = {}, set()
 
-    def _fits(self, state: Any, number: int, peer: Peer) -> Turn | str:
+    def _fits(self, state: Any, number: int, peer: ClientInfo) -> Turn | str:
         try:
             told = self._party.strategy.configure(state, number, peer)
         except CapacityError as error:
@@ -275,7 +275,7 @@ class Clock:
                 "population.straggler=wait"
             )
 
-    def is_there(self, number: int, index: int, peers: Mapping[int, Peer]) -> bool:
+    def is_there(self, number: int, index: int, peers: Mapping[int, ClientInfo]) -> bool:
         """Whether this client is available in round `number`, by seed and its device's availability."""
         often = peers[index].capability.availability if index in peers else 1.0
         return often >= 1 or self._drawn("available", number, index) < often
@@ -285,11 +285,16 @@ class Clock:
         return self._population.dropout > 0 and self._drawn("dropout", number, index) < self._population.dropout
 
     def _drawn(self, purpose: str, number: int, index: int) -> float:
-        word = bits(fold(self._party.experiment.seed, purpose, number, index), 1)[0]
+        word = bits(derive_seed(self._party.experiment.seed, purpose, number, index), 1)[0]
         return float(word >> np.uint64(11)) * 2.0**-53
 
     def cohort(
-        self, number: int, able: Sequence[int], count: int, peers: Mapping[int, Peer], expected: Mapping[int, Turn]
+        self,
+        number: int,
+        able: Sequence[int],
+        count: int,
+        peers: Mapping[int, ClientInfo],
+        expected: Mapping[int, Turn],
     ) -> list[int]:
         """Who of those that are able takes part in round `number`, by population.selection."""
         population, progress = self._population, self.progress
@@ -302,7 +307,7 @@ class Clock:
             cohort=count,
             clients=population.clients,
             samples={index: peers[index].samples if index in peers else 0 for index in able},
-            losses=believed(reported, progress.unsure),
+            losses=believed(reported, progress.state_unknown),
             waiting={int(index) for index, rounds in progress.in_a_row.items() if rounds >= PATIENCE},
             candidates=max(population.drawn, count),
             seconds={index: turn.seconds for index, turn in expected.items()},
@@ -314,7 +319,7 @@ class Clock:
             self.progress = replace(progress, in_a_row=kept | stayed)
         return chosen
 
-    def shortened(self, peer: Peer, told: Instruction) -> Instruction:
+    def shortened(self, peer: ClientInfo, told: Instruction) -> Instruction:
         """The instruction with as many steps as fit before the deadline, where fewer do than were meant."""
         deadline = self._population.deadline
         if self._population.straggler != "partial" or deadline is None:
@@ -342,7 +347,7 @@ class Clock:
             turns: all that were timed.
             lost: whether the update of some client that was asked didn't come, or came too late.
         """
-        lasted = max((timed.turn.seconds for timed in turns if not timed.not_counted), default=0.0)
+        lasted = max((timed.turn.seconds for timed in turns if not timed.excluded_reason), default=0.0)
         if lost and self._population.deadline is not None:
             lasted = max(lasted, self._population.deadline)
         return self.settle(self.progress.seconds + lasted)
@@ -365,8 +370,8 @@ def _expected_bytes(told: Instruction) -> int:
     return size_of(told.tensors) + BESIDE_BYTES
 
 
-def limited(can: Capability) -> bool:
+def limited(can: DeviceProfile) -> bool:
     """Whether a device has a limit that time or taking part depends on."""
-    free = Capability()
+    free = DeviceProfile()
     limits = ("memory_bytes", "flop_per_s", "read_bytes_per_s", "up_bytes_per_s", "down_bytes_per_s", "backprop")
     return any(getattr(can, name) != getattr(free, name) for name in limits)

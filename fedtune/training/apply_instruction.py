@@ -2,7 +2,7 @@
 
 from fedtune.core.errors import ClientError, WireError
 from fedtune.core.protocol import Instruction, Tensors, Update
-from fedtune.lowrank.averaging import narrowed
+from fedtune.lowrank.averaging import truncate_rank
 from fedtune.lowrank.residual import update_residual
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base_delta import DENSE
@@ -27,11 +27,11 @@ def install(model: LocalModel, instruction: Instruction, memory: Tensors) -> Non
     residual, rest = update_residual(instruction, memory)
     dense = {name: tensor for name, tensor in rest.items() if name.endswith(DENSE)}
     if change := residual | dense:
-        model.base_change.set(change)
+        model.base_delta.set(change)
     if rank := int(instruction.settings.get(RANK, 0)):
         if rank > model.layout.rank:
             raise ClientError(f"the server asks for rank {rank}; the adapters of this run have {model.layout.rank}")
-        start = narrowed(model.layout.initial, rank)
+        start = truncate_rank(model.layout.initial, rank)
         narrower = {name: tensor for name, tensor in start.items() if tensor is not model.layout.initial[name]}
         rest = narrower | rest
     scaling = instruction.settings.get(SCALING)

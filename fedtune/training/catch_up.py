@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from fedtune.core.errors import ClientError
-from fedtune.core.protocol import Instruction, Peer, Setting, Tensors
-from fedtune.lowrank.residual import FROM, KEPT, VERSION, installed_version
+from fedtune.core.protocol import ClientInfo, Instruction, Setting, Tensors
+from fedtune.lowrank.residual import FROM, KEPT, VERSION, base_version
 
 
-def lacking(rows: Mapping[str, Tensor], peer: Peer, settings: Mapping[str, Setting]) -> Instruction:
+def missing_merges(rows: Mapping[str, Tensor], peer: ClientInfo, settings: Mapping[str, Setting]) -> Instruction:
     """The rows that `peer` hasn't got, or all where it claims more than there are: those of a run that was resumed."""
     done = len(next(iter(rows.values())))
-    known = peer.installed_version if peer.installed_version <= done else 0
+    known = peer.base_version if peer.base_version <= done else 0
     missed = {name: tensor[known:] for name, tensor in rows.items()}
     return Instruction(missed, {**settings, FROM: known, VERSION: done})
 
@@ -33,7 +33,7 @@ def caught_up(instruction: Instruction, memory: Tensors, names: Sequence[str], o
         ClientError: if what was sent goes on from other rows than those that this client holds.
     """
     base, version = int(instruction.settings[FROM]), int(instruction.settings[VERSION])
-    if base not in (0, mine := installed_version(memory)):
+    if base not in (0, mine := base_version(memory)):
         raise ClientError(f"the server's numbers go on from {one} {base}; this client knows {mine} {many}")
     new = {name: instruction.tensors[name] for name in names}
     known = {name: torch.cat([memory[name], tensor]) if base else tensor for name, tensor in new.items()}

@@ -33,7 +33,7 @@ def home() -> Path:
     return Path(flower).expanduser() / "fedtune" if flower else user_state_path("fedtune")
 
 
-class Memory:
+class ClientStateStore:
     """The memories of all clients that share `folder`: in a simulation the run's own, on a device the node's.
 
     Args:
@@ -46,7 +46,7 @@ class Memory:
         self._empty = ("", -1)  # a run and a round before which nobody had kept anything
         self._shared: dict[tuple[str, str], Path] = {}  # where the last one kept what several keep alike
 
-    def recall(self, run: str, index: int, round: int) -> Tensors:
+    def load(self, run: str, index: int, round: int) -> Tensors:
         """What client `index` kept before `round`; nothing if that is its first turn.
 
         Raises:
@@ -73,7 +73,7 @@ class Memory:
                 "starts anew"
             ) from error
 
-    def keep(self, run: str, index: int, round: int, tensors: Tensors, alike: str = "") -> None:
+    def save(self, run: str, index: int, round: int, tensors: Tensors, alike: str = "") -> None:
         """Keep `tensors` as what client `index` holds after `round`.
 
         Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedtune.core.protocol import Instruction, Tensors
-from fedtune.lowrank.residual import installed_version
+from fedtune.lowrank.residual import base_version
 
 CONTROL = "c/"  # c/NAME: the server's c on its way down, the client's c_i in its memory
 CHANGE = "dc/"  # dc/NAME: c_i+ - c_i on its way up, and in the memory until it is known to count
@@ -25,7 +25,7 @@ def tag(prefix: str, tensors: Tensors) -> Tensors:
 
 def settle(instruction: Instruction, memory: Tensors) -> None:
     """Add the change of the last turn to the client's variate if it counted, and forget it if not."""
-    mine = installed_version(memory)
+    mine = base_version(memory)
     counts = instruction.settings.get(COUNTED, mine) == mine
     for name in [name for name in memory if name.startswith(CHANGE)]:
         change, own = memory.pop(name), CONTROL + name.removeprefix(CHANGE)

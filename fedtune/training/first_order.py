@@ -15,7 +15,7 @@ from fedtune.core.protocol import Batch
 from fedtune.models.adapted_model import LocalModel
 
 
-def learnt_logits(module: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def supervised_logits(module: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Predictions where the loss counts, and only there.
 
     The vocabulary's projection is a fifth of a small model's work, and most positions are prompt or padding. Whatever
@@ -41,7 +41,7 @@ def learnt_logits(module: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def loss_of(module: Any, batch: Batch) -> Tensor:
     """Mean negative log-likelihood per learnt token, float32, in nats."""
-    logits, labels = learnt_logits(module, batch)
+    logits, labels = supervised_logits(module, batch)
     return functional.cross_entropy(logits.float(), labels)
 
 

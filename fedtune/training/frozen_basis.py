@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedtune.core.protocol import Layout, Setting, Tensors
-from fedtune.core.seeds import fold, uniform
-from fedtune.lowrank.algebra import name_of, pairs
+from fedtune.core.seeds import derive_seed, uniform
+from fedtune.lowrank.algebra import lora_factors, name_of
 from fedtune.models.adapted_model import LocalModel
 
 SEED = "basis_seed"  # the setting
@@ -27,7 +27,7 @@ CORE = "lora_R"  # the role of R, as in `...q_proj.lora_R.weight`
 
 def zero_core(layout: Layout) -> Tensors:
     """R of every layer, zero: nothing is added to the base yet."""
-    start = pairs(layout.initial)
+    start = lora_factors(layout.initial)
     return {name_of(m, CORE): torch.zeros(p.rank, p.rank, dtype=p.a.dtype) for m, p in start.items()}
 
 
@@ -35,10 +35,10 @@ def zero_core(layout: Layout) -> Tensors:
 def left_basis(layout: Layout, seed: int) -> Tensors:
     """B0 of every layer, by lora_B's name. It is shared: not to be changed."""
     drawn = {}
-    for module, start in pairs(layout.initial).items():
+    for module, start in lora_factors(layout.initial).items():
         name = name_of(module, "lora_B")
         bound = math.sqrt(3 / start.b.shape[0])
-        drawn[name] = uniform(fold(seed, "left basis", name), start.b.shape, bound).to(start.b.dtype)
+        drawn[name] = uniform(derive_seed(seed, "left basis", name), start.b.shape, bound).to(start.b.dtype)
     return drawn
 
 
@@ -68,7 +68,7 @@ def training_core(model: LocalModel, core: Tensors) -> Iterator[Callable[[], Ten
     live = model.trained()
     entered: list[tuple[nn.Parameter, Tensor, Any]] = []
     try:
-        for module in pairs(model.layout.initial):
+        for module in lora_factors(model.layout.initial):
             name = name_of(module, "lora_A")
             basis = model.layout.initial[name].to(model.device)
             start = core[name_of(module, CORE)].to(model.device, copy=True)

@@ -29,7 +29,7 @@ from torch import Tensor
 from fedtune.core.checks import at_least
 from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
 from fedtune.core.protocol import Layout, Tensors, Update, describe
-from fedtune.core.seeds import bits, fold
+from fedtune.core.seeds import bits, derive_seed
 from fedtune.random_directions.hash_noise import project
 from fedtune.random_directions.weights import Names, Space
 from fedtune.training.zeroth_order import check_counts
@@ -112,7 +112,7 @@ def budget_of(norms: Sequence[float], directions: int) -> np.ndarray:
 
 def seeds_of(rules: Projection, version: int, client: int) -> list[int]:
     """The seeds of the answer that `client` gives to `version`: (K,), the first K_1 being those of the first block."""
-    seeds: list[int] = bits(fold(rules.pool_seed, "ferret", version, client), rules.directions).tolist()
+    seeds: list[int] = bits(derive_seed(rules.pool_seed, "ferret", version, client), rules.directions).tolist()
     return seeds
 
 

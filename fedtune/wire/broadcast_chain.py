@@ -35,7 +35,7 @@ PACKED = Packed()
 
 
 @dataclass(frozen=True)
-class Sent:
+class BroadcastChain:
     """What a server has broadcast.
 
     Args:
@@ -50,7 +50,7 @@ class Sent:
     names: list[str] = field(default_factory=list)
     links: list[torch.Tensor] = field(default_factory=list)
 
-    def follow(self, codec: Codec, tensors: Tensors, key: int, start: Tensors) -> "Sent":
+    def follow(self, codec: Codec, tensors: Tensors, key: int, start: Tensors) -> "BroadcastChain":
         """One broadcast more.
 
         Args:
@@ -65,7 +65,7 @@ class Sent:
         links = [*self.links, torch.frombuffer(bytearray(link), dtype=torch.uint8)]
         while sum(map(len, links)) > size_of(held):  # who lacks more than these is better off with the whole
             links = links[1:]
-        return Sent(self.number + 1, held, sorted(heard), links)
+        return BroadcastChain(self.number + 1, held, sorted(heard), links)
 
     @property
     def told(self) -> Tensors:
@@ -91,7 +91,7 @@ class Sent:
 
 
 @dataclass(frozen=True)
-class Heard:
+class DecodedBroadcast:
     """What a client makes of a broadcast."""
 
     number: int
@@ -103,7 +103,7 @@ def is_link(blob: bytes) -> bool:
     return blob[:2] == MAGIC
 
 
-def hear(blob: bytes, codec: Codec, start: Tensors, recall: Callable[[], tuple[int, Tensors]]) -> Heard:
+def hear(blob: bytes, codec: Codec, start: Tensors, recall: Callable[[], tuple[int, Tensors]]) -> DecodedBroadcast:
     """
     Args:
         start: what every model starts from.
@@ -145,4 +145,4 @@ def hear(blob: bytes, codec: Codec, start: Tensors, recall: Callable[[], tuple[i
     rest = PACKED.decode(blob[reader.place :]) if reader.place < len(blob) else {}
     if both := rest.keys() & held.keys():
         raise WireError(f"tensor '{min(both)}' comes twice")
-    return Heard(number, held, {**told, **rest})
+    return DecodedBroadcast(number, held, {**told, **rest})

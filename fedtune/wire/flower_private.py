@@ -26,7 +26,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.core.errors import ClientTimeout, ConfigError, FedtuneError, RunFolderError, WireError, of_peer
+from fedtune.core.errors import ClientTimeout, ConfigError, FedtuneError, RunFolderError, WireError, printable
 
 __all__ = [
     "SERVER_NODE",
@@ -41,13 +41,13 @@ __all__ = [
     "content_to_bytes",
     "envelope_bytes",
     "explain_error",
-    "outlast",
     "pull_one",
     "push",
-    "quietly",
     "raised_by_client",
+    "retry_on_server_error",
     "set_message_id",
     "simulate",
+    "suppress_logs",
 ]
 
 Answer = TypeVar("Answer")
@@ -78,7 +78,7 @@ def explain_error(error: Error) -> str:
     if (found := _RAISED.search(said)) or (found := _RAISED_ON_RAY.search(said)):
         said = ": ".join(text.strip() for text in found.groups())
         said = re.sub(r"^ClientError: (?=\w+: )", "", said)  # a device's worker has named the kind already
-    said = of_peer(said, MAX_REASON)
+    said = printable(said, MAX_REASON)
     happened = _EXPLAINED.get(error.code)
     return f"{happened} ({said})" if happened else said
 
@@ -89,7 +89,7 @@ def raised_by_client(error: Error) -> bool:
     return error.code in at_fault and not explain_error(error).startswith(f"{ClientTimeout.__name__}: ")
 
 
-def outlast(ask: Callable[[], Answer], pauses: Iterable[float] = PAUSES) -> Answer:
+def retry_on_server_error(ask: Callable[[], Answer], pauses: Iterable[float] = PAUSES) -> Answer:
     """What the SuperLink answers, asked again while it has an error of its own (HTTP 5xx).
 
     A busy one has: its database is locked for longer than it waits. Flower 1.41 repeats what broke on the way, but such
@@ -110,12 +110,12 @@ def outlast(ask: Callable[[], Answer], pauses: Iterable[float] = PAUSES) -> Answ
 
 def activations(grid: Grid) -> dict[int, str]:
     """When each connected node of a deployment was last started, in the SuperLink's words."""
-    return {node.node_id: node.last_activated_at for node in outlast(grid.get_nodes)}
+    return {node.node_id: node.last_activated_at for node in retry_on_server_error(grid.get_nodes)}
 
 
 def push(grid: Grid, messages: list[Message]) -> list[str | None]:
     """Send the messages; the id of each, or None for one that wasn't taken. A SuperLink takes no message twice."""
-    return list(outlast(lambda: grid.push_messages(messages)))
+    return list(retry_on_server_error(lambda: grid.push_messages(messages)))
 
 
 def pull_one(grid: Grid, message_id: str) -> Iterable[Message]:
@@ -125,7 +125,7 @@ def pull_one(grid: Grid, message_id: str) -> Iterable[Message]:
         WireError: if what came can't be unpacked. A SuperLink that can't be reached is not that: it ends the run.
     """
     try:
-        return list(outlast(lambda: grid.pull_messages([message_id])))
+        return list(retry_on_server_error(lambda: grid.pull_messages([message_id])))
     except (httpx.HTTPError, OSError, RunFolderError):
         raise
     except Exception as error:  # Flower raises what it likes on objects that don't fit together
@@ -160,7 +160,7 @@ def simulate(server_app: ServerApp, client_app: ClientApp, clients: int, backend
     # Every failed client is reported by the round loop, without a traceback
     level = logging.NOTSET if os.environ.get("FEDTUNE_DEBUG") else logging.CRITICAL
     try:
-        with quietly(level):
+        with suppress_logs(level):
             _run_simulation(
                 num_supernodes=clients,
                 exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
@@ -200,7 +200,7 @@ def as_message(content: RecordDict) -> Message:
 
 
 @contextmanager
-def quietly(level: int = logging.WARNING) -> Iterator[None]:
+def suppress_logs(level: int = logging.WARNING) -> Iterator[None]:
     """Flower logs no progress within, only what is wrong."""
     logger = logging.getLogger("flwr")
     before = logger.level

@@ -304,7 +304,7 @@ class Lines:
         self._catch_up(node, now)
         return self._lines[node].up(reply, objects_of(reply), wire_bytes, now).total
 
-    def take_idle(self, nodes: Iterable[int]) -> dict[int, int]:
+    def drain_idle_bytes(self, nodes: Iterable[int]) -> dict[int, int]:
         """Bytes of polls and heartbeats of these nodes, each since it was last asked for."""
         if self._link is None:
             return {}

@@ -19,7 +19,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from fedtune.core.errors import ConfigError, WireError, short
 from fedtune.core.limits import check_settings
-from fedtune.core.protocol import MAX_LABEL, UNLIMITED, Capability, Codec, Instruction, Peer, Setting, Tensors, Update
+from fedtune.core.protocol import (
+    MAX_LABEL,
+    UNLIMITED,
+    ClientInfo,
+    Codec,
+    DeviceProfile,
+    Instruction,
+    Setting,
+    Tensors,
+    Update,
+)
 from fedtune.evaluation.scoring import Score
 from fedtune.wire.delta_coding import decode, encode
 from fedtune.wire.flower_private import content_bytes, envelope_bytes
@@ -305,7 +315,7 @@ def unpack_question(content: RecordDict) -> tuple[str, int]:
     return run, round
 
 
-def pack_greeting(peer: Peer, layout_sha256: str, data_sha256: str = "", lost: bool = False) -> RecordDict:
+def pack_greeting(peer: ClientInfo, layout_sha256: str, data_sha256: str = "", lost: bool = False) -> RecordDict:
     """What a client says of itself at the handshake. Of its capability, only what is limited.
 
     Args:
@@ -313,7 +323,7 @@ def pack_greeting(peer: Peer, layout_sha256: str, data_sha256: str = "", lost: b
     """
     limits = {name: value for name, value in vars(peer.capability).items() if value != getattr(UNLIMITED, name)}
     greeting = {"index": peer.index, "samples": peer.samples, "layout": layout_sha256, **limits}
-    held = {"version": peer.installed_version, "heard": peer.heard}
+    held = {"version": peer.base_version, "heard": peer.heard}
     greeting |= {name: number for name, number in held.items() if number} | ({LOST: True} if lost else {})
     greeting |= {"data": data_sha256} if data_sha256 else {}
     return RecordDict({GREETING: ConfigRecord(greeting)})
@@ -324,7 +334,7 @@ def has_lost(content: RecordDict) -> bool:
     return bool(_record(content, GREETING, ConfigRecord).get(LOST, False))
 
 
-def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str, data_sha256: str = "") -> Peer:
+def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str, data_sha256: str = "") -> ClientInfo:
     """The peer that a greeting describes.
 
     Args:
@@ -359,7 +369,7 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str, data_
         if not isinstance(number, int) or number < 0:
             raise WireError(f"client {index}: '{name}' should be a number from 0 up, got {short(repr(number))}")
     try:
-        able = Capability(**record) if record else UNLIMITED
-        return Peer(index, samples, able, installed_version=held["version"], heard=held["heard"])
+        able = DeviceProfile(**record) if record else UNLIMITED
+        return ClientInfo(index, samples, able, base_version=held["version"], heard=held["heard"])
     except (TypeError, ValueError) as error:
         raise WireError(f"client {index} describes what it can do in a way that is not understood: {error}") from error

@@ -21,7 +21,7 @@ MAX_PULLS_PER_SECOND = 100  # so that awaiting many doesn't keep a SuperLink bus
 
 
 @dataclass(frozen=True)
-class Arrival:
+class Reply:
     """What came of a message: a reply, or the reason why there is none."""
 
     node: int  # Flower's id of the node that was asked
@@ -47,7 +47,7 @@ class Arrival:
         return self.message.content
 
 
-class Exchange:
+class Transport:
     """The server's end of the wire.
 
     Attributes:
@@ -77,7 +77,7 @@ class Exchange:
         if self._stop.is_set():
             raise KeyboardInterrupt
 
-    def send(self, messages: list[Message], seconds: float) -> Iterator[Arrival]:
+    def send(self, messages: list[Message], seconds: float) -> Iterator[Reply]:
         """Send the messages and yield what comes of each, as it comes; at the time limit, those that never came.
 
         The list is emptied.
@@ -94,7 +94,7 @@ class Exchange:
         pending: dict[str, int] = {}
         for message_id, node in zip(identified, targets, strict=True):
             if message_id is None:
-                yield Arrival(node, None, 0.0, "the SuperLink took no message for its node")
+                yield Reply(node, None, 0.0, "the SuperLink took no message for its node")
             else:
                 pending[message_id] = node
         deadline = sent + seconds
@@ -107,12 +107,12 @@ class Exchange:
             if node == NOBODY:
                 continue
             if isinstance(came, WireError):
-                yield Arrival(node, None, now - sent, str(came))
+                yield Reply(node, None, now - sent, str(came))
             else:
-                yield Arrival(node, came, now - (last if self._in_turn else sent))
+                yield Reply(node, came, now - (last if self._in_turn else sent))
             last = time.monotonic()
         for node in pending.values():
-            yield Arrival(node, None, time.monotonic() - sent, f"no reply within {seconds:g} s")
+            yield Reply(node, None, time.monotonic() - sent, f"no reply within {seconds:g} s")
 
     def _pull_in_turn(self, pending: Mapping[str, int], deadline: float) -> Iterator[tuple[str, Message | WireError]]:
         """What comes, for grids whose replies are there at once or not at all. One at a time, so that one is held."""

@@ -9,7 +9,7 @@ from flwr.app import MessageType, RecordDict
 
 from fedtune.config.population import MEASURED
 from fedtune.core.errors import MALFORMED, ClientError, ConfigError, WireError
-from fedtune.core.protocol import UNLIMITED, Capability, Peer
+from fedtune.core.protocol import UNLIMITED, ClientInfo, DeviceProfile
 from fedtune.device.owner import Owner
 from fedtune.planning.population import profile_of
 from fedtune.training.client_state import home
@@ -17,7 +17,7 @@ from fedtune.wire.messages import pack_greeting, pack_score, unpack_question
 from fedtune.workspace.party import Party, party_of
 
 # What a node's owner may declare of it, in Flower's spelling of keys
-LIMITS = {name.replace("_", "-"): name for name in Capability.__dataclass_fields__}
+LIMITS = {name.replace("_", "-"): name for name in DeviceProfile.__dataclass_fields__}
 
 
 def take_turn(
@@ -57,7 +57,7 @@ def _answer(kind: str, round: str, content: RecordDict, party: Party, node_confi
         version, heard, lost = party.holds(run, index, before) if run else (0, 0, False)
         own = home() if party.experiment.population.devices == MEASURED else None
         capability = capability_of(node_config, profile_of(index, party.experiment, own))
-        peer = Peer(index, party.samples(index), capability, installed_version=version, heard=heard)
+        peer = ClientInfo(index, party.samples(index), capability, base_version=version, heard=heard)
         return pack_greeting(peer, party.model.layout.sha256, party.data.sha256, lost)
     if kind not in (MessageType.TRAIN, MessageType.EVALUATE):
         raise WireError(f"message type {kind[:40]!r} is not known: expected query, train or evaluate")
@@ -85,7 +85,7 @@ def index_of(node_config: Mapping[str, Any]) -> int:
         ) from error
 
 
-def capability_of(node_config: Mapping[str, Any], assigned: Capability | None = None) -> Capability:
+def capability_of(node_config: Mapping[str, Any], assigned: DeviceProfile | None = None) -> DeviceProfile:
     """What a node can do.
 
     Args:

@@ -18,11 +18,11 @@ from fedtune.config.schema import FULL, DataSpec, Experiment, ModelSpec
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import ClientError, DataError, ModelError
 from fedtune.core.protocol import Client, Codec, Instruction, Layout, Strategy, Tensors, Update, grid, is_lossless
-from fedtune.core.seeds import fold, permutation
+from fedtune.core.seeds import derive_seed, permutation
 from fedtune.data.federated_data import FederatedData, load_data
 from fedtune.device.owner import Owner, check_room
-from fedtune.evaluation.scoring import Score, appraise, score
-from fedtune.lowrank.residual import installed_version
+from fedtune.evaluation.scoring import Score, evaluate_all, score
+from fedtune.lowrank.residual import base_version
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import Base, pick_device
 from fedtune.models.model_checks import check_tokens, positions_for
@@ -30,8 +30,8 @@ from fedtune.models.shared_base import base_for
 from fedtune.planning.cost_probe import base_bytes, costs_of, weights_of
 from fedtune.planning.population import server_peer
 from fedtune.training.apply_instruction import BATCH, BITS, STEPS
-from fedtune.training.client_state import Memory, home
-from fedtune.wire.broadcast_chain import Sent, hear, is_link
+from fedtune.training.client_state import ClientStateStore, home
+from fedtune.wire.broadcast_chain import BroadcastChain, hear, is_link
 from fedtune.wire.delta_coding import build_codec, decode, encode, left_out, with_feedback
 from fedtune.wire.messages import (
     blob_of,
@@ -156,21 +156,21 @@ class Party:
         return data.pooled() if population.pooled else data
 
     @cached_property
-    def memory(self) -> Memory:
+    def memory(self) -> ClientStateStore:
         """What this process's clients keep: in the run folder, or on a device of its own in that device's home."""
         return self._kept("clients")
 
     @cached_property
-    def residuals(self) -> Memory:
+    def residuals(self) -> ClientStateStore:
         """What their messages left out so far (codec_up.feedback), in the same way."""
         return self._kept("residuals")
 
-    def _kept(self, name: str) -> Memory:
+    def _kept(self, name: str) -> ClientStateStore:
         out = self.experiment.out
         # Nobody else says where a device writes
         if self.owner is not None or self.experiment.runtime.name == "flower" or out is None:
-            return Memory(home() / name)
-        return Memory(Path(out).expanduser() / name, Path(out).expanduser())
+            return ClientStateStore(home() / name)
+        return ClientStateStore(Path(out).expanduser() / name, Path(out).expanduser())
 
     def samples(self, index: int) -> int:
         """Training examples of client `index`.
@@ -186,7 +186,7 @@ class Party:
         """Before `round`, which version of the base (fedtune/lowrank/residual.py) client `index` holds, and which broadcast; and
         whether it has lost what it kept."""
         try:
-            version, lost = installed_version(self.memory.recall(run, index, round)), False
+            version, lost = base_version(self.memory.load(run, index, round)), False
         except ClientError:
             version, lost = 0, True
         return version, self._recall(run, index, round)[0], lost
@@ -197,22 +197,24 @@ class Party:
         return {} if is_lossless(self.codec_down) else self.model.layout.initial
 
     @cached_property
-    def heard(self) -> Memory:
+    def heard(self) -> ClientStateStore:
         """What this process's clients decoded of the last broadcast, where broadcasts build on one another."""
         return self._kept("broadcasts")
 
-    def announce(self, sent: Sent, state: Any, number: int) -> Sent:
+    def announce(self, sent: BroadcastChain, state: Any, number: int) -> BroadcastChain:
         """What will have been broadcast when round `number` begins."""
         if (instruction := self.announced(state, number)) is None:
             return sent
-        return sent.follow(self.codec_down, instruction.tensors, fold(self.experiment.seed, "down", number), self.start)
+        return sent.follow(
+            self.codec_down, instruction.tensors, derive_seed(self.experiment.seed, "down", number), self.start
+        )
 
-    def broadcast(self, sent: Sent, state: Any, number: int) -> Instruction:
+    def broadcast(self, sent: BroadcastChain, state: Any, number: int) -> Instruction:
         """What a fully capable client that holds nothing yet hears in round `number`, through the wire's codec: what is
         evaluated and exported is what clients decode."""
         if (instruction := self.announced(state, number)) is not None:
             return self._heard(sent, instruction)
-        return self.tell(self._configure(state, number), fold(self.experiment.seed, "down", number), "")[1]
+        return self.tell(self._configure(state, number), derive_seed(self.experiment.seed, "down", number), "")[1]
 
     def announced(self, state: Any, number: int) -> Instruction | None:
         """What round `number` tells as the difference from the broadcast before; None where it can't, because something
@@ -231,7 +233,7 @@ class Party:
         return self.strategy.configure(state, number, server_peer(self.experiment, self.model.layout))
 
     def tell(
-        self, instruction: Instruction, key: int, run: str, sent: Sent | None = None, since: int = 0
+        self, instruction: Instruction, key: int, run: str, sent: BroadcastChain | None = None, since: int = 0
     ) -> tuple[RecordDict, Instruction]:
         """An instruction as it is sent, and as it is heard.
 
@@ -278,7 +280,7 @@ class Party:
         number = kept.pop(NUMBER, None)
         return 0 if number is None else int(number), kept
 
-    def _heard(self, sent: Sent, instruction: Instruction) -> Instruction:
+    def _heard(self, sent: BroadcastChain, instruction: Instruction) -> Instruction:
         return Instruction({**sent.told, **self._rest(instruction)}, instruction.settings)
 
     def _rest(self, instruction: Instruction) -> Tensors:
@@ -286,10 +288,10 @@ class Party:
 
     def answer(self, run: str, index: int, round: int, instruction: Instruction) -> RecordDict:
         """Client `index` does its part of a round (`turn`); its answer as it is sent."""
-        before = self.memory.recall(run, index, round) if grid(self.codec_up) else {}
+        before = self.memory.load(run, index, round) if grid(self.codec_up) else {}
         update = self.turn(run, index, round, instruction)
-        key, known = fold(self.experiment.seed, "up", round, index), self.known(instruction)
-        waiting = self.residuals.recall(run, index, round) if self.feedback else {}
+        key, known = derive_seed(self.experiment.seed, "up", round, index), self.known(instruction)
+        waiting = self.residuals.load(run, index, round) if self.feedback else {}
         update = replace(update, tensors=with_feedback(update.tensors, waiting))
         codec = self._best(index, instruction, update, before, key)
         content = pack_update(update, codec, key, known)
@@ -297,7 +299,7 @@ class Party:
             sent = decode(codec, blob_of(content), known)
             meant = {name: tensor for name, tensor in update.tensors.items() if name in known}  # others went whole
             # What was left out of tensors that are no part of this answer waits for one that they are part of
-            self.residuals.keep(run, index, round, waiting | left_out(meant, sent))
+            self.residuals.save(run, index, round, waiting | left_out(meant, sent))
         return content
 
     def known(self, told: Instruction) -> Tensors:
@@ -330,8 +332,8 @@ class Party:
             run: the run's id, under which the client's memory is kept.
         """
         experiment = self.experiment
-        key = fold(experiment.seed, "train", round, index)
-        memory = self.memory.recall(run, index, round)
+        key = derive_seed(experiment.seed, "train", round, index)
+        memory = self.memory.load(run, index, round)
         model = self.install(instruction, memory)
         settings = instruction.settings
         batches = self.data.batches(index, int(settings.get(BATCH, experiment.train.batch_size)), key)
@@ -344,7 +346,7 @@ class Party:
         update: Update = client.train(model, batches, instruction, memory, key)
         self.training_seconds = time.perf_counter() - begun
         if memory:
-            self.memory.keep(run, index, round, memory)
+            self.memory.save(run, index, round, memory)
         if found is None:
             return update
         scores = {"client_eval_loss": found.loss, "client_eval_accuracy": found.accuracy}
@@ -355,7 +357,7 @@ class Party:
         own = self.data.heldout[index]
         if not len(own):
             return None
-        return self._appraise(own, self.install(instruction, self.memory.recall(run, index, round + 1)))
+        return self._appraise(own, self.install(instruction, self.memory.load(run, index, round + 1)))
 
     def install(self, instruction: Instruction, memory: Tensors) -> LocalModel:
         """Make the model, which is returned, what a client with this memory would hold after hearing `instruction`."""
@@ -370,7 +372,7 @@ class Party:
         if not len(rows):
             return None
         if (limit := self.experiment.evaluate.examples) and limit < len(rows):
-            rows = rows[permutation(fold(self.experiment.seed, "evaluate"), len(rows))[:limit]]
+            rows = rows[permutation(derive_seed(self.experiment.seed, "evaluate"), len(rows))[:limit]]
         return self._appraise(rows, self.model)
 
     def evaluate_on(self, index: int) -> Score | None:
@@ -379,8 +381,8 @@ class Party:
         return self._appraise(own, self.model) if len(own) else None
 
     def _appraise(self, rows: Any, model: LocalModel) -> Score:
-        spec, key = self.experiment.evaluate, fold(self.experiment.seed, "generate")
-        return appraise(model, self.data.corpus, rows, spec, self.data.pad, key)
+        spec, key = self.experiment.evaluate, derive_seed(self.experiment.seed, "generate")
+        return evaluate_all(model, self.data.corpus, rows, spec, self.data.pad, key)
 
     def _score(self, rows: Any, model: LocalModel) -> Score:
         return score(model, self.data.corpus, rows, self.experiment.evaluate.batch_size, self.data.pad)

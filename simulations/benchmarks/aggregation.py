@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.core.protocol import Layout, Peer, Slot, Tensors, Update, share
+from fedtune.core.protocol import ClientInfo, Layout, Slot, Tensors, Update, share
 from fedtune.lowrank.algebra import name_of, truncated
 from fedtune.lowrank.averaging import average
 from fedtune.lowrank.stacking import stacked
@@ -39,7 +39,7 @@ SCALING = 2.0
 MIXED: dict[str, Any] = {"flexlora": FlexLoRA(), "florist": FLoRIST(), "flora": FLoRA()}
 EQUAL: dict[str, Any] = {"fedex_lora": FedExLoRA()}
 
-Replies = list[tuple[Peer, Update]]
+Replies = list[tuple[ClientInfo, Update]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def replies_of(size: Size, mixed: bool) -> Replies:
     made = []
     for index in range(size.clients):
         rank = size.ranks[index % len(size.ranks)] if mixed else size.rank
-        peer = Peer(index, 100 + index, rank=rank if mixed else 0, scaling=SCALING if mixed else 0)
+        peer = ClientInfo(index, 100 + index, rank=rank if mixed else 0, scaling=SCALING if mixed else 0)
         made.append((peer, Update(adapter(size, rank, index + 1), 100 + index)))
     return made
 
@@ -169,7 +169,7 @@ def averaging(size: Size) -> dict[str, float]:
             made[name] = total
         return made
 
-    def widened() -> Tensors:
+    def pad_rank() -> Tensors:
         made = {}
         for name, tensor in like.items():
             total = torch.zeros(tensor.shape, dtype=torch.float64)
@@ -182,7 +182,7 @@ def averaging(size: Size) -> dict[str, float]:
         "fedit": lambda: average(replies, like),
         "as written": as_written,
         "in place": in_place,
-        "float64": widened,
+        "float64": pad_rank,
     }
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(size.repeats + 1):

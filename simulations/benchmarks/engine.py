@@ -36,7 +36,7 @@ from rich.table import Table
 from fedtune.config.compose import compose
 from fedtune.config.schema import Experiment, MethodSpec
 from fedtune.core.protocol import Instruction, Tensors, Update
-from fedtune.core.seeds import fold
+from fedtune.core.seeds import derive_seed
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
 from fedtune.training.first_order import fit
@@ -209,7 +209,7 @@ def bare(words: Sequence[str] = (), clients: int = 20) -> list[tuple[str, ...]]:
 def train_once(party: Party, index: int) -> None:
     """A client's optimizer steps and nothing else."""
     settings = party.experiment.train
-    key = fold(party.experiment.seed, "train", 1, index)
+    key = derive_seed(party.experiment.seed, "train", 1, index)
     fit(
         party.model,
         party.data.batches(index, settings.batch_size, key),

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtune.core.costs import Costs, Weight
-from fedtune.core.protocol import Capability
+from fedtune.core.protocol import DeviceProfile
 from fedtune.planning.knapsack import Floats, Ints, selections
 from fedtune.planning.planner import Plan, Rules, plan
 from simulations.benchmarks.seeded import best
@@ -92,7 +92,7 @@ def worths(size: Size, kind: str, seed: int = 0) -> Floats:
     return importance * jumps.cumsum(axis=1)
 
 
-def fleet(size: Size, seed: int = 0) -> list[Capability]:
+def fleet(size: Size, seed: int = 0) -> list[DeviceProfile]:
     rng = np.random.default_rng(seed)
     drawn = {
         name: np.exp(rng.uniform(np.log(low), np.log(high), size.devices)).tolist()
@@ -104,10 +104,10 @@ def fleet(size: Size, seed: int = 0) -> list[Capability]:
             ("down_bytes_per_s", 1e5, 3e7),
         )
     }
-    return [Capability(**{name: of[i] for name, of in drawn.items()}) for i in range(size.devices)]
+    return [DeviceProfile(**{name: of[i] for name, of in drawn.items()}) for i in range(size.devices)]
 
 
-def bound(weights: Sequence[Weight], costs: Costs, rules: Rules, device: Capability, values: Floats) -> float:
+def bound(weights: Sequence[Weight], costs: Costs, rules: Rules, device: DeviceProfile, values: Floats) -> float:
     """No feasible plan of this device has a larger value."""
     ranks = np.array(rules.ranks, np.float64)
     columns = np.array([weight.columns for weight in weights])[:, None]
@@ -124,7 +124,7 @@ def bound(weights: Sequence[Weight], costs: Costs, rules: Rules, device: Capabil
 
 
 def _limits(
-    costs: Costs, rules: Rules, device: Capability, blocks: Ints
+    costs: Costs, rules: Rules, device: DeviceProfile, blocks: Ints
 ) -> Iterator[tuple[int, tuple[float, float, float]]]:
     """For each l and q: the largest P by time, and what parts of the memory left a number of P and of T takes."""
     batch = min(rules.batches)
