@@ -1,1 +1,1 @@
-"""What a run leaves behind, written and read."""
+"""What a run, and a comparison of runs, leave on disk: written and read in one place each."""
