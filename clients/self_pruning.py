@@ -15,13 +15,13 @@ from fedtune.core.protocol import Batches, Instruction, Tensors, Update
 from fedtune.lowrank.algebra import lora_factors
 from fedtune.lowrank.averaging import truncate_rank
 from fedtune.models.adapted_model import LocalModel
-from fedtune.training.apply_instruction import metrics_of
+from fedtune.training.apply_instruction import RANK, metrics_of
 
 
 @dataclass(frozen=True)
 class SelfPruning(FirstOrder):
     def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
-        rank, head, least = (int(instruction.settings[name]) for name in ("rank", "head", "least"))
+        rank, head, least = (int(instruction.settings[name]) for name in (RANK, "head", "least"))
         lam, pruned = float(instruction.settings["lam"]), max(least, head)
         near = proximal(model, self.mu) if self.mu else None
         if pruned >= rank:

@@ -13,12 +13,13 @@ from rich.table import Table
 
 from fedtune.core.atomic import write_atomically
 from fedtune.core.errors import ConfigError, DataError, ExportError
+from fedtune.core.protocol import FIGURES, Score
 from fedtune.data.federated_data import FederatedData
 from fedtune.data.row_counts import describe
 from fedtune.data.sources import load_examples
 from fedtune.data.tokenisation import tokenise
 from fedtune.evaluation.lm_eval_harness import check_installed, run_tasks
-from fedtune.evaluation.scoring import FIGURES, Score, mean_score
+from fedtune.evaluation.scoring import mean_score
 from fedtune.export.model_folder import check_one_model, party_for, source_of, tuned
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.model_checks import check_tokens

@@ -30,7 +30,7 @@ from fedtune.server.robust import State, bulyan, check_count, tolerated
 
 @dataclass(frozen=True)
 class Bulyan:
-    traits: ClassVar[Traits] = Traits(averages=True)
+    traits: ClassVar[Traits] = Traits(title="Bulyan", averages=True)
 
     num_malicious: int | None = (
         None  # f, of a round's replies; null takes floor((n - 3) / 4), the most the proof allows

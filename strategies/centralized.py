@@ -14,8 +14,15 @@ The steps: clients/first_order.py. How the clients become one: `pooled` in the Y
 Departs from plain training: the optimizer begins anew in each round, as it does in the federated methods.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedtune.core.protocol import Traits
 from strategies.fedit import FedIT, State
 
 __all__ = ["Centralized", "State"]
 
-Centralized = FedIT
+
+@dataclass(frozen=True)
+class Centralized(FedIT):
+    traits: ClassVar[Traits] = Traits(title="Centralized", control=True, averages=True)

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import ClientInfo, Instruction, Layout, Traits, Update
+from fedtune.core.settings import told
 from fedtune.training.catch_up import missing_merges
-from fedtune.training.zeroth_order import Rules, check_counts, check_length, told
+from fedtune.training.zeroth_order import Rules, check_counts, check_length
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class State:
 
 @dataclass(frozen=True)
 class DeComFL:
-    traits: ClassVar[Traits] = Traits(lossy_up=False, lossy_down=False)
+    traits: ClassVar[Traits] = Traits(
+        title="DeComFL", lossy_up=False, lossy_down=False, local_steps="rules.local_steps", learning_rate="rules.lr"
+    )
 
     rules: Rules
 

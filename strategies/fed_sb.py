@@ -35,7 +35,7 @@ class State:
 
 @dataclass(frozen=True)
 class FedSB:
-    traits: ClassVar[Traits] = Traits(needs_low_rank=True, averages=True)
+    traits: ClassVar[Traits] = Traits(title="Fed-SB", needs_low_rank=True, averages=True)
 
     basis_seed: int = 0  # what B0 is drawn from
 

@@ -24,6 +24,7 @@ and v in it.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,6 +34,8 @@ from fedtune.server.server_optimizer import ServerOptimizer
 
 @dataclass(frozen=True)
 class FedAdagrad(ServerOptimizer):
+    title: ClassVar[str] = "FedAdagrad"
+
     lr: float = 0.01
     beta1: float = 0.0
     tau: float = 1e-3  # in units of the adapter: what changes by much less counts little

@@ -25,6 +25,7 @@ and v in it.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -34,6 +35,8 @@ from fedtune.server.server_optimizer import ServerOptimizer
 
 @dataclass(frozen=True)
 class FedAdam(ServerOptimizer):
+    title: ClassVar[str] = "FedAdam"
+
     lr: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99

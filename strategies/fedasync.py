@@ -41,7 +41,7 @@ class FedAsync:
         ConfigError: for a setting that is unknown or out of range.
     """
 
-    traits: ClassVar[Traits] = Traits(asynchronous=True)
+    traits: ClassVar[Traits] = Traits(title="FedAsync", asynchronous=True)
     buffer: ClassVar[int] = 1  # updates that a step of the server takes
 
     alpha: float = 0.6  # weight of a fresh update, as in the paper's experiments

@@ -18,6 +18,7 @@ Departs from the paper: lr is 1 there, with the clients' own rate tuned instead.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,6 +28,8 @@ from fedtune.server.server_optimizer import ServerOptimizer
 
 @dataclass(frozen=True)
 class FedAvgM(ServerOptimizer):
+    title: ClassVar[str] = "FedAvgM"
+
     lr: float = 1.0
     momentum: float = 0.9
 

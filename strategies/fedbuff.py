@@ -40,7 +40,7 @@ class FedBuff:
         ConfigError: for a setting out of range.
     """
 
-    traits: ClassVar[Traits] = Traits(asynchronous=True)
+    traits: ClassVar[Traits] = Traits(title="FedBuff", asynchronous=True)
 
     buffer: int = 4  # K, updates that a step of the server takes
     lr: float = 1.0  # eta_g, the server's

@@ -38,7 +38,7 @@ class State:
 
 @dataclass(frozen=True)
 class FedExLoRA:
-    traits: ClassVar[Traits] = Traits(needs_low_rank=True, lossy_down=False)
+    traits: ClassVar[Traits] = Traits(title="FedEx-LoRA", needs_low_rank=True, lossy_down=False)
 
     residual_rank: int = 256  # what is merged is cut back to this rank when it passes twice as much
 

@@ -29,7 +29,7 @@ class State:
 
 @dataclass(frozen=True)
 class FedIT:
-    traits: ClassVar[Traits] = Traits(averages=True)
+    traits: ClassVar[Traits] = Traits(title="FedIT", averages=True)
 
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial))

@@ -30,7 +30,8 @@ from torch import Tensor
 from fedtune.core.checks import at_least
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import ClientInfo, Instruction, Layout, Traits, Update, share
-from fedtune.training.zeroth_order import Rules, check_counts, check_length, told
+from fedtune.core.settings import told
+from fedtune.training.zeroth_order import Rules, check_counts, check_length
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class State:
 
 @dataclass(frozen=True)
 class FedKSeed:
-    traits: ClassVar[Traits] = Traits(lossy_up=False, lossy_down=False)
+    traits: ClassVar[Traits] = Traits(
+        title="FedKSeed", lossy_up=False, lossy_down=False, local_steps="rules.local_steps", learning_rate="rules.lr"
+    )
 
     rules: Rules
     directions: int = 4096  # K

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fedtune.core.checks import at_least
 from fedtune.core.protocol import ClientInfo, Instruction, Layout, Setting, Traits, Update
-from fedtune.training.zeroth_order import Rules, told
+from fedtune.core.settings import told
+from fedtune.training.zeroth_order import Rules
 from strategies import fedkseed
 
 
@@ -35,7 +36,13 @@ class State:
 
 @dataclass(frozen=True)
 class FedKSeedPro:
-    traits: ClassVar[Traits] = Traits(lossy_up=False, lossy_down=False)
+    traits: ClassVar[Traits] = Traits(
+        title="FedKSeed-Pro",
+        lossy_up=False,
+        lossy_down=False,
+        local_steps="rules.local_steps",
+        learning_rate="rules.lr",
+    )
 
     rules: Rules
     directions: int = 4096  # K

@@ -27,7 +27,7 @@ from fedtune.server.robust import State, median
 
 @dataclass(frozen=True)
 class FedMedian:
-    traits: ClassVar[Traits] = Traits(averages=True)
+    traits: ClassVar[Traits] = Traits(title="FedMedian", averages=True)
 
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial))

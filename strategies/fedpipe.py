@@ -87,7 +87,7 @@ class FedPipe:
         ConfigError: for a setting out of range.
     """
 
-    traits: ClassVar[Traits] = Traits(needs_low_rank=True, plans=True, partial=True)
+    traits: ClassVar[Traits] = Traits(title="FedPipe-style", needs_low_rank=True, plans=True, partial=True)
 
     steps: int  # a client's, in each round
     batch_size: int  # the largest; smaller ones are halves of it

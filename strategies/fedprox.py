@@ -19,8 +19,15 @@ clips the sum of both. Clients are drawn uniformly and weighted by samples; the 
 takes a plain mean.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedtune.core.protocol import Traits
 from strategies.fedit import FedIT, State
 
 __all__ = ["FedProx", "State"]
 
-FedProx = FedIT
+
+@dataclass(frozen=True)
+class FedProx(FedIT):
+    traits: ClassVar[Traits] = Traits(title="FedProx", averages=True)

@@ -31,7 +31,7 @@ class State:
 
 @dataclass(frozen=True)
 class FedSALoRA:
-    traits: ClassVar[Traits] = Traits(needs_low_rank=True, averages=True, personal=True)
+    traits: ClassVar[Traits] = Traits(title="FedSA-LoRA", needs_low_rank=True, averages=True, personal=True)
 
     def init(self, layout: Layout) -> State:
         return State(factors(layout.initial, "lora_A"))

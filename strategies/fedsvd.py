@@ -32,7 +32,7 @@ class State:
 
 @dataclass(frozen=True)
 class FedSVD:
-    traits: ClassVar[Traits] = Traits(needs_low_rank=True, lossy_down=False)
+    traits: ClassVar[Traits] = Traits(title="FedSVD", needs_low_rank=True, lossy_down=False)
 
     def init(self, layout: Layout) -> State:
         for module, start in lora_factors(layout.initial).items():

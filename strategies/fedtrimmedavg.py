@@ -29,7 +29,7 @@ from fedtune.server.robust import State, trimmed_mean
 
 @dataclass(frozen=True)
 class FedTrimmedAvg:
-    traits: ClassVar[Traits] = Traits(averages=True)
+    traits: ClassVar[Traits] = Traits(title="FedTrimmedAvg", averages=True)
 
     beta: float = 0.2  # fraction of the replies to cut off at each end; Flower's default
 

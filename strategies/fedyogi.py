@@ -23,6 +23,7 @@ and v in it.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -32,6 +33,8 @@ from fedtune.server.server_optimizer import ServerOptimizer
 
 @dataclass(frozen=True)
 class FedYogi(ServerOptimizer):
+    title: ClassVar[str] = "FedYogi"
+
     lr: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99

@@ -34,9 +34,9 @@ from torch import Tensor
 
 from fedtune.core.checks import at_least, one_of
 from fedtune.core.protocol import ClientInfo, Instruction, Layout, Traits, Update
+from fedtune.core.settings import told
 from fedtune.training.catch_up import missing_merges
 from fedtune.training.projection import BUDGET, FEWEST, SLOPES, Projection, blocks_of, check_answer, check_room
-from fedtune.training.zeroth_order import told
 
 SHARE = {"unbiased": 1.0, "official": 1 / 3}  # of Delta, what is rebuilt in the mean
 
@@ -50,7 +50,7 @@ class State:
 
 @dataclass(frozen=True)
 class Ferret:
-    traits: ClassVar[Traits] = Traits(lossy_up=False, lossy_down=False)
+    traits: ClassVar[Traits] = Traits(title="Ferret", lossy_up=False, lossy_down=False)
 
     rules: Projection
     scaling: str = "unbiased"

@@ -33,7 +33,7 @@ class State:
 
 @dataclass(frozen=True)
 class FFALoRA:
-    traits: ClassVar[Traits] = Traits(mixed_ranks=True, needs_low_rank=True, averages=True)
+    traits: ClassVar[Traits] = Traits(title="FFA-LoRA", mixed_ranks=True, needs_low_rank=True, averages=True)
 
     def init(self, layout: Layout) -> State:
         return State(factors(layout.initial, "lora_B"), layout.scaling)

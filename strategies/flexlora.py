@@ -34,7 +34,7 @@ class State:
 
 @dataclass(frozen=True)
 class FlexLoRA:
-    traits: ClassVar[Traits] = Traits(mixed_ranks=True, needs_low_rank=True)
+    traits: ClassVar[Traits] = Traits(title="FlexLoRA", mixed_ranks=True, needs_low_rank=True)
 
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial), layout.scaling)

@@ -31,7 +31,9 @@ from fedtune.lowrank.stacking import State, begin, check_factors, each_layer, in
 
 @dataclass(frozen=True)
 class FLoRA:
-    traits: ClassVar[Traits] = Traits(mixed_ranks=True, needs_low_rank=True, lossy_up=False, lossy_down=False)
+    traits: ClassVar[Traits] = Traits(
+        title="FLoRA", mixed_ranks=True, needs_low_rank=True, lossy_up=False, lossy_down=False
+    )
 
     residual_rank: int = 256  # what is merged is cut back to this rank when it passes twice as much
 

@@ -33,7 +33,9 @@ from fedtune.lowrank.stacking import State, begin, check_factors, each_layer, in
 
 @dataclass(frozen=True)
 class FLoRIST:
-    traits: ClassVar[Traits] = Traits(mixed_ranks=True, needs_low_rank=True, lossy_up=False, lossy_down=False)
+    traits: ClassVar[Traits] = Traits(
+        title="FLoRIST", mixed_ranks=True, needs_low_rank=True, lossy_up=False, lossy_down=False
+    )
 
     energy: float = 0.99  # fraction of the squared singular values that is kept
     residual_rank: int = 256  # what is merged is cut back to this rank when it passes twice as much

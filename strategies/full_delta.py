@@ -31,7 +31,9 @@ class State:
 
 @dataclass(frozen=True)
 class FullDelta:
-    traits: ClassVar[Traits] = Traits(mixed_ranks=True, needs_low_rank=True, lossy_up=False, lossy_down=False)
+    traits: ClassVar[Traits] = Traits(
+        title="Full delta", control=True, mixed_ranks=True, needs_low_rank=True, lossy_up=False, lossy_down=False
+    )
 
     def init(self, layout: Layout) -> State:
         layers = fresh_layers(layout)

@@ -33,8 +33,9 @@ from typing import ClassVar
 
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import ClientInfo, Instruction, Layout, Tensors, Traits, Update, expect_like, share
-from fedtune.lowrank.algebra import lora_factors, name_of, norm
+from fedtune.lowrank.algebra import ROLES, lora_factors, name_of, norm
 from fedtune.lowrank.averaging import Replies, average, for_peer, truncate_rank
+from fedtune.training.apply_instruction import RANK
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class State:
 
 @dataclass(frozen=True)
 class HetLoRA:
-    traits: ClassVar[Traits] = Traits(mixed_ranks=True, needs_low_rank=True, averages=True)
+    traits: ClassVar[Traits] = Traits(title="HetLoRA", mixed_ranks=True, needs_low_rank=True, averages=True)
 
     gamma: float = 0.99  # share of the rank that isn't penalised
     lam: float = 1e-3  # of the penalty, in units of the loss
@@ -71,7 +72,7 @@ class HetLoRA:
         told = for_peer(state.adapter, peer, state.scaling, rank)
         head = self.head(rank)
         return Instruction(
-            told.tensors, {**told.settings, "rank": rank, "head": head, "least": self.r_min, "lam": self.lam}
+            told.tensors, {**told.settings, RANK: rank, "head": head, "least": self.r_min, "lam": self.lam}
         )
 
     def head(self, rank: int) -> int:
@@ -114,5 +115,5 @@ def _weights(replies: Replies, scaling: float, by: str) -> dict[str, list[float]
     return {
         name_of(module, role): [one / sum(each) for one in each] if any(each) else share(replies)
         for module, each in norms.items()
-        for role in ("lora_A", "lora_B")
+        for role in ROLES
     }

@@ -22,6 +22,7 @@ from typing import ClassVar
 
 from fedtune.core.protocol import ClientInfo, Instruction, Layout, Tensors, Traits, Update, expect_like
 from fedtune.lowrank.averaging import own_width
+from fedtune.training.apply_instruction import RANK
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class State:
 
 @dataclass(frozen=True)
 class LocalOnly:
-    traits: ClassVar[Traits] = Traits(mixed_ranks=True, personal=True)
+    traits: ClassVar[Traits] = Traits(title="Local only", control=True, mixed_ranks=True, personal=True)
 
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial))
 
     def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:
-        return Instruction({}, {"rank": peer.rank, **own_width(peer)})
+        return Instruction({}, {RANK: peer.rank, **own_width(peer)})
 
     def validate(self, state: State, round: int, peer: ClientInfo, update: Update) -> None:
         expect_like(update.tensors, {})

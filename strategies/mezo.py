@@ -15,8 +15,22 @@ Departs from the authors' code: weights are made anew from w0 for each forward p
 +1 times eps z, which in 16 bits doesn't lead back; no weight decay.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedtune.core.protocol import Traits
 from strategies.decomfl import DeComFL, State
 
 __all__ = ["MeZO", "State"]
 
-MeZO = DeComFL
+
+@dataclass(frozen=True)
+class MeZO(DeComFL):
+    traits: ClassVar[Traits] = Traits(
+        title="MeZO",
+        control=True,
+        lossy_up=False,
+        lossy_down=False,
+        local_steps="rules.local_steps",
+        learning_rate="rules.lr",
+    )

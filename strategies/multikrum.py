@@ -28,7 +28,7 @@ from fedtune.server.robust import State, check_count, krum, tolerated
 
 @dataclass(frozen=True)
 class MultiKrum:
-    traits: ClassVar[Traits] = Traits(averages=True)
+    traits: ClassVar[Traits] = Traits(title="Multi-Krum", averages=True)
 
     num_malicious: int | None = (
         None  # f, of a round's replies; null takes floor((n - 3) / 2), the most the proof allows

@@ -47,7 +47,7 @@ class State:
 
 @dataclass(frozen=True)
 class RaFLoRA:
-    traits: ClassVar[Traits] = Traits(mixed_ranks=True, needs_low_rank=True)
+    traits: ClassVar[Traits] = Traits(title="raFLoRA", mixed_ranks=True, needs_low_rank=True)
 
     form: str = "product"  # what is averaged: the product B A, or its factors apart
 

@@ -41,7 +41,9 @@ class State:
 
 @dataclass(frozen=True)
 class RoLoRA:
-    traits: ClassVar[Traits] = Traits(mixed_ranks=True, needs_low_rank=True, averages=True, lossy_down=False)
+    traits: ClassVar[Traits] = Traits(
+        title="RoLoRA", mixed_ranks=True, needs_low_rank=True, averages=True, lossy_down=False
+    )
 
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial), layout.scaling)

@@ -45,7 +45,7 @@ class State:
 class Scaffold:
     clients: int  # N, of the whole population
 
-    traits: ClassVar[Traits] = Traits(averages=True)
+    traits: ClassVar[Traits] = Traits(title="SCAFFOLD", averages=True, population_size="clients")
 
     def __post_init__(self) -> None:
         at_least("method.strategy.clients", self.clients, 1)

@@ -34,7 +34,7 @@ class State:
 
 @dataclass(frozen=True)
 class ZeroPad:
-    traits: ClassVar[Traits] = Traits(mixed_ranks=True, needs_low_rank=True, averages=True)
+    traits: ClassVar[Traits] = Traits(title="Zero-padding", mixed_ranks=True, needs_low_rank=True, averages=True)
 
     def init(self, layout: Layout) -> State:
         return State(dict(layout.initial), layout.scaling)

@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import strategy_of
 
 from fedtune.config.compatibility import traits_of
 from fedtune.config.compose import choices, compose
+from fedtune.config.targets import declared_traits
 from fedtune.workspace.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +48,7 @@ def test_strategies_know_nothing_of_flower_codecs_or_config():
 def test_every_strategy_opens_with_its_source_and_its_bytes():
     for path in (ROOT / "strategies").glob("[a-z]*.py"):
         text = ast.get_docstring(ast.parse(path.read_text()))
-        control = "control" in text.partition("\n")[0]  # which compares with a paper and comes from none
+        control = declared_traits(strategy_of(path.stem)["_target_"]).control  # which comes from no paper
         for word in ("Down", "p_k", *(() if control else ("arXiv", "Departs"))):
             assert word in text, f"{path.name} lacks {word}"
 

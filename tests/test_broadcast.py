@@ -11,9 +11,9 @@ from conftest import SMALL, rows, summary_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtune.codecs.bytes import varint
 from fedtune.codecs.compeft import ComPEFT
 from fedtune.codecs.int8 import Int8
-from fedtune.codecs.packed import varint
 from fedtune.codecs.stc import STC
 from fedtune.codecs.topk import TopK
 from fedtune.config.compose import compose

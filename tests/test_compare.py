@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.cli import main
-from fedtune.comparisons.plan import Cell, plan, slug
+from fedtune.comparisons.plan import PlannedRun, plan, slug
 from fedtune.comparisons.play import Outcome, Processes, asked, is_done
 from fedtune.core.errors import ConfigError, RunFolderError
 from fedtune.runs.run_folder import lock
@@ -278,7 +278,7 @@ def test_a_process_that_dies_takes_nobody_along(tmp_path: Path):
     """One run's process is killed both times that it runs, and its neighbour with it; the others end well."""
     made = plan(["methods=[fedit]", "seeds=[0]", "jobs=2", *SMALL, f"out={tmp_path}"])
     cells = [made.cell(made.entries[0], seed) for seed in made.seeds]
-    long = Cell("long", tmp_path / "long", 0, (*cells[0].words, "rounds=2000"))
+    long = PlannedRun("long", tmp_path / "long", 0, (*cells[0].words, "rounds=2000"))
     ended: dict[str, Outcome] = {}
     killed: list[int] = []
 

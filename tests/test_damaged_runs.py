@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fedtune.comparisons.plan import Cell
+from fedtune.comparisons.plan import PlannedRun
 from fedtune.comparisons.play import is_done
 from fedtune.comparisons.state import now
 from fedtune.core.errors import ConfigError, RunFolderError
@@ -104,7 +104,7 @@ def test_a_config_that_is_not_utf8_is_one_line(made, encode):
     assert [entry.seeds for entry in found.groups[0].entries] == [(1,)]
     assert b"UTF-8 text" in Watch(made, lambda folder: load([folder])).page()
     with pytest.raises(ConfigError, match="is no text in UTF-8"):
-        is_done(Cell("fedit", path.parent, 0, ("model=tiny",)))
+        is_done(PlannedRun("fedit", path.parent, 0, ("model=tiny",)))
 
 
 @pytest.mark.parametrize("number", ["Infinity", "NaN", "1e999", '"9"', "[]", "9" * 5000])

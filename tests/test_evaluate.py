@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fedtune.cli import main
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.evaluation.scoring import Score, mean_score
+from fedtune.core.protocol import Score
+from fedtune.evaluation.scoring import mean_score
 from fedtune.runtime.local import run_local
 from fedtune.wire import messages as wire
 

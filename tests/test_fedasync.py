@@ -120,7 +120,7 @@ def test_the_staler_the_less_it_counts():
 
 
 def test_it_says_that_it_takes_updates_one_at_a_time():
-    assert FedAsync.traits == Traits(asynchronous=True)
+    assert FedAsync.traits == Traits(title="FedAsync", asynchronous=True)
     assert FedAsync.buffer == FedAsync().buffer == 1
 
 

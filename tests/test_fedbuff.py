@@ -107,7 +107,7 @@ def test_it_agrees_with_numpy(data):
 
 
 def test_it_says_how_many_it_waits_for():
-    assert FedBuff.traits == Traits(asynchronous=True)
+    assert FedBuff.traits == Traits(title="FedBuff", asynchronous=True)
     assert (FedBuff().buffer, FedBuff(buffer=7).buffer) == (4, 7)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedtune.codecs import sparse
-from fedtune.codecs.compeft import MAGIC, ComPEFT
+from fedtune.codecs.compeft import FORMAT, ComPEFT
 from fedtune.codecs.raw import Raw
 from fedtune.codecs.topk import TopK
 from fedtune.config.compose import compose
@@ -143,7 +143,7 @@ def test_masks_of_compeft_are_those_on_the_wire(coder):
     signs = signs_of(tensors, blob, codec, known, known)
     assert signs.shapes == tuple(shapes.items())
     # "fd", version, form 0, no other tensors: then what ComPEFT wrote, 4 bytes of magnitude before its signs
-    _, places, values = sparse.decode(MAGIC, blob[5:], shapes, lambda count: 4 + (count + 7) // 8)
+    _, places, values = sparse.decode(FORMAT, blob[5:], shapes, lambda count: 4 + (count + 7) // 8)
     expected = np.zeros(1001 + 77)
     expected[places] = sparse.read_signs(values[4:], len(places))
     np.testing.assert_array_equal(dense(signs.masks), expected)

@@ -6,7 +6,8 @@ from flwr.clientapp import ClientApp
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.evaluation.scoring import Score, mean_score
+from fedtune.core.protocol import Score
+from fedtune.evaluation.scoring import mean_score
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.wire import messages as wire

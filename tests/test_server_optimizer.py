@@ -265,7 +265,8 @@ def test_the_rest_of_the_state_and_the_traits_are_those_of_the_method_inside():
     state = method.init(layout(torch.float32))
     state = method.aggregate(state, 1, [reply(0, {A: torch.ones(1, 3), B: torch.ones(2, 1)})])
     assert (state.base.rounds, state.merged) == (1, "something")
-    assert method.traits == Traits(averages=False, mixed_ranks=True, needs_low_rank=True, personal=True)
+    inside = Traits(averages=False, mixed_ranks=True, needs_low_rank=True, personal=True)
+    assert method.traits == dataclasses.replace(inside, title="FedAvgM")
     one, other = (method.configure(state, 2, ClientInfo(index, 1)).tensors for index in (0, 1))
     assert one is other
 

@@ -15,12 +15,13 @@ from torch import nn
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.errors import ClientError, ConfigError, WireError
 from fedtune.core.protocol import Batch
+from fedtune.core.settings import told
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base
 from fedtune.random_directions.hash_noise import coefficient, values
 from fedtune.random_directions.weights import SeededWeights, Space
 from fedtune.training.first_order import fit, loss_of
-from fedtune.training.zeroth_order import Rules, check_counts, descend, rules_of, slopes_along, told
+from fedtune.training.zeroth_order import Rules, check_counts, descend, rules_of, slopes_along
 
 RULES = Rules(lr=1e-3, local_steps=4, eps=1e-2)
 TOKENS = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from fedtune.codecs.blob import Array, Shape, join, little, split
+from fedtune.codecs.bytes import Format
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import Tensors
 
-OWN = b"fb"
+FORMAT = Format(b"fb")
 LARGEST = torch.finfo(torch.bfloat16).max
 EXPONENT = 0x7F80  # all ones in infinities and what is not a number
 
@@ -39,10 +40,10 @@ class Bf16:
         Raises:
             WireError: naming the tensor that isn't floating, or not finite.
         """
-        return join(OWN, tensors, _write)
+        return join(FORMAT, tensors, _write)
 
     def decode(self, blob: bytes, shapes: Mapping[str, Shape]) -> Tensors:
-        return split("bf16", OWN, blob, shapes, lambda shape: 2 * math.prod(shape), _read)
+        return split("bf16", FORMAT, blob, shapes, lambda shape: 2 * math.prod(shape), _read)
 
 
 def _write(name: str, values: Array) -> list[Array]:

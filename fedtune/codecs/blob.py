@@ -1,4 +1,4 @@
-"""What the blobs of the lossy codecs have in common: two bytes of the codec's own, a version, and then only values.
+"""What the blobs of the dense lossy codecs have in common: the head of the codec's format, and then only values.
 
 Both ends know the names and shapes, so neither is in the blob: tensors come in the order of their names, each with as
 many bytes as the codec says for its shape, and a tensor without values has none. So a blob's length follows from the
@@ -13,25 +13,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedtune.codecs.bytes import Format
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import Tensors, describe
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 
-VERSION = 1
-HEAD = 3  # bytes: two of the codec's own and the version
 LARGEST = np.finfo(np.float32).max
 
 
-def join(own: bytes, tensors: Tensors, write: Callable[[str, Array], list[Array]]) -> bytes:
+def join(format: Format, tensors: Tensors, write: Callable[[str, Array], list[Array]]) -> bytes:
     """The blob of what `write` makes, in little-endian, of each tensor, which it is handed by name as a float32 array
     that it may not change.
 
     Raises:
         WireError: naming the tensor that isn't floating, or not finite as float32.
     """
-    parts: list[bytes | memoryview] = [own, bytes([VERSION])]
+    parts: list[bytes | memoryview] = [format.head]
     for name in sorted(tensors):
         tensor = tensors[name]
         if not tensor.dtype.is_floating_point:
@@ -46,7 +45,7 @@ def join(own: bytes, tensors: Tensors, write: Callable[[str, Array], list[Array]
 
 def split(
     codec: str,
-    own: bytes,
+    format: Format,
     blob: bytes,
     shapes: Mapping[str, Shape],
     size: Callable[[Shape], int],
@@ -63,7 +62,7 @@ def split(
         WireError: if it isn't a blob of this codec for these shapes.
     """
     try:
-        return _split(own, blob, shapes, size, read)
+        return _split(format, blob, shapes, size, read)
     except WireError as error:
         raise WireError(f"not a blob of codec={codec} ({len(blob)} bytes): {error}") from None
 
@@ -97,20 +96,17 @@ def little(array: Array) -> Array:
 
 
 def _split(
-    own: bytes,
+    format: Format,
     blob: bytes,
     shapes: Mapping[str, Shape],
     size: Callable[[Shape], int],
     read: Callable[[Array, Shape], Array],
 ) -> Tensors:
-    if blob[: len(own)] != own:
-        raise WireError(f"it should begin with {own!r}, got {blob[: len(own)]!r}")
-    if blob[len(own) : HEAD] != bytes([VERSION]):
-        raise WireError(f"expected version {VERSION}, got {blob[len(own)] if len(blob) > len(own) else 'none'}")
+    head = format.reader(blob).place
     sizes = {name: size(shapes[name]) if math.prod(shapes[name]) else 0 for name in sorted(shapes)}
-    if len(blob) != (expected := HEAD + sum(sizes.values())):
+    if len(blob) != (expected := head + sum(sizes.values())):
         raise WireError(f"{len(shapes)} tensors of these shapes take {expected} bytes, got {len(blob)}")
-    rest: Array = np.frombuffer(blob, np.uint8)[HEAD:]
+    rest: Array = np.frombuffer(blob, np.uint8)[head:]
     tensors: Tensors = {}
     for name, length in sizes.items():
         shape = tuple(shapes[name])

@@ -27,11 +27,12 @@ from typing import ClassVar
 import numpy as np
 
 from fedtune.codecs import sparse
+from fedtune.codecs.bytes import Format
 from fedtune.codecs.sparse import Array, Shapes
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import Tensors
 
-MAGIC = b"fc"
+FORMAT = Format(b"fc")
 LARGEST = np.finfo(np.float32).max
 SCALES = ("global", "per_tensor")
 
@@ -92,12 +93,12 @@ class ComPEFT:
         chosen = sparse.largest(flat, self.density)
         shapes = sparse.shapes_of(tensors)
         values = self._magnitudes(flat, chosen, self._ends(shapes)).astype("<f4").tobytes()
-        return sparse.encode(MAGIC, self.coder, chosen, sparse.ends_of(shapes), values + sparse.signs_of(flat[chosen]))
+        return sparse.encode(FORMAT, self.coder, chosen, sparse.ends_of(shapes), values + sparse.signs_of(flat[chosen]))
 
     def decode(self, blob: bytes, shapes: Shapes) -> Tensors:
         ends = self._ends(shapes)
         head = 4 * len(ends)
-        flat, chosen, values = sparse.decode(MAGIC, blob, shapes, lambda count: head + (count + 7) // 8)
+        flat, chosen, values = sparse.decode(FORMAT, blob, shapes, lambda count: head + (count + 7) // 8)
         magnitudes = sparse.scales(values[:head], "a magnitude")
         signs = sparse.read_signs(values[head:], len(chosen))
         counts = np.diff(np.searchsorted(chosen, ends), prepend=0)

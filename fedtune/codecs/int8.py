@@ -31,11 +31,12 @@ from typing import ClassVar
 import numpy as np
 
 from fedtune.codecs.blob import LARGEST, Array, Shape, as_scales, divisors, join, largest, little, split
+from fedtune.codecs.bytes import Format
 from fedtune.core import seeds as keys
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import Tensors
 
-OWN = b"fi"
+FORMAT = Format(b"fi")
 LEVELS = 127
 MOST = np.nextafter(LARGEST / np.float32(LEVELS), np.float32(0))  # 127 times the float32 above it overflows
 
@@ -63,10 +64,10 @@ class Int8:
             WireError: naming the tensor that isn't floating, not finite, or has values within 2^-23 of float32's
                 largest.
         """
-        return join(OWN, tensors, partial(_write, None if self.feedback else key))
+        return join(FORMAT, tensors, partial(_write, None if self.feedback else key))
 
     def decode(self, blob: bytes, shapes: Mapping[str, Shape]) -> Tensors:
-        return split("int8", OWN, blob, shapes, lambda shape: 4 * _rows(shape) + math.prod(shape), _read)
+        return split("int8", FORMAT, blob, shapes, lambda shape: 4 * _rows(shape) + math.prod(shape), _read)
 
 
 def _write(key: int | None, name: str, values: Array) -> list[Array]:

@@ -25,10 +25,11 @@ from typing import ClassVar
 import numpy as np
 
 from fedtune.codecs.blob import Array, Shape, as_scales, divisors, join, largest, little, split
+from fedtune.codecs.bytes import Format
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Tensors
 
-OWN = b"fn"
+FORMAT = Format(b"fn")
 TABLE = np.array(
     [
         -1.0,
@@ -72,10 +73,10 @@ class Nf4:
         Raises:
             WireError: naming the tensor that isn't floating, or not finite.
         """
-        return join(OWN, tensors, self._write)
+        return join(FORMAT, tensors, self._write)
 
     def decode(self, blob: bytes, shapes: Mapping[str, Shape]) -> Tensors:
-        return split("nf4", OWN, blob, shapes, self._size, self._read)
+        return split("nf4", FORMAT, blob, shapes, self._size, self._read)
 
     def _size(self, shape: Shape) -> int:
         values = math.prod(shape)

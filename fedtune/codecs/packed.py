@@ -21,8 +21,8 @@ blob decodes to more than 256 times its length.
 Every dictionary of tensors has one blob, and `decode` takes no other: what it returns, encoded again, is what came.
 
 Least value and b are "frame of reference" (Goldstein, Ramakrishnan and Shaft, Compressing Relations and Indexes, ICDE
-1998; arXiv:1209.2137), once per tensor where they have it once per block: messages are short. Varint and
-zigzag are those of Protocol Buffers (https://protobuf.dev/programming-guides/encoding), least form only.
+1998; arXiv:1209.2137), once per tensor where they have it once per block: messages are short.
+Varint and zigzag: fedtune/codecs/bytes.py.
 """
 
 import math
@@ -35,13 +35,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedtune.codecs.bytes import Format, Reader, unzigzag, varint, zigzag
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import Tensors, describe
 
 Array = npt.NDArray[Any]
 
-MAGIC = b"fp"
-VERSION = 1
+FORMAT = Format(b"fp")
 DTYPES = (
     torch.bool,
     torch.uint8,
@@ -72,7 +72,7 @@ class Packed:
         Raises:
             WireError: naming the tensor of a dtype, name or shape that the format has no place for.
         """
-        heads, bodies = [MAGIC, bytes([VERSION]), varint(len(tensors))], []
+        heads, bodies = [FORMAT.head, varint(len(tensors))], []
         for name in sorted(tensors):
             head, body = _encode(name, tensors[name])
             heads.append(head)
@@ -125,15 +125,11 @@ def _encode(name: str, tensor: Tensor) -> tuple[bytes, bytes]:
     head += bytes([bits])
     if bits == 8 * array.itemsize:
         return head, _little(array).tobytes()
-    return head + varint(_zigzag(least)), _pack(array, bits, least, (values * bits + 7) // 8)
+    return head + varint(zigzag(least)), _pack(array, bits, least, (values * bits + 7) // 8)
 
 
 def _decode(blob: bytes) -> Tensors:
-    if blob[:2] != MAGIC:
-        raise WireError(f"it should begin with {MAGIC!r}, got {blob[:2]!r}")
-    if blob[2:3] != bytes([VERSION]):
-        raise WireError(f"expected version {VERSION}, got {blob[2] if len(blob) > 2 else 'none'}")
-    reader = Reader(blob, 3)
+    reader = FORMAT.reader(blob)
     heads: list[_Head] = []
     for _ in range(reader.varint("the number of tensors")):
         heads.append(read_head(reader))
@@ -141,9 +137,9 @@ def _decode(blob: bytes) -> Tensors:
             one, other = heads[-2].name[:64], heads[-1].name[:64]
             raise WireError(f"names should come once and in order, got {other!r} after {one!r}")
     # Before anything of the size that the heads declare is made
-    declared, left = sum(head.body_bytes for head in heads), len(blob) - reader.place
-    if declared != left:
-        raise WireError(f"{len(heads)} tensors should have {declared} bytes of values, got {left}")
+    declared = sum(head.body_bytes for head in heads)
+    if declared != reader.left:
+        raise WireError(f"{len(heads)} tensors should have {declared} bytes of values, got {reader.left}")
     bodies: Array = np.frombuffer(blob, np.uint8)
     tensors: Tensors = {}
     place = reader.place
@@ -151,33 +147,6 @@ def _decode(blob: bytes) -> Tensors:
         tensors[head.name] = _read_body(head, bodies[place : place + head.body_bytes])
         place += head.body_bytes
     return tensors
-
-
-@dataclass
-class Reader:
-    """Takes a blob apart; a blob that ends too early is a WireError that says within what."""
-
-    blob: bytes
-    place: int
-
-    def take(self, length: int, what: str) -> bytes:
-        if length > len(self.blob) - self.place:
-            raise WireError(f"it ends within {what}: {length} bytes expected, {len(self.blob) - self.place} left")
-        self.place += length
-        return self.blob[self.place - length : self.place]
-
-    def varint(self, what: str) -> int:
-        value = 0
-        for shift in range(0, 70, 7):
-            byte = self.take(1, what)[0]
-            value |= (byte & 127) << shift
-            if byte < 128:
-                if byte == 0 and shift:
-                    raise WireError(f"{what} is written with more bytes than it needs")
-                if value >> 64:
-                    break
-                return value
-        raise WireError(f"{what} has more than 64 bits")
 
 
 def read_head(reader: Reader) -> _Head:
@@ -208,7 +177,7 @@ def read_head(reader: Reader) -> _Head:
         raise WireError(f"{what}: {values} values at 0 bits, at most {FREE} may be")
     least = 0
     if bits < width:
-        least = _unzigzag(reader.varint(f"the least value of {what}"))
+        least = unzigzag(reader.varint(f"the least value of {what}"))
         limits = torch.iinfo(dtype)
         if not limits.min <= least <= limits.max:
             raise WireError(f"{what}: its least value {least} is no {_named(dtype)}")
@@ -249,7 +218,7 @@ def _plan(array: Array) -> tuple[int, int]:
     bits = (int(array.max()) - least).bit_length()
     if bits == 0 and array.size > FREE:
         bits = 1
-    smaller = (array.size * bits + 7) // 8 + len(varint(_zigzag(least))) < array.nbytes
+    smaller = (array.size * bits + 7) // 8 + len(varint(zigzag(least))) < array.nbytes
     return (bits, least) if smaller else as_they_are
 
 
@@ -312,22 +281,3 @@ def _little(array: Array) -> Array:
 def _wrapped(value: int, dtype: np.dtype[Any]) -> Any:
     """A number modulo the unsigned dtype's range, as a scalar of it."""
     return dtype.type(value % (1 << 8 * dtype.itemsize))
-
-
-def varint(value: int) -> bytes:
-    """Seven bits a byte, lowest first; all but the last have the eighth bit set."""
-    found = bytearray()
-    while value > 127:
-        found.append(value & 127 | 128)
-        value >>= 7
-    found.append(value)
-    return bytes(found)
-
-
-def _zigzag(value: int) -> int:
-    """0, -1, 1, -2, 2 ... as 0, 1, 2, 3, 4 ...: small either way."""
-    return 2 * value if value >= 0 else -2 * value - 1
-
-
-def _unzigzag(value: int) -> int:
-    return -(value + 1 >> 1) if value & 1 else value >> 1

@@ -21,10 +21,11 @@ from typing import ClassVar
 import numpy as np
 
 from fedtune.codecs.blob import Array, Shape, as_scales, join, little, split
+from fedtune.codecs.bytes import Format
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import Tensors
 
-OWN = b"fs"
+FORMAT = Format(b"fs")
 # What each byte holds
 SIGNS = 1 - 2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(np.float32)
 
@@ -42,10 +43,10 @@ class SignSGD:
         Raises:
             WireError: naming the tensor that isn't floating, or not finite.
         """
-        return join(OWN, tensors, _write)
+        return join(FORMAT, tensors, _write)
 
     def decode(self, blob: bytes, shapes: Mapping[str, Shape]) -> Tensors:
-        return split("signsgd", OWN, blob, shapes, lambda shape: 4 + -(-math.prod(shape) // 8), _read)
+        return split("signsgd", FORMAT, blob, shapes, lambda shape: 4 + -(-math.prod(shape) // 8), _read)
 
 
 def _write(name: str, values: Array) -> list[Array]:

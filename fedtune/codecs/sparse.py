@@ -21,14 +21,13 @@ import numpy.typing as npt
 import torch
 
 from fedtune.codecs import positions as at
-from fedtune.codecs.packed import Reader, varint
+from fedtune.codecs.bytes import Format, Reader, varint
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Tensors
 
 Array = npt.NDArray[Any]
 Shapes = Mapping[str, tuple[int, ...]]
 
-VERSION = 1
 MAGNITUDE = 0x7FFFFFFF  # the bits of a float32 but its sign: as whole numbers they order as magnitudes do
 STRIDE = 101  # from one value of the sample to the next; odd, since rows have even lengths
 BLOCK = 1 << 15  # values gone over at once: as float64 they stay in a core's cache
@@ -155,7 +154,7 @@ def shapes_of(tensors: Tensors) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def encode(magic: bytes, coder: str, positions: Array, ends: Array, values: bytes) -> bytes:
+def encode(format: Format, coder: str, positions: Array, ends: Array, values: bytes) -> bytes:
     """The blob of a sparse codec: its head, the coded positions, then what it says of the values there.
 
     Args:
@@ -166,21 +165,19 @@ def encode(magic: bytes, coder: str, positions: Array, ends: Array, values: byte
     where = CODERS[coder][0](positions, int(ends[-1]) if len(ends) else 0)
     if coder == "golomb" and len(ends) > 1 and len(apart := _apart(positions, ends)) < len(where):
         code, where = APART, apart
-    head = magic + bytes([VERSION, code])
+    head = format.head + bytes([code])
     return head + varint(len(positions)) + varint(len(where)) + where + values
 
 
-def decode(magic: bytes, blob: bytes, shapes: Shapes, length: Callable[[int], int]) -> tuple[Array, Array, bytes]:
+def decode(format: Format, blob: bytes, shapes: Shapes, length: Callable[[int], int]) -> tuple[Array, Array, bytes]:
     """The vector, with zeros in it; the positions, and what is said of their values.
 
     Args:
         length: the bytes of that, by the number of values.
     """
-    if blob[:3] != magic + bytes([VERSION]):
-        raise WireError(f"it should begin with {magic!r}, version {VERSION}, got {blob[:3]!r}")
     ends = ends_of(shapes)
     size = int(ends[-1]) if len(ends) else 0
-    reader = Reader(blob, 3)
+    reader = format.reader(blob)
     code = reader.take(1, "the coder")[0]
     if code > APART:
         raise WireError(f"no coder has code {code}, the last is {APART}")
@@ -188,12 +185,12 @@ def decode(magic: bytes, blob: bytes, shapes: Shapes, length: Callable[[int], in
     if count > size:
         raise WireError(f"{count} values are sent, of {size}")
     where = reader.take(reader.varint("the length of the positions"), "the positions")
-    if (left := len(blob) - reader.place) != length(count):
-        raise WireError(f"{count} values should have {length(count)} bytes, got {left}")
+    if reader.left != length(count):
+        raise WireError(f"{count} values should have {length(count)} bytes, got {reader.left}")
     positions = _read_apart(where, ends) if code == APART else list(CODERS.values())[code][1](where, size, count)
     if len(positions) != count:
         raise WireError(f"{count} values are sent, and there are {len(positions)} positions")
-    return np.zeros(size, np.float32), positions, blob[reader.place :]
+    return np.zeros(size, np.float32), positions, reader.rest()
 
 
 def _apart(positions: Array, ends: Array) -> bytes:
@@ -207,7 +204,7 @@ def _apart(positions: Array, ends: Array) -> bytes:
 
 
 def _read_apart(where: bytes, ends: Array) -> Array:
-    reader = Reader(where, 0)
+    reader = Reader(where)
     found = [np.zeros(0, np.int64)]
     start = 0
     for end in map(int, ends):
@@ -215,8 +212,8 @@ def _read_apart(where: bytes, ends: Array) -> Array:
         code = reader.take(reader.varint("the length of a tensor's positions"), "a tensor's positions")
         found.append(at.golomb_decode(code, end - start, count) + start)
         start = end
-    if reader.place < len(where):
-        raise WireError(f"{len(where) - reader.place} bytes follow the last tensor's positions")
+    if reader.left:
+        raise WireError(f"{reader.left} bytes follow the last tensor's positions")
     return np.concatenate(found)
 
 

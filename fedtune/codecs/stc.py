@@ -10,10 +10,11 @@ from typing import ClassVar
 import numpy as np
 
 from fedtune.codecs import sparse
+from fedtune.codecs.bytes import Format
 from fedtune.codecs.sparse import Shapes
 from fedtune.core.protocol import Tensors
 
-MAGIC = b"ft"
+FORMAT = Format(b"ft")
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class STC:
         sent = flat[chosen]
         mean = np.abs(sent).mean(dtype=np.float64) if len(sent) else 0.0
         ends = sparse.ends_of(sparse.shapes_of(tensors))
-        return sparse.encode(MAGIC, self.coder, chosen, ends, np.float32(mean).tobytes() + sparse.signs_of(sent))
+        return sparse.encode(FORMAT, self.coder, chosen, ends, np.float32(mean).tobytes() + sparse.signs_of(sent))
 
     def decode(self, blob: bytes, shapes: Shapes) -> Tensors:
-        flat, chosen, values = sparse.decode(MAGIC, blob, shapes, lambda count: 4 + (count + 7) // 8)
+        flat, chosen, values = sparse.decode(FORMAT, blob, shapes, lambda count: 4 + (count + 7) // 8)
         mean = sparse.scales(values[:4], "the mean magnitude")
         flat[chosen] = sparse.read_signs(values[4:], len(chosen)) * mean[0]
         return sparse.restored(flat, shapes)

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 
 from fedtune.codecs import sparse
+from fedtune.codecs.bytes import Format
 from fedtune.codecs.sparse import Shapes
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import Tensors
 
-MAGIC = b"fk"
+FORMAT = Format(b"fk")
 VALUES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LARGEST = torch.finfo(torch.bfloat16).max
 
@@ -44,11 +45,11 @@ class TopK:
         if self.values == "bfloat16":
             sent = sent.clamp(-LARGEST, LARGEST)  # what would be rounded to infinity
         ends = sparse.ends_of(sparse.shapes_of(tensors))
-        return sparse.encode(MAGIC, self.coder, chosen, ends, _bytes(sent.to(VALUES[self.values])))
+        return sparse.encode(FORMAT, self.coder, chosen, ends, _bytes(sent.to(VALUES[self.values])))
 
     def decode(self, blob: bytes, shapes: Shapes) -> Tensors:
         dtype = VALUES[self.values]
-        flat, chosen, values = sparse.decode(MAGIC, blob, shapes, lambda count: count * dtype.itemsize)
+        flat, chosen, values = sparse.decode(FORMAT, blob, shapes, lambda count: count * dtype.itemsize)
         kept = torch.frombuffer(bytearray(values), dtype=dtype).float() if values else torch.zeros(0)
         if not torch.isfinite(kept).all():
             raise WireError("a value is not finite")

@@ -18,17 +18,19 @@ from typing import Any
 
 import yaml
 
-from fedtune.comparisons.state import TRIALS
 from fedtune.config.compose import choices, compose
+from fedtune.config.schema import setting_of
+from fedtune.config.targets import TARGET, declared_traits
 from fedtune.core.checks import nearest
 from fedtune.core.errors import ConfigError
+from fedtune.runs.comparison_file import TRIALS
 
 OWN = ("methods", "codecs", "seeds", "jobs", "out", "tune.seed", "tune.rounds")
 DEFAULT_OUT = "runs/compare"
 
 
 @dataclass(frozen=True)
-class Cell:
+class PlannedRun:
     """One run of a comparison."""
 
     label: str  # of its entry: "fedit compeft"
@@ -42,7 +44,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Item:
+class NamedChoice:
     """A method or a codec, as named."""
 
     label: str
@@ -51,7 +53,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Entry:
+class PlannedEntry:
     """What is compared with others, each of its seeds a cell."""
 
     label: str
@@ -59,10 +61,10 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """A comparison as it was asked for."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[PlannedEntry, ...]
     seeds: tuple[int, ...]
     common: tuple[str, ...]  # words for every cell
     tuned: dict[str, tuple[str, ...]]  # setting -> values to try, the same for every entry; "lr" is each method's own
@@ -76,16 +78,16 @@ class Plan:
     def command(self) -> str:
         return shlex.join(["fedtune", "compare", *self.words])
 
-    def cell(self, entry: Entry, seed: int, chosen: Sequence[str] = ()) -> Cell:
+    def cell(self, entry: PlannedEntry, seed: int, chosen: Sequence[str] = ()) -> PlannedRun:
         """The run of this entry with this seed: its words, and the folder that it is played in.
 
         Args:
             chosen: the words that tuning came to.
         """
         words = (*self.common, *entry.words, *chosen, f"seed={seed}")
-        return Cell(entry.label, self.out / slug(entry.label) / f"seed-{seed}", seed, words)
+        return PlannedRun(entry.label, self.out / slug(entry.label) / f"seed-{seed}", seed, words)
 
-    def trials(self, entry: Entry) -> list[tuple[tuple[str, ...], Cell]]:
+    def trials(self, entry: PlannedEntry) -> list[tuple[tuple[str, ...], PlannedRun]]:
         """The values to try for this entry, and the run of each.
 
         Raises:
@@ -100,7 +102,7 @@ class Plan:
             )
             words = (*self.common, *entry.words, *chosen, *self._shorter(), f"seed={self.tuning_seed}")
             folder = self.out / TRIALS / slug(entry.label) / slug(" ".join(chosen))
-            found.append((chosen, Cell(entry.label, folder, self.tuning_seed, words)))
+            found.append((chosen, PlannedRun(entry.label, folder, self.tuning_seed, words)))
         return found
 
     def _shorter(self) -> list[str]:
@@ -109,7 +111,7 @@ class Plan:
         return [f"rounds={self.tuning_rounds}", f"budget.rounds={self.tuning_rounds}"]
 
 
-def plan(words: Sequence[str]) -> Plan:
+def plan(words: Sequence[str]) -> ComparisonPlan:
     """Read the words of `fedtune compare` into all that is to be run.
 
     Raises:
@@ -146,7 +148,7 @@ def plan(words: Sequence[str]) -> Plan:
         raise ConfigError(f"jobs={jobs} must be at least 1")
     out = Path(given.get("out", DEFAULT_OUT)).expanduser()
     tuning_rounds = _whole_numbers("tune.rounds", given["tune.rounds"])[0] if "tune.rounds" in given else None
-    made = Plan(entries, seeds, tuple(common), tuned, tuning_seed, tuning_rounds, out, jobs, tuple(words))
+    made = ComparisonPlan(entries, seeds, tuple(common), tuned, tuning_seed, tuning_rounds, out, jobs, tuple(words))
     _check(made)
     return made
 
@@ -158,19 +160,18 @@ def default_jobs() -> int:
     return 1 if torch.cuda.is_available() else os.cpu_count() or 1
 
 
-def learning_rate(plan: Plan, entry: Entry) -> tuple[str, float]:
+def learning_rate(plan: ComparisonPlan, entry: PlannedEntry) -> tuple[str, float]:
     """The setting that holds the learning rate of this method's clients, and its value.
 
     Raises:
         ConfigError: if it has none.
     """
     method = compose([*plan.common, *entry.words]).method
-    for key, place in (
-        ("method.client.lr", method.client),
-        ("method.strategy.rules.lr", method.strategy.get("rules", {})),
-    ):
-        if "lr" in place:
-            return key, float(place["lr"])
+    if "lr" in method.client:
+        return "method.client.lr", float(method.client["lr"])
+    name = declared_traits(str(method.strategy.get(TARGET))).learning_rate
+    if (rate := setting_of(method.strategy, name)) is not None:
+        return f"method.strategy.{name}", float(rate)
     raise ConfigError(f"tune.lr: {entry.label} has no learning rate of its clients; tune another setting of it by name")
 
 
@@ -193,34 +194,34 @@ def _rate(text: str, own: float) -> str:
     return f"{own * rate:.6g}" if times else text
 
 
-def _entries(methods: Sequence[Item], codecs: Sequence[Item]) -> tuple[Entry, ...]:
+def _entries(methods: Sequence[NamedChoice], codecs: Sequence[NamedChoice]) -> tuple[PlannedEntry, ...]:
     made = []
-    for method, codec in itertools.product(methods, codecs or [Item("", "default", ())]):
+    for method, codec in itertools.product(methods, codecs or [NamedChoice("", "default", ())]):
         label = f"{method.label} {codec.label}" if len(codecs) > 1 else method.label
         words = [f"method={method.name}", *method.words]
         words += [f"codec={codec.name}"] if codec.name != "default" else []
-        made.append(Entry(label, (*words, *codec.words)))
+        made.append(PlannedEntry(label, (*words, *codec.words)))
     labels = [entry.label for entry in made]
     if doubled := next((label for label in labels if labels.count(label) > 1), None):
         raise ConfigError(f"'{doubled}' is there twice: name each method and each codec once")
     return tuple(made)
 
 
-def _items(key: str, text: str, group: str) -> list[Item]:
+def _items(key: str, text: str, group: str) -> list[NamedChoice]:
     known = [*choices(group), *(["default"] if group == "codec" else [])]
     if text.strip("[] ") == "all":
-        return [Item(name, name, ()) for name in choices(group)]
+        return [NamedChoice(name, name, ()) for name in choices(group)]
     return [_item(key, item, known) for item in _list(key, text)]
 
 
-def _item(key: str, text: str, known: Sequence[str]) -> Item:
+def _item(key: str, text: str, known: Sequence[str]) -> NamedChoice:
     label, colon, rest = text.partition(": ")
     name, *words = _split(key, rest if colon else text) or [""]
     if name not in known:
         raise ConfigError(f"{key}: {name!r} is not known: expected {', '.join(known)}{nearest(name, known)}")
     if wrong := next((word for word in words if "=" not in word), None):
         raise ConfigError(f"{key}: '{text}': expected key=value after the name, got {wrong!r}")
-    return Item(label.strip() if colon else " ".join([name, *words]), name, tuple(words))
+    return NamedChoice(label.strip() if colon else " ".join([name, *words]), name, tuple(words))
 
 
 def _split(key: str, text: str) -> list[str]:
@@ -250,7 +251,7 @@ def _whole_numbers(key: str, text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, items)))
 
 
-def _check(plan: Plan) -> None:
+def _check(plan: ComparisonPlan) -> None:
     """
     Raises:
         ConfigError: if the words describe no run for any entry: what one entry alone refuses is its own failure.

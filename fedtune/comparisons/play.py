@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from types import ModuleType
 from typing import Any
 
-from fedtune.comparisons.plan import Cell
+from fedtune.comparisons.plan import PlannedRun
 from fedtune.comparisons.state import now
 from fedtune.config.compose import compose, differences, load_file
 from fedtune.config.schema import Experiment
@@ -45,7 +45,7 @@ class Outcome:
     seconds: float = 0.0
 
 
-def asked(cell: Cell) -> tuple[Experiment, Experiment | None]:
+def asked(cell: PlannedRun) -> tuple[Experiment, Experiment | None]:
     """What the cell is, and what its folder holds of it, if anything.
 
     Raises:
@@ -65,7 +65,7 @@ def asked(cell: Cell) -> tuple[Experiment, Experiment | None]:
     return experiment, before
 
 
-def is_done(cell: Cell) -> bool:
+def is_done(cell: PlannedRun) -> bool:
     """Whether the cell's folder holds it, finished.
 
     Raises:
@@ -80,7 +80,7 @@ def is_done(cell: Cell) -> bool:
     return found is not None and found.status == "finished"
 
 
-def play(cell: Cell) -> Outcome:
+def play(cell: PlannedRun) -> Outcome:
     """Run the cell, or go on with it, in this process. Whatever it says is in its log."""
     caught = [number for number in ENDINGS if signal.getsignal(number) is not signal.SIG_IGN]
     for number in (signal.SIGINT, *caught):
@@ -110,7 +110,7 @@ def play(cell: Cell) -> Outcome:
     return replace(outcome, seconds=time.monotonic() - begun)
 
 
-def _play(cell: Cell) -> Outcome:
+def _play(cell: PlannedRun) -> Outcome:
     from fedtune.runtime.start import start
 
     experiment, before = asked(cell)
@@ -174,9 +174,9 @@ class Processes:
 
     def run(
         self,
-        cells: Sequence[Cell],
-        begins: Callable[[Cell], None],
-        ends: Callable[[Cell, Outcome], None],
+        cells: Sequence[PlannedRun],
+        begins: Callable[[PlannedRun], None],
+        ends: Callable[[PlannedRun, Outcome], None],
         waits: Callable[[], None],
     ) -> None:
         """Play all of them, in order as far as several at a time can be.
@@ -185,9 +185,9 @@ class Processes:
             begins: told of each cell as it is handed over; `ends`, of how it ended.
             waits: called now and then in between.
         """
-        waiting, alone = deque(cells), deque[Cell]()
-        running: dict[Future[Outcome], Cell] = {}
-        suspects: set[Cell] = set()
+        waiting, alone = deque(cells), deque[PlannedRun]()
+        running: dict[Future[Outcome], PlannedRun] = {}
+        suspects: set[PlannedRun] = set()
         while waiting or alone or running:
             for cell in self._next(waiting, alone, running):
                 begins(cell)
@@ -212,7 +212,9 @@ class Processes:
                         suspects.add(cell)
                         alone.append(cell)
 
-    def _next(self, waiting: deque[Cell], alone: deque[Cell], running: dict[Future[Outcome], Cell]) -> Iterator[Cell]:
+    def _next(
+        self, waiting: deque[PlannedRun], alone: deque[PlannedRun], running: dict[Future[Outcome], PlannedRun]
+    ) -> Iterator[PlannedRun]:
         if alone:
             if not running:
                 yield alone.popleft()
@@ -220,7 +222,7 @@ class Processes:
         while waiting and len(running) < self.count:
             yield waiting.popleft()
 
-    def _submit(self, cell: Cell) -> Future[Outcome]:
+    def _submit(self, cell: PlannedRun) -> Future[Outcome]:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(self.count, get_context("spawn"), _begin, (os.getpid(),))
         with _without_script():  # this may start a process

@@ -1,13 +1,10 @@
-"""What stands in a comparison's folder while it goes on, as far as it can be read."""
+"""How far a run of a comparison is, as far as its folder says."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-RECORD = "comparison.json"  # what was asked for, and what became of it
-TRIALS = "tune"  # the folder of the trials
+from fedtune.runs.comparison_file import json_object
 
 
 @dataclass(frozen=True)
@@ -38,12 +35,3 @@ def now(folder: Path) -> Now | None:
         )
     except (ValueError, KeyError, TypeError, OverflowError):
         return None
-
-
-def json_object(path: Path) -> dict[str, Any] | None:
-    """What a JSON file holds; None if there is none, it can't be read, or it holds something else than an object."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None

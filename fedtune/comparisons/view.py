@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from fedtune.comparisons.plan import Cell
+from fedtune.comparisons.plan import PlannedRun
 from fedtune.comparisons.play import Outcome
 from fedtune.comparisons.state import now
 from fedtune.server.progress import clock, size
@@ -29,7 +29,7 @@ MARKS = {
 class CompareView:
     """A context. In a terminal a table that is drawn anew, elsewhere a line for each run that ends."""
 
-    def __init__(self, title: str, cells: Sequence[Cell], console: Console | None = None):
+    def __init__(self, title: str, cells: Sequence[PlannedRun], console: Console | None = None):
         self.title = title
         self.cells = list(cells)
         self.status = dict.fromkeys(self.cells, "waiting")
@@ -49,15 +49,15 @@ class CompareView:
             self._live.stop()
             self._console.print(self._table())
 
-    def was_done(self, cell: Cell) -> None:
+    def was_done(self, cell: PlannedRun) -> None:
         self.status[cell] = "done"
         self.there += 1
 
-    def begins(self, cell: Cell) -> None:
+    def begins(self, cell: PlannedRun) -> None:
         self.status[cell] = "running"
         self.refresh(True)
 
-    def ends(self, cell: Cell, outcome: Outcome) -> None:
+    def ends(self, cell: PlannedRun, outcome: Outcome) -> None:
         self.status[cell] = outcome.status
         done = sum(status in ("done", "failed") for status in self.status.values())
         where = f"[{done}/{len(self.cells)}] {cell.label}, seed {cell.seed}"

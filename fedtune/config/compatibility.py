@@ -3,23 +3,26 @@
 from dataclasses import fields
 from typing import Any
 
+from typing_extensions import TypeIs
+
 from fedtune.config.schema import Experiment
+from fedtune.config.targets import called
 from fedtune.core.errors import ConfigError
+from fedtune.core.optional import CostedClient, DeclaresTraits, HasBuffer
 from fedtune.core.protocol import Codec, Traits, grid, is_lossless
+from fedtune.core.settings import EngineSetting
 
 LOW_RANK = ("lora", "rslora", "pissa")  # adapters that are s B A and nothing else
 
 
 def traits_of(strategy: Any) -> Traits:
     """The traits that a strategy's class declares."""
-    declared = getattr(strategy, "traits", Traits())
-    assert isinstance(declared, Traits)
-    return declared
+    return strategy.traits if isinstance(strategy, DeclaresTraits) else Traits()
 
 
-def tells_its_work(client: Any) -> bool:
+def tells_its_work(client: Any) -> TypeIs[CostedClient]:
     """Whether it can be known what a turn of this client takes."""
-    return callable(getattr(client, "work", None))
+    return isinstance(client, CostedClient)
 
 
 def check_traits(experiment: Experiment, traits: Traits) -> None:
@@ -78,13 +81,13 @@ def check_client(experiment: Experiment, strategy: Any, client: Any) -> None:
                 f"{type(client).__name__}, this method's client, doesn't say what a turn takes (it has no `work`), "
                 f"which is asked for by {asked}: leave that out, or take a client that does"
             )
-    if population.straggler == "partial" and "steps" not in {item.name for item in fields(client)}:
+    if population.straggler == "partial" and EngineSetting.STEPS not in {item.name for item in fields(client)}:
         raise ConfigError(
             f"population.straggler=partial has slow clients take fewer steps, and method={name} has no number of steps "
             "that is a client's own: take population.straggler=drop"
         )
     if traits.asynchronous:
-        buffer = getattr(strategy, "buffer", None)
+        buffer = strategy.buffer if isinstance(strategy, HasBuffer) else None
         if not isinstance(buffer, int) or isinstance(buffer, bool) or buffer < 1:
             raise ConfigError(
                 f"method={name} is asynchronous, and its strategy's `buffer` should say of how many updates a step is "
@@ -113,6 +116,6 @@ def check_codecs(experiment: Experiment, traits: Traits, up: Codec, down: Codec)
     for where, codec, fits in (("up", up, traits.lossy_up), ("down", down, traits.lossy_down)):
         if not (fits or is_lossless(codec)):
             raise ConfigError(
-                f"codec_{where}={type(codec).__name__.lower()} is lossy, and what method={name} sends {where} has to "
+                f"codec_{where}={called(codec)} is lossy, and what method={name} sends {where} has to "
                 f"come as it is: take codec_{where}=raw or packed"
             )

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,8 +18,10 @@ import yaml
 
 from fedtune.config.data import DataSpec as DataSpec
 from fedtune.config.population import PopulationSpec
+from fedtune.config.targets import TARGET, declared_traits, name_of
 from fedtune.core.checks import above_zero, at_least, fraction, one_of, option
 from fedtune.core.errors import ConfigError
+from fedtune.core.settings import EngineSetting
 
 
 @dataclass(frozen=True)
@@ -267,23 +269,28 @@ class Experiment:
         object.__setattr__(self, "population", together)
         object.__setattr__(self, "train", replace(self.train, steps=self.train.steps * cohort))
         client, strategy = dict(method.client), dict(method.strategy)
-        if "steps" in client:
-            client["steps"] *= cohort
-        if "clients" in strategy:  # as SCAFFOLD's, which follows population.clients
-            strategy["clients"] = 1
-        if "local_steps" in (rules := strategy.get("rules", {})):
-            strategy["rules"] = {**rules, "local_steps": rules["local_steps"] * cohort}
+        if EngineSetting.STEPS in client:
+            client[EngineSetting.STEPS] *= cohort
+        said = declared_traits(str(strategy.get(TARGET)))
+        strategy = _changed(strategy, said.population_size, lambda clients: 1)
+        strategy = _changed(strategy, said.local_steps, lambda steps: steps * cohort)
         object.__setattr__(self, "method", replace(method, client=client, strategy=strategy))
 
     @property
     def method_name(self) -> str:
-        """The strategy's module, which is also its name under `method=`."""
-        return str(self.method.strategy["_target_"]).split(".")[-2]
+        """The name under `method=`; of a strategy of one's own, its class's."""
+        return name_of(str(self.method.strategy[TARGET]))
 
     @property
     def server_optimizer_name(self) -> str | None:
         """The name under `server_optimizer=`, or None."""
-        return str(self.server_optimizer["_target_"]).split(".")[-2] if self.server_optimizer else None
+        return name_of(str(self.server_optimizer[TARGET])) if self.server_optimizer else None
+
+    @property
+    def local_steps(self) -> int:
+        """The steps that a client takes in a round."""
+        found = setting_of(self.method.strategy, declared_traits(str(self.method.strategy.get(TARGET))).local_steps)
+        return self.train.steps if found is None else int(found)
 
     @property
     def strategy(self) -> dict[str, Any]:
@@ -307,6 +314,22 @@ class Experiment:
     def text(self) -> str:
         """The whole experiment as YAML; `load` reads it back."""
         return yaml.dump(to_dict(self), Dumper=SafeDumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def setting_of(spec: Mapping[str, Any], name: str) -> Any:
+    """A setting by its dotted name, as "rules.lr"; None if there is none, or the name is ""."""
+    found: Any = spec
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def _changed(spec: Mapping[str, Any], name: str, change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The settings with the one of that dotted name changed, if it is there."""
+    if setting_of(spec, name) is None:
+        return dict(spec)
+    first, _, rest = name.partition(".")
+    return {**spec, first: _changed(spec[first], rest, change) if rest else change(spec[first])}
 
 
 def _names(key: str, value: Any) -> list[str]:

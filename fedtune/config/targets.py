@@ -9,8 +9,10 @@ A name is MODULE.CLASS and is followed no further: `fedtune.models.base.os.syste
 else of Hydra's is understood here: no `_args_`, no `_partial_`, no resolvers.
 """
 
+import ast
 import importlib
 import re
+import sys
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.errors import ConfigError, FedtuneError
+from fedtune.core.method_traits import Traits
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("strategies", "clients", "fedtune/codecs")
@@ -53,6 +56,82 @@ def table() -> frozenset[str]:
     for file in (ROOT / "conf").rglob("*.yaml"):
         found.update(_NAMED.findall(file.read_text(encoding="utf-8")))
     return frozenset(found)
+
+
+def name_of(target: str) -> str:
+    """What a class is called by those who choose it: of fedtune's own the file, which is the name under `method=`,
+    `codec=` and `server_optimizer=`; of another the class."""
+    module, _, name = target.rpartition(".")
+    folder, _, file = module.rpartition(".")
+    return file if folder.replace(".", "/") in FOLDERS else name
+
+
+def called(made: object) -> str:
+    """`name_of` of its class."""
+    return name_of(f"{type(made).__module__}.{type(made).__qualname__}")
+
+
+@cache
+def declared_traits(target: str) -> Traits:
+    """What a strategy's class declares as its `traits` (or, of a server optimizer, as its `title`), read from its file:
+    no module is imported, and torch isn't. Of a class that isn't found, or declares anything else, all is as by
+    default, but for the title, which is then the class's name.
+    """
+    given = _declared(target, set()) if _is_name(target) else {}
+    return Traits(**{"title": target.rpartition(".")[2], **given})
+
+
+def _declared(target: str, seen: set[str]) -> dict[str, Any]:
+    """The arguments of the class's `Traits(...)`, or of that of the first base that has some."""
+    module, _, name = target.rpartition(".")
+    if target in seen or (tree := _parsed(module)) is None:
+        return {}
+    seen.add(target)
+    made = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    if made is None:
+        return {}
+    for node in made.body:
+        match node:
+            case (
+                ast.AnnAssign(target=ast.Name(id=field), value=value)
+                | ast.Assign(targets=[ast.Name(id=field)], value=value)
+            ):
+                match field, value:
+                    case "title", ast.Constant(value=str(title)):
+                        return {"title": title}
+                    case "traits", ast.Call(func=ast.Name(id="Traits"), keywords=said):
+                        return _plain(said)
+    places = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    bases = [base.id for base in made.bases if isinstance(base, ast.Name)]
+    return next(filter(None, (_declared(places.get(base, f"{module}.{base}"), seen) for base in bases)), {})
+
+
+def _plain(arguments: Sequence[ast.keyword]) -> dict[str, Any]:
+    """Those of the arguments that are `Traits`' and plain values."""
+    known = {item.name for item in fields(Traits)}
+    return {
+        item.arg: item.value.value
+        for item in arguments
+        if item.arg in known and isinstance(item.value, ast.Constant) and isinstance(item.value.value, bool | str)
+    }
+
+
+@cache
+def _parsed(module: str) -> ast.Module | None:
+    """A module's file, if there is a readable one below fedtune's own folder or on Python's path."""
+    for root in (ROOT, *map(Path, sys.path)):
+        file = root.joinpath(*module.split(".")).with_suffix(".py")
+        if file.is_file():
+            try:
+                return ast.parse(file.read_text(encoding="utf-8"))
+            except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+                return None
+    return None
 
 
 def make(spec: Mapping[str, Any], what: str, allowed: Collection[str] | None = None) -> Any:

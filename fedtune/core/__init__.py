@@ -1,1 +1,1 @@
-"""What every part of fedtune shares: the words, errors, files, seeds."""
+"""What every other part of fedtune builds on."""

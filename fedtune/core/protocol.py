@@ -20,6 +20,8 @@ from typing_extensions import TypeIs
 
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import WireError, short
+from fedtune.core.method_traits import Traits as Traits
+from fedtune.core.optional import ContractingCodec, GridCodec
 
 Tensors = dict[str, Tensor]
 Setting = int | float | str | bool
@@ -172,6 +174,27 @@ class Batch:
         return self if device.type == "cpu" else Batch(self.tokens.to(device), self.targets.to(device))
 
 
+FIGURES = ("loss", "accuracy", "exact_match", "rouge_l", "choice_accuracy")  # of a score, in the order of columns
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good a model is on held-out data (fedtune/evaluation/scoring.py)."""
+
+    loss: float  # mean negative log-likelihood per learnt token, nats
+    accuracy: float  # fraction of learnt tokens that were the most likely one
+    tokens: int  # how many there were
+    exact_match: float | None = None  # fraction of answers that are their reference; None where nothing was answered
+    rouge_l: float | None = None  # mean ROUGE-L F1 of the answers, 0 ... 1; likewise
+    answers: int = 0  # how many there were
+    choice_accuracy: float | None = None  # fraction of questions whose right choice was the most likely; None of none
+    questions: int = 0  # how many there were
+
+    def row(self) -> dict[str, float | None]:
+        """The figures, by the columns that tables have for them."""
+        return {f"eval_{name}": getattr(self, name) for name in FIGURES}
+
+
 class Batches(Protocol):
     """A client's training data: endless, reshuffled by key each epoch."""
 
@@ -184,23 +207,8 @@ class Batches(Protocol):
 State = TypeVar("State")
 
 
-@dataclass(frozen=True)
-class Traits:
-    """What a method can do and what it needs. What doesn't fit is refused before a model is loaded."""
-
-    mixed_ranks: bool = False  # takes a rank per client
-    needs_low_rank: bool = False  # its algebra is that of s B A
-    averages: bool = False  # state.adapter is an average of what clients sent: a server optimizer may step towards it
-    lossy_up: bool = True  # works on what is nearly an update, and what is sent has a start that the server knows
-    lossy_down: bool = True  # the same of what clients are sent
-    plans: bool = False  # gives each client what its device can do; `configure` may raise CapacityError
-    partial: bool = False  # clients train some of the layers each, and a layer is averaged over those who did
-    personal: bool = False  # part of the model stays with its client, which is where it has to be evaluated
-    asynchronous: bool = False  # takes updates as they come, the strategy's `buffer` of them at a time
-
-
 class Strategy(Protocol[State]):
-    """The server's side of a method. A class may declare `traits`; without, it has none of them."""
+    """The server's side of a method. What else a class, and its state, may have: fedtune/core/optional.py."""
 
     def init(self, layout: Layout) -> State: ...
 
@@ -225,8 +233,7 @@ Model = TypeVar("Model", contravariant=True)
 class Client(Protocol[Model]):
     """The client's side of a method, on a model that it can train (fedtune.models.adapted_model.LocalModel).
 
-    A class may have `work(settings) -> fedtune.core.costs.Work`, what its part of a round takes; without it there is no
-    virtual clock.
+    Where a class is no `CostedClient` (fedtune/core/optional.py), there is no virtual clock.
 
     `memory` is what this client kept for itself at its last turn, empty at first. Whatever a client puts there stays on
     its device, is there again at its next turn, also after a resume, and reaches no other client.
@@ -277,14 +284,13 @@ def is_lossless(codec: Codec) -> TypeIs[LosslessCodec]:
 
 def grid(codec: Codec) -> Sequence[Codec]:
     """The codecs among which a client chooses by held-out loss, where a setting of this one says several values."""
-    tried: Sequence[Codec] = getattr(codec, "grid", ())
-    return tried
+    return codec.grid if isinstance(codec, GridCodec) else ()
 
 
 def contracts(codec: Codec) -> bool:
-    """Whether |x - decode(encode(x))|^2 <= (1 - delta) |x|^2, with a delta above 0 for every shape of x, in the mean
-    where it draws: as error feedback needs, or what was left out grows without end."""
-    return bool(getattr(codec, "contracts", False))
+    """Whether it leaves out less than it is given (`ContractingCodec`): without, what error feedback keeps grows
+    without end."""
+    return isinstance(codec, ContractingCodec) and codec.contracts
 
 
 def share(replies: Sequence[tuple[ClientInfo, Update]]) -> list[float]:

@@ -1,7 +1,7 @@
 """How good a model is on held-out data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,30 +9,12 @@ import torch
 from torch.nn import functional
 
 from fedtune.config.schema import EvaluateSpec
+from fedtune.core.protocol import FIGURES, Score
 from fedtune.core.seeds import permutation
 from fedtune.data.corpus import Corpus, Span, padded
 from fedtune.evaluation.generation import answerable, answers, exact, rouge_l
 from fedtune.models.adapted_model import LocalModel
 from fedtune.training.first_order import supervised_logits
-
-
-@dataclass(frozen=True)
-class Score:
-    loss: float  # mean negative log-likelihood per learnt token, nats
-    accuracy: float  # fraction of learnt tokens that were the most likely one
-    tokens: int  # how many there were
-    exact_match: float | None = None  # fraction of answers that are their reference; None where nothing was answered
-    rouge_l: float | None = None  # mean ROUGE-L F1 of the answers, 0 ... 1; likewise
-    answers: int = 0  # how many there were
-    choice_accuracy: float | None = None  # fraction of questions whose right choice was the most likely; None of none
-    questions: int = 0  # how many there were
-
-    def row(self) -> dict[str, float | None]:
-        """The figures, by the columns that tables have for them."""
-        return {f"eval_{name}": getattr(self, name) for name in FIGURES}
-
-
-FIGURES = ("loss", "accuracy", "exact_match", "rouge_l", "choice_accuracy")
 
 
 def score(model: LocalModel, corpus: Corpus, rows: Sequence[int] | np.ndarray, batch_size: int, pad: int) -> Score:

@@ -36,7 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from fedtune.codecs.packed import DTYPES, MAX_DIMENSIONS, Packed, Reader, read_head
+from fedtune.codecs.packed import DTYPES, FORMAT, MAX_DIMENSIONS, Packed, read_head
 from fedtune.config.compose import CONF, build, choices, compose
 from fedtune.core.checks import one_of
 from fedtune.core.errors import MALFORMED, ConfigError, ExportError, WireError
@@ -298,7 +298,7 @@ def _codec(spec: Any, where: str) -> Codec:
 
 def _check_packed(blob: bytes, slots: Slots) -> None:
     """Hold a packed blob's heads against what is declared, before a value that takes a bit is made 8 bytes."""
-    reader = Reader(blob, 3)
+    reader = FORMAT.reader(blob, "a packed blob")
     count = reader.varint("the number of tensors")
     heads = [read_head(reader) for _ in range(min(count, len(slots) + 1))]
     if [(head.name, (head.dtype, head.shape)) for head in heads] != sorted(slots.items()):

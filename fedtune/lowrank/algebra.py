@@ -13,6 +13,7 @@ from torch import Tensor
 from fedtune.core.protocol import Tensors
 
 GROWTH = 1e4  # of rounding errors, up to which Q = A^T R^-1 is as good as Q itself
+ROLES = ("lora_A", "lora_B")  # of the factors of s B A
 FOLD = 512  # columns up to which a sum stays in factors even where the matrix itself would be smaller
 
 
@@ -37,6 +38,14 @@ def name_of(module: str, role: str) -> str:
     return f"{module}.{role}.weight"
 
 
+def role_of(name: str) -> str:
+    """The role of a tensor that `name_of` named, "lora_A" or "lora_B"; "" of any other.
+
+    For those who hold tensors and no layout, whose slots say it.
+    """
+    return next((role for role in ROLES if name.endswith(name_of("", role))), "")
+
+
 def factors(adapter: Tensors, *roles: str) -> Tensors:
     """The tensors of these roles, as "lora_B"."""
     endings = tuple(name_of("", role) for role in roles)
@@ -54,7 +63,7 @@ def to_adapter(products: Mapping[str, LowRank], dtype: torch.dtype | None = None
     """The inverse of `pairs`, with the tensors contiguous and of `dtype`."""
     adapter: Tensors = {}
     for module, product in products.items():
-        for role, factor in (("lora_A", product.a), ("lora_B", product.b)):
+        for role, factor in zip(ROLES, (product.a, product.b), strict=True):
             adapter[name_of(module, role)] = factor.to(dtype or factor.dtype).contiguous()
     return adapter
 

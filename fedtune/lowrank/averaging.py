@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedtune.core.protocol import ClientInfo, Instruction, Setting, Tensors, Update, share
+from fedtune.core.settings import EngineSetting
+from fedtune.lowrank.algebra import ROLES, name_of, role_of
 
 Replies = Sequence[tuple[ClientInfo, Update]]
 PORTION_BYTES = 1 << 30  # of updates that are held at a time
@@ -74,7 +76,7 @@ def _portions(replies: Replies) -> Iterator[tuple[int, Replies]]:
 
 def carried(name: str, peer: ClientInfo, scaling: float) -> float:
     """What a tensor of `peer` is multiplied by to stand in the global adapter: s_k / s for B, 1 for all else."""
-    return peer.scaling / scaling if name.endswith(".lora_B.weight") and peer.scaling and scaling else 1.0
+    return peer.scaling / scaling if role_of(name) == "lora_B" and peer.scaling and scaling else 1.0
 
 
 def truncate_rank(adapter: Tensors, rank: int) -> Tensors:
@@ -84,7 +86,7 @@ def truncate_rank(adapter: Tensors, rank: int) -> Tensors:
 
 def own_width(peer: ClientInfo) -> dict[str, Setting]:
     """The settings that tell a client its rank and what its B A is multiplied by, where these are its own."""
-    return {"rank": peer.rank, "scaling": peer.scaling} if peer.rank else {}
+    return {EngineSetting.RANK: peer.rank, EngineSetting.SCALING: peer.scaling} if peer.rank else {}
 
 
 def for_peer(adapter: Tensors, peer: ClientInfo, scaling: float = 0, rank: int = 0) -> Instruction:
@@ -103,7 +105,7 @@ def for_peer(adapter: Tensors, peer: ClientInfo, scaling: float = 0, rank: int =
 def parts(adapter: Tensors, ranks: Mapping[str, int]) -> Tensors:
     """A and B of the layers that `ranks` names, as many components of each as it says. Clients that take the same of a
     layer are handed the same tensors."""
-    names = {f"{module}.{role}.weight": rank for module, rank in ranks.items() for role in ("lora_A", "lora_B")}
+    names = {name_of(module, role): rank for module, rank in ranks.items() for role in ROLES}
     return {name: _part(name, adapter[name], rank, 1.0) for name, rank in names.items()}
 
 
@@ -122,6 +124,9 @@ def _part(name: str, tensor: Tensor, rank: int, ratio: float) -> Tensor:
 
 
 def _first(name: str, tensor: Tensor, rank: int) -> Tensor:
-    if name.endswith(".lora_B.weight"):
-        return tensor if rank >= tensor.shape[1] else tensor[:, :rank].contiguous()
-    return tensor[:rank].contiguous() if name.endswith(".lora_A.weight") and rank < tensor.shape[0] else tensor
+    match role_of(name):
+        case "lora_A" if rank < tensor.shape[0]:
+            return tensor[:rank].contiguous()
+        case "lora_B" if rank < tensor.shape[1]:
+            return tensor[:, :rank].contiguous()
+    return tensor

@@ -14,10 +14,11 @@ import torch
 
 from fedtune.core.errors import ClientError
 from fedtune.core.protocol import Instruction, Setting, Tensors
+from fedtune.core.settings import EngineSetting
 from fedtune.lowrank.algebra import LowRank, narrowest, stack, truncated_svd
 
 B, A = ".residual_B", ".residual_A"  # MODULE.residual_B (out, R) and MODULE.residual_A (R, in), float32
-FROM, VERSION = "builds_on", "version"  # settings: the version that the tensors build on, and the one they lead to
+FROM, VERSION = EngineSetting.BUILDS_ON, EngineSetting.VERSION
 KEPT = "version"  # in a client's memory, beside the residual
 
 

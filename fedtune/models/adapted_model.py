@@ -17,7 +17,7 @@ from fedtune.config.schema import FULL, AdapterSpec
 from fedtune.core.errors import ModelError
 from fedtune.core.protocol import Layout, Tensors, describe
 from fedtune.core.seeds import derive_seed, uniform
-from fedtune.lowrank.algebra import lora_factors, name_of
+from fedtune.lowrank.algebra import ROLES, lora_factors, name_of
 from fedtune.models.adapter_kinds import RESIZABLE, attach, constants, origin_shift, slot_of, starting_values, trainable
 from fedtune.models.base import Base
 from fedtune.models.base_delta import BaseChange
@@ -65,6 +65,7 @@ class LocalModel:
         self.constants = constants(self.module, seed)
         self._tensors: list[Tensor] = list(self._live.values())
         self._start = list(self.layout.initial.values())
+        self._roles = {slot.name: slot.role for slot in slots}
         self._lora = {slot.module: slot.scaling for slot in self.layout.slots if slot.role == "lora_A"}
         self._changed = False  # ranks, scaling or what is trained differ from the layout's
         self._switched_off: list[Any] = []  # layers that are left as the base has them
@@ -107,9 +108,9 @@ class LocalModel:
                 fitting.append(name)
             elif (
                 self._resizable
-                and _is_lora(name)
+                and (role := self._roles[name]) in ROLES
                 and live.dtype == tensor.dtype
-                and _outer(name, live) == _outer(name, tensor)
+                and _outer(role, live) == _outer(role, tensor)
             ):
                 resized[name] = tensor
             else:
@@ -251,10 +252,6 @@ class LocalModel:
         return sum(start.numel() for start in self._start)
 
 
-def _is_lora(name: str) -> bool:
-    return name.endswith((".lora_A.weight", ".lora_B.weight"))
-
-
-def _outer(name: str, tensor: Tensor) -> int:
-    """The size that a LoRA factor shares with its layer."""
-    return tensor.shape[1 if name.endswith(".lora_A.weight") else 0]
+def _outer(role: str, tensor: Tensor) -> int:
+    """The size that a LoRA factor of this role shares with its layer."""
+    return tensor.shape[1 if role == "lora_A" else 0]

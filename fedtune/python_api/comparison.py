@@ -11,7 +11,7 @@ from fedtune.comparisons.plan import DEFAULT_OUT, OWN
 from fedtune.python_api.loaded_run import Run, load_run
 from fedtune.python_api.overrides import list_word, printing, word, words_of
 from fedtune.report.page import PAGE
-from fedtune.report.plan import read_plan
+from fedtune.runs.comparison_file import read_comparison
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -52,7 +52,7 @@ class Comparison:
         """What failed, by label and seed, and why. Empty if nothing did."""
         from pandas import DataFrame
 
-        found = read_plan(self.path).failures
+        found = read_comparison(self.path).failures
         return DataFrame([vars(failure) for failure in found], columns=["label", "seed", "reason"])
 
     @cached_property

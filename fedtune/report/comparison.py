@@ -13,13 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.comparisons.state import RECORD
 from fedtune.config.compose import differences
 from fedtune.config.schema import flat
 from fedtune.core.errors import RunFolderError
 from fedtune.report.intervals import estimate
 from fedtune.report.labels import alike, labels, told_apart, unique
-from fedtune.report.plan import read_plan
 from fedtune.report.results import write_results
 from fedtune.report.shapes import (
     Comparison,
@@ -35,6 +33,7 @@ from fedtune.report.shapes import (
 )
 from fedtune.report.standings import curve, protocols, reached, table, target
 from fedtune.report.tasks import common, tasks, title
+from fedtune.runs.comparison_file import COMPARISON, read_comparison
 from fedtune.runs.read import Run, find, read
 
 __all__ = [
@@ -76,13 +75,15 @@ def load(paths: list[Path]) -> Comparison:
         except RunFolderError as error:
             notes.append(f"left out: {error}")
     places = dict.fromkeys(place for run in runs for place in (run.path, *_above(run.path)))
-    plans = {place: read_plan(place) for place in dict.fromkeys([*paths, *places]) if (place / RECORD).is_file()}
+    records = {
+        place: read_comparison(place) for place in dict.fromkeys([*paths, *places]) if (place / COMPARISON).is_file()
+    }
     # Who asks for one run of a comparison wants its label, and not what became of the others
-    whole = [plan for place, plan in plans.items() if any(place.resolve().is_relative_to(p.resolve()) for p in paths)]
-    failures = [failure for plan in whole for failure in plan.failures]
-    names = {path: label for plan in plans.values() for path, label in plan.labels.items()}
-    command = next((plan.command for plan in whole if plan.command), None)
-    notes += [note for plan in whole for note in plan.notes]
+    whole = [said for place, said in records.items() if any(place.resolve().is_relative_to(p.resolve()) for p in paths)]
+    failures = [failure for record in whole for failure in record.failures]
+    names = {path: label for record in records.values() for path, label in record.labels.items()}
+    command = next((record.command for record in whole if record.command), None)
+    notes += [note for record in whole for note in record.notes]
     return compare(runs, failures, command, labels=names, notes=notes)
 
 

@@ -21,6 +21,7 @@ from fedtune.report.text import (
     size,
     title_of,
 )
+from fedtune.runs.ledger import Part
 
 POINTS = 20_000  # of one figure: more can't be told apart, and make the page slow
 CLIENTS = 60  # of one entry in the figure of the spread
@@ -308,8 +309,9 @@ def _mean_parts(entry: Entry) -> dict[str, float]:
     for run in entry.runs:
         done = max(int(run.rounds.max(initial=0)), 1)
         for (direction, part), values in run.wire.items():
-            name = {"train": f"{direction}: train", "evaluate": f"{direction}: measuring"}.get(part, part)
-            mean[name if name in PARTS else "idle"] += float(np.nansum(values)) / done / len(entry.runs)
+            said = {str(Part.TRAIN): "train", str(Part.EVALUATE): "measuring"}.get(part)
+            name = f"{direction}: {said}" if said else part
+            mean[name if name in PARTS else Part.IDLE] += float(np.nansum(values)) / done / len(entry.runs)
     return mean
 
 

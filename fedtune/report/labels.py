@@ -9,6 +9,7 @@ import yaml
 
 from fedtune.config.compose import CONF
 from fedtune.config.schema import Experiment, flat, to_dict
+from fedtune.config.targets import TARGET, name_of
 
 # What differs between runs of one entry, or says where it ran and what was measured beside it
 BESIDE = ("seed", "out", "overrides", "name", "tracker", "rounds", "budget", "runtime")
@@ -95,9 +96,8 @@ def shown(value: Any) -> str:
 
 
 def module(spec: Mapping[str, Any]) -> str:
-    """The name under which a `_target_` is chosen: its module's."""
-    parts = str(spec.get("_target_") or "raw").split(".")
-    return parts[-2] if len(parts) > 1 else parts[0]
+    """The name under which a `_target_` is chosen."""
+    return name_of(str(spec.get(TARGET) or "raw"))
 
 
 def _head(experiment: Experiment, differing: set[str]) -> str:

@@ -1,15 +1,11 @@
 """A group as a page shows it: what it says, who is in colour, its figures, its tables, and how to repeat it."""
 
-import ast
 import math
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
-from fedtune.config.compose import CONF
+from fedtune.config.targets import TARGET, declared_traits
 from fedtune.report import comparison as compared
 from fedtune.report.comparison import Entry, Estimate, Group, Protocol, Reached, Standing, Table
 from fedtune.report.figures import Figure, columns, figures
@@ -137,25 +133,8 @@ def _slots(group: Group, table: Table) -> tuple[int, ...]:
 
 
 def _sets_the_scale(entry: Entry) -> bool:
-    """Whether its method's file calls it a control: all data in one place, say, or nobody talking to anybody."""
-    return _is_control(str(entry.runs[0].experiment.method.strategy.get("_target_", "")))
-
-
-@cache
-def _is_control(target: str) -> bool:
-    module = _file_of(target)
-    if module is None:
-        return False
-    said = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
-    return "control" in said.partition("\n")[0]
-
-
-def _file_of(target: str) -> Path | None:
-    """The file that a class like "strategies.local_only.LocalOnly" is in, if it's one of fedtune's own."""
-    if not re.fullmatch(r"strategies\.[a-z_0-9]+\.\w+", target):
-        return None
-    path = CONF.parent.joinpath(*target.split(".")[:-1]).with_suffix(".py")
-    return path if path.is_file() else None
+    """Whether its method says that it is a control: all data in one place, say, or nobody talking to anybody."""
+    return declared_traits(str(entry.runs[0].experiment.method.strategy.get(TARGET))).control
 
 
 def _results(group: Group, table: Table) -> Results:

@@ -19,8 +19,9 @@ from fedtune.core.locks import LOCK, is_held
 from fedtune.report.comparison import Comparison
 from fedtune.report.page import image, lay_out, render
 from fedtune.report.sections import Question
+from fedtune.runs.comparison_file import COMPARISON
 
-WATCHED = ("config.yaml", "metrics.csv", "ledger.csv", "clients.csv", "summary.json", "comparison.json")
+WATCHED = ("config.yaml", "metrics.csv", "ledger.csv", "clients.csv", "summary.json", COMPARISON)
 TYPES = {"svg": "image/svg+xml", "png": "image/png"}
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fedtune.runs.comparison_file import Failure as Failure
 from fedtune.runs.read import Floats, Run
 
 
@@ -13,15 +14,6 @@ class Estimate:
     low: float  # NaN below two values
     high: float
     values: tuple[float, ...]  # by seed; NaN where a seed has none
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A run that a comparison asked for and that has no usable result."""
-
-    label: str  # of its entry
-    seed: int | None
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedtune.report.axes import BYTES, NUMBER, Spec, axis
+from fedtune.runs.ledger import Part
 
 Rows = list[dict[str, Any]]
 
@@ -16,7 +17,7 @@ SLOTS = 8
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left"]
 DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3], [1, 0], [7, 3], [2, 2], [9, 3, 2, 3]]
 LIGHT = ["#0067a8", "#cf4a00", "#007f5f", "#b1418c", "#8a6a00", "#4f56c9", "#1d1d1f", "#3d9ac4"]
-PARTS = ["down: train", "up: train", "down: measuring", "up: measuring", "handshake", "idle", "failed"]
+PARTS = ["down: train", "up: train", "down: measuring", "up: measuring", Part.HANDSHAKE, Part.IDLE, Part.FAILED]
 PART_HUES = ["#2b7bba", "#d9772b", "#a9cbe3", "#f0c8a2", "#8f8f98", "#c6c6cc", "#b3261e"]
 SLOT = {"calculate": "indexof(chosen, datum.e)", "as": "slot"}
 NAME = {"calculate": "names[datum.e]", "as": "name"}

@@ -1,1 +1,1 @@
-"""Run folders: what a run leaves behind, and how it is read again."""
+"""What a run, and a comparison of runs, leave on disk: written and read in one place each."""

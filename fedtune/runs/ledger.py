@@ -5,7 +5,18 @@ Kept by the server from what it sent and received, so a client can't misreport.
 
 from collections import Counter
 from collections.abc import Iterable
+from enum import StrEnum
 from typing import NamedTuple
+
+
+class Part(StrEnum):
+    """What a message was for; in ledger.csv it is the value."""
+
+    HANDSHAKE = "handshake"
+    TRAIN = "train"
+    EVALUATE = "evaluate"  # only measures, so no budget counts it
+    IDLE = "idle"  # moved around messages without one: a node's asking whether there is any
+    FAILED = "failed"  # an error, a refused update, no reply
 
 
 class LedgerRow(NamedTuple):
@@ -14,7 +25,7 @@ class LedgerRow(NamedTuple):
     round: int
     client: int  # the client's index
     direction: str  # "down" to the client, "up" from it
-    part: str  # "handshake", "train", "evaluate", "idle", or "failed": an error, a refused update, no reply
+    part: Part
     payload_bytes: int  # the codec's blob
     wire_bytes: int  # the serialised message
     overhead_bytes: int  # what a deployment moves around it, either way; 0 where there are no sockets
@@ -53,8 +64,8 @@ class Ledger:
     def fail(self, round: int, client: int) -> None:
         """Book an update that came in this round as failed after all; one that is on disk stays as it was."""
         for place, entry in enumerate(self.pending):
-            if (entry.round, entry.client, entry.direction, entry.part) == (round, client, "up", "train"):
-                self.pending[place] = entry._replace(part="failed")
+            if (entry.round, entry.client, entry.direction, entry.part) == (round, client, "up", Part.TRAIN):
+                self.pending[place] = entry._replace(part=Part.FAILED)
                 self.totals["failed"] += 1
                 return
 
@@ -67,9 +78,9 @@ class Ledger:
         self.totals[payload] += entry.payload_bytes
         self.totals[wire] += entry.wire_bytes
         self.totals["overhead_bytes"] += entry.overhead_bytes
-        self.totals["spent_bytes"] += entry.wire_bytes * (entry.part != "evaluate")
+        self.totals["spent_bytes"] += entry.wire_bytes * (entry.part != Part.EVALUATE)
         self.totals["messages"] += entry.wire_bytes > 0
-        self.totals["failed"] += entry.part == "failed"
+        self.totals["failed"] += entry.part == Part.FAILED
 
 
 def sums(entries: Iterable[LedgerRow]) -> dict[str, int]:
@@ -83,4 +94,5 @@ def parse(row: list[str]) -> LedgerRow:
     round_, client, direction, part, payload, wire, overhead, seconds = row
     if direction not in TOTALS:
         raise ValueError(f"direction: expected {' or '.join(TOTALS)}, got {direction!r}")
-    return LedgerRow(int(round_), int(client), direction, part, int(payload), int(wire), int(overhead), float(seconds))
+    counted = int(payload), int(wire), int(overhead)
+    return LedgerRow(int(round_), int(client), direction, Part(part), *counted, float(seconds))

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fedtune.comparisons.state import RECORD, TRIALS, json_object
 from fedtune.config.compose import load
 from fedtune.config.plain_yaml import read_plain
 from fedtune.config.schema import Experiment, SafeDumper
 from fedtune.core.errors import ConfigError, FedtuneError, RunFolderError
 from fedtune.core.locks import is_held
+from fedtune.runs.comparison_file import COMPARISON, TRIALS, json_object
 from fedtune.runs.csv_columns import MOST, is_none, number, read_columns, read_lines
+from fedtune.runs.ledger import Part
 from fedtune.runs.metrics_columns import METRICS
 
 Floats = np.ndarray  # float64
@@ -24,7 +25,6 @@ Floats = np.ndarray  # float64
 STATUSES = ("finished", "running", "interrupted", "failed")
 CUT_OFF = "cut off"
 UNTOLD = "its process ended without writing that down"
-MEASURING = "evaluate"  # the ledger's part for messages that only measure
 WAYS = ("up", "down")
 COUNTS = ("clients", "failed")  # columns of metrics.csv that can't be below 0, as those of bytes and seconds
 _OWN = {"seed": int, "out": str, "name": str, "overrides": list}  # settings that differ between runs of one kind
@@ -65,7 +65,9 @@ class Run:
     def spent(self, direction: str | None = None) -> Floats:
         """Wire bytes (R,) since the start, after each round: what the method costs. Messages that only measure
         (part `evaluate`) aren't in it. NaN from the first round on whose messages aren't all in ledger.csv."""
-        counted = [sizes for (way, part), sizes in self.wire.items() if part != MEASURING and direction in (None, way)]
+        counted = [
+            sizes for (way, part), sizes in self.wire.items() if part != Part.EVALUATE and direction in (None, way)
+        ]
         return np.cumsum(sum(counted, np.zeros(len(self.rounds))))
 
     def seconds(self) -> Floats:
@@ -139,7 +141,7 @@ def _below(path: Path) -> list[Path]:
         if "config.yaml" in files:
             found.append(Path(where))
             folders.clear()
-        hidden = [name for name in folders if name.startswith(".") or (name == TRIALS and RECORD in files)]
+        hidden = [name for name in folders if name.startswith(".") or (name == TRIALS and COMPARISON in files)]
         folders[:] = [name for name in folders if name not in hidden]
     return found
 
@@ -259,7 +261,7 @@ def _traffic(
         if lost.any():
             notes = (*notes, f"{path.name} lacks messages {way} of {int(lost.sum())} rounds: their bytes are unknown")
             for into in (wire, payload):
-                into[way, "train"] = np.where(lost, np.nan, into.get((way, "train"), np.zeros(len(rounds))))
+                into[way, Part.TRAIN] = np.where(lost, np.nan, into.get((way, Part.TRAIN), np.zeros(len(rounds))))
     return wire, payload, notes
 
 

@@ -32,7 +32,7 @@ from fedtune.core.atomic import write_atomically
 from fedtune.core.csv_cells import guarded
 from fedtune.core.errors import RunFolderError
 from fedtune.core.locks import LOCK
-from fedtune.evaluation.scoring import Score
+from fedtune.core.protocol import Score
 from fedtune.planning.turn_times import Timed
 from fedtune.runs import model_file
 from fedtune.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint

@@ -17,7 +17,7 @@ from typing import Any
 
 from fedtune.config.compatibility import traits_of
 from fedtune.core.protocol import ClientInfo, Layout, Setting, Strategy, Tensors, Update, share
-from fedtune.lowrank.algebra import LowRank, Sum, lora_factors, name_of, norm_of
+from fedtune.lowrank.algebra import ROLES, LowRank, Sum, lora_factors, name_of, norm_of
 from fedtune.lowrank.residual import from_residual, update_residual
 from fedtune.models.base_delta import DENSE
 from fedtune.training.apply_instruction import SCALING
@@ -51,7 +51,7 @@ def aggregation_error(
             for module in lora_factors(update.tensors):
                 trained[module] = trained.get(module, 0.0) + weight
         kept = strategy.configure(before, round, server)
-        names = {name_of(module, role) for module in trained for role in ("lora_A", "lora_B")}
+        names = {name_of(module, role) for module in trained for role in ROLES}
         rest = {name: tensor for name, tensor in kept.tensors.items() if name not in names}
         _add_adapter(sums, layout, rest, kept.settings, 1.0)
     for weight, (peer, update) in zip(weights, replies, strict=True):

@@ -11,7 +11,7 @@ from fedtune.core.errors import CapacityError, ClientError, FedtuneError
 from fedtune.core.protocol import ClientInfo, Instruction, Tensors, Update, is_lossless, same_instruction, same_tensors
 from fedtune.lowrank.residual import VERSION
 from fedtune.planning.turn_times import Timed
-from fedtune.runs.ledger import Ledger, LedgerRow
+from fedtune.runs.ledger import Ledger, LedgerRow, Part
 from fedtune.server.client_registry import ClientRegistry
 from fedtune.server.plausibility import norm_of_change
 from fedtune.server.progress import View
@@ -133,13 +133,13 @@ class ClientChannel:
             self._awaited[index] = known.kept
             framing = self.transport.lines.down(message, size)
             seconds = time.perf_counter() - begun
-            self.record(LedgerRow(label, index, "down", kind, known.sent.payload_bytes, size, framing, seconds))
+            self.record(LedgerRow(label, index, "down", Part(kind), known.sent.payload_bytes, size, framing, seconds))
             yield message
 
     def receive(self, index: int, arrival: Reply, played: Round, take: Take) -> None:
         """Check one reply and hand it on, or record its failure."""
         peer, sent = self.registry.peers[index], self._awaited[index]
-        part, payload, size = "failed", 0, None
+        part, payload, size = Part.FAILED, 0, None
         try:
             content = arrival.content()
             blob = wire.blob_of(content)
@@ -157,7 +157,7 @@ class ClientChannel:
         else:
             self._believe(peer, received, sent, played)
             take(peer, received, sent)
-            part = "train"
+            part = Part.TRAIN
         self.record_reply(played.number, index, part, arrival, payload, size)
 
     def _believe(self, peer: ClientInfo, received: ReceivedUpdate, sent: SentInstruction, played: Round) -> None:
@@ -216,7 +216,7 @@ class ClientChannel:
         self._known.trust(index, False)
 
     def record_reply(
-        self, number: int, index: int, part: str, arrival: Reply, payload: int = 0, size: int | None = None
+        self, number: int, index: int, part: Part, arrival: Reply, payload: int = 0, size: int | None = None
     ) -> None:
         """Put what came of a message into the ledger.
 
@@ -235,12 +235,12 @@ class ClientChannel:
         index_of = {node: index for index, node in self.registry.nodes.items()}
         for node, moved in self.transport.lines.drain_idle_bytes(index_of).items():
             if moved and node in index_of:
-                self.record(LedgerRow(number, index_of[node], "up", "idle", 0, 0, moved, 0.0))
+                self.record(LedgerRow(number, index_of[node], "up", Part.IDLE, 0, 0, moved, 0.0))
 
     def miss(self, index: int, played: Round) -> None:
         """Record a client of the cohort whose node isn't there to be asked."""
         self.fail(index, played, "its node is not connected")
-        self.record(LedgerRow(played.number, index, "up", "failed", 0, 0, 0, 0.0))
+        self.record(LedgerRow(played.number, index, "up", Part.FAILED, 0, 0, 0, 0.0))
         self._view.reply(played.mean("train_loss"), len(played.failures), self.ledger.totals)
 
     def fail(self, index: int, played: Round, reason: str) -> None:

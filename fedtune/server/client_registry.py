@@ -13,7 +13,7 @@ from fedtune.config.schema import Experiment
 from fedtune.core.errors import FedtuneError, QuorumError, WireError
 from fedtune.core.protocol import ClientInfo, Layout
 from fedtune.planning.population import assign_rank
-from fedtune.runs.ledger import LedgerRow
+from fedtune.runs.ledger import LedgerRow, Part
 from fedtune.wire import messages as wire
 from fedtune.wire.flower_private import content_bytes, raised_by_client
 from fedtune.wire.transport import POLL_SECONDS, Reply, Transport
@@ -163,9 +163,9 @@ class ClientRegistry:
             size = wire.wire_bytes(arrival.message)
             framing = lines.up(arrival.node, arrival.message, size)
             self._book(
-                LedgerRow(round, peer.index, "down", "handshake", 0, sizes[arrival.node], around[arrival.node], 0.0)
+                LedgerRow(round, peer.index, "down", Part.HANDSHAKE, 0, sizes[arrival.node], around[arrival.node], 0.0)
             )
-            self._book(LedgerRow(round, peer.index, "up", "handshake", 0, size, framing, arrival.seconds))
+            self._book(LedgerRow(round, peer.index, "up", Part.HANDSHAKE, 0, size, framing, arrival.seconds))
 
     def _check_samples(self, peer: ClientInfo) -> None:
         """

@@ -4,8 +4,9 @@ from flwr.app import MessageType
 
 from fedtune.config.compatibility import traits_of
 from fedtune.core.errors import FedtuneError
-from fedtune.core.protocol import Instruction
-from fedtune.evaluation.scoring import Score, mean_score
+from fedtune.core.protocol import Instruction, Score
+from fedtune.evaluation.scoring import mean_score
+from fedtune.runs.ledger import Part
 from fedtune.runs.run_folder import RunFolder
 from fedtune.server.aggregation import Aggregator
 from fedtune.server.client_channel import ClientChannel
@@ -68,12 +69,12 @@ class HeldOut:
         there = [i for i in sorted(registry.nodes) if registry.nodes[i] in present and i not in idle]
         scores: dict[int, Score] = {}
         for index, arrival in channel.ask(number + 1, there, MessageType.EVALUATE, number):
-            part = "evaluate"
+            part = Part.EVALUATE
             try:
                 if (score := unpack_score(arrival.content())) is not None:
                     scores[index] = score
             except FedtuneError as error:
-                part = "failed"
+                part = Part.FAILED
                 self._view.note(f"client {index} could not be evaluated: {error}")
             channel.record_reply(number, index, part, arrival)
         self._workspace.install(broadcast, memory={})  # clients in this process had the model meanwhile

@@ -236,9 +236,7 @@ def clients_of(experiment: Experiment) -> str:
     """Who trains."""
     population = experiment.population
     if population.pooled:
-        rules = experiment.method.strategy.get("rules", {})
-        steps = rules.get("local_steps", experiment.train.steps)
-        return f"1 client that holds the data of all {population.pooled}, {steps} steps a round"
+        return f"1 client that holds the data of all {population.pooled}, {experiment.local_steps} steps a round"
     return f"{population.clients} clients, {population.cohort_size} a round"
 
 

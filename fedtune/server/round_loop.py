@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 from fedtune.config.compatibility import check_client, traits_of
 from fedtune.config.compose import differences
 from fedtune.core.errors import DivergedError, Interrupted, RunFolderError
+from fedtune.core.optional import HasBuffer
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.runs.ledger import Ledger
 from fedtune.runs.run_folder import RunFolder, check_vacant
@@ -139,7 +140,7 @@ class RoundLoop:
         self._recorder = RoundRecorder(workspace, known, folder)
         parts = (workspace, self._channel, eligibility, self._aggregator, self._clock, known, folder, view)
         synchronous = SynchronousRounds(*parts)
-        buffer = getattr(strategy, "buffer", 1)
+        buffer = strategy.buffer if isinstance(strategy, HasBuffer) else 1
         self.rounds: Rounds = AsynchronousRounds(buffer, synchronous, *parts) if asynchronous else synchronous
         self._status = "running"
         self._seconds = 0.0  # of the rounds so far, without evaluation: the virtual clock's where it runs

@@ -4,8 +4,8 @@ is on disk."""
 from collections.abc import Mapping
 from typing import Any
 
-from fedtune.core.protocol import ClientInfo, Instruction
-from fedtune.evaluation.scoring import Score
+from fedtune.core.optional import residual_of
+from fedtune.core.protocol import ClientInfo, Instruction, Score
 from fedtune.runs.adapter_files import ADAPTER_CONFIG, adapter_files
 from fedtune.runs.ledger import Ledger, sums
 from fedtune.runs.model_file import TunedModel, dump
@@ -47,7 +47,7 @@ class RoundRecorder:
         """
         number, folder, model = played.number, self._folder, self._workspace.model
         entries = ledger.take_pending()
-        residual = getattr(self._known.strategy, "merged", None)
+        residual = residual_of(self._known.strategy)
         row = {
             "round": number,
             "eval_loss": None,

@@ -12,14 +12,16 @@ float64, and only what is sent is rounded to the adapter's dtype.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fedtune.config.compatibility import traits_of
+from fedtune.config.targets import called
 from fedtune.core.checks import above_zero, fraction, one_of
 from fedtune.core.errors import ConfigError
+from fedtune.core.optional import Residual, residual_of
 from fedtune.core.protocol import ClientInfo, Instruction, Layout, Strategy, Tensors, Traits, Update
 
 FORMS = ("paper", "flower")  # of the optimizers that Flower has in another than the paper's
@@ -31,9 +33,9 @@ class State:
     moments: dict[str, Tensors]  # by the adapter's names: what is remembered of a tensor, as {"m": ...}, float64
 
     @property
-    def merged(self) -> Any:
+    def merged(self) -> Residual | None:
         """What the strategy inside has merged into the base, if it does such things."""
-        return getattr(self.base, "merged", None)
+        return residual_of(self.base)
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,12 @@ class ServerOptimizer(ABC):
         ConfigError: if the strategy inside makes no average to step towards, or a rate is out of range.
     """
 
+    title: ClassVar[str] = ""  # as `Traits.title`
+
     base: Strategy[Any]
 
     def __post_init__(self) -> None:
-        mine, inner = (type(strategy).__module__.rpartition(".")[2] for strategy in (self, self.base))
+        mine, inner = called(self), called(self.base)
         for item in fields(self):
             if item.name in ("lr", "tau"):
                 above_zero(f"{mine}'s {item.name}", getattr(self, item.name))
@@ -72,7 +76,7 @@ class ServerOptimizer(ABC):
     @property
     def traits(self) -> Traits:
         """Those of the strategy inside, but that the adapter is no plain average any more."""
-        return replace(traits_of(self.base), averages=False)
+        return replace(traits_of(self.base), title=self.title, averages=False)
 
     def init(self, layout: Layout) -> State:
         base = self.base.init(layout)

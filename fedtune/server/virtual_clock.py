@@ -26,6 +26,7 @@ import numpy as np
 from fedtune.config.compatibility import tells_its_work, traits_of
 from fedtune.core.costs import Costs, Weight, Work
 from fedtune.core.errors import CapacityError, QuorumError
+from fedtune.core.optional import PlansAhead
 from fedtune.core.protocol import ClientInfo, DeviceProfile, Instruction, size_of
 from fedtune.core.seeds import bits, derive_seed
 from fedtune.lowrank.algebra import lora_factors
@@ -194,8 +195,8 @@ class Clock:
         """
         self.forget()
         self.timed = set(peers)
-        if (plan_for_all := getattr(self._workspace.strategy, "plan_for_all", None)) is not None:
-            plan_for_all(state, [peer.capability for peer in peers.values()])
+        if isinstance(strategy := self._workspace.strategy, PlansAhead):
+            strategy.plan_for_all(state, [peer.capability for peer in peers.values()])
         expected: dict[int, Turn] = {}
         known: dict[tuple[DeviceProfile, int, int, int], Turn | str] = {}
         least = self._workspace.experiment.train.batch_size

@@ -2,17 +2,18 @@
 
 from fedtune.core.errors import ClientError, WireError
 from fedtune.core.protocol import Instruction, Tensors, Update
+from fedtune.core.settings import EngineSetting
 from fedtune.lowrank.averaging import truncate_rank
 from fedtune.lowrank.residual import update_residual
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base_delta import DENSE
 
-# Settings; `scaling` is also a metric of every update of a LoRA adapter
-TRAIN, SCALING, RANK = "train", "scaling", "rank"
+# By shorter names
+TRAIN, SCALING, RANK = EngineSetting.TRAIN, EngineSetting.SCALING, EngineSetting.RANK
+BATCH, BITS, STEPS = EngineSetting.BATCH_SIZE, EngineSetting.BITS, EngineSetting.STEPS
 SCORE = "score"  # whether a score of each layer is wanted with the answer
 SCORES = "scores"  # the answer's, (layers,) float32 in the order of the layers' names
 SCORE_BYTES = 8  # per trainable number, of what a score is made from: two running means
-BATCH, BITS, STEPS = "batch_size", "bits", "steps"  # of this client alone, where they aren't everybody's
 
 
 def install(model: LocalModel, instruction: Instruction, memory: Tensors) -> None:

@@ -30,6 +30,7 @@ from fedtune.core.checks import at_least
 from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
 from fedtune.core.protocol import Layout, Tensors, Update, describe
 from fedtune.core.seeds import bits, derive_seed
+from fedtune.core.settings import SharedRules
 from fedtune.random_directions.hash_noise import project
 from fedtune.random_directions.weights import Names, Space
 from fedtune.training.zeroth_order import check_counts
@@ -40,7 +41,7 @@ TURN, BUDGET, SLOPES = "turn", "budget", "slopes"  # (n, 2), (n, L) and (n, K) i
 
 
 @dataclass(frozen=True)
-class Projection:
+class Projection(SharedRules):
     """What all parties have to agree on.
 
     By the budget's rule coordinates have one size in all blocks, sum_l |Delta_l| / K. For a gradient of SmolLM2-135M,

@@ -8,7 +8,7 @@ With P = 1 that is MeZO (Malladi et al. 2023, "Fine-Tuning Language Models with 
 On a quadratic loss the two-sided slope is exactly z^T grad L, for any eps. The steps are whole numbers of a quantum
 (fedtune/random_directions/weights.py), so whoever knows them takes the very same ones.
 
-A strategy's fields are what all parties need to know; its clients are told them as settings (`told`).
+`Rules` are what all parties need to know; clients are told them as settings (fedtune/core/settings.py).
 """
 
 import math
@@ -25,6 +25,7 @@ from fedtune.config.targets import fits
 from fedtune.core.checks import at_least
 from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
 from fedtune.core.protocol import Batch, Setting, describe
+from fedtune.core.settings import SharedRules
 from fedtune.models.adapted_model import LocalModel
 from fedtune.random_directions.hash_noise import coefficient
 from fedtune.random_directions.weights import SeededWeights, Space, steps_record
@@ -38,7 +39,7 @@ Told = TypeVar("Told", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
-class Rules:
+class Rules(SharedRules):
     """What every party of a seeded method has to agree on.
 
     Raises:
@@ -76,13 +77,8 @@ class Rules:
         return self.local_steps * self.perturbations
 
 
-def told(rules: "DataclassInstance") -> dict[str, Setting]:
-    """The rules, a dataclass of them, as an instruction's settings."""
-    return {field.name: getattr(rules, field.name) for field in fields(rules)}
-
-
 def as_told(kind: type[Told], settings: Mapping[str, Setting]) -> Told:
-    """The inverse of `told`.
+    """The inverse of `told` (fedtune/core/settings.py).
 
     Raises:
         ClientError: if these settings are not that.

@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedtune.codecs.packed import Packed, Reader, varint
+from fedtune.codecs.bytes import Format, varint
+from fedtune.codecs.packed import Packed
 from fedtune.core.errors import ClientError, WireError
 from fedtune.core.protocol import Codec, Tensors, expect_like, size_of
 from fedtune.wire import delta_coding as coding
 
-MAGIC = b"fl"
-VERSION = 1
+FORMAT = Format(b"fl")
 LINKS, WHOLE = 0, 1
 MAX_NUMBER = 1 << 31
 PACKED = Packed()
@@ -78,7 +78,7 @@ class BroadcastChain:
             rest: what goes with it as it is.
         """
         behind = self.number - since
-        head = MAGIC + bytes([VERSION])
+        head = FORMAT.head
         tail = PACKED.encode(rest, 0) if rest else b""
         if 0 < behind <= len(self.links):
             links = [link.numpy().tobytes() for link in self.links[-behind:]]
@@ -98,8 +98,9 @@ class DecodedBroadcast:
     told: Tensors  # the instruction's tensors
 
 
-def is_link(blob: bytes) -> bool:
-    return blob[:2] == MAGIC
+def is_broadcast(blob: bytes) -> bool:
+    """Whether a blob says that it is part of a chain."""
+    return FORMAT.claims(blob)
 
 
 def hear(blob: bytes, codec: Codec, start: Tensors, recall: Callable[[], tuple[int, Tensors]]) -> DecodedBroadcast:
@@ -113,9 +114,7 @@ def hear(blob: bytes, codec: Codec, start: Tensors, recall: Callable[[], tuple[i
         WireError: on anything that `Sent.blob` can't have made.
         ClientError: if the links build on what this client doesn't hold.
     """
-    if blob[:3] != MAGIC + bytes([VERSION]):
-        raise WireError(f"not a broadcast ({len(blob)} bytes): expected it to begin with {MAGIC!r}, version {VERSION}")
-    reader = Reader(blob, 3)
+    reader = FORMAT.reader(blob, "a broadcast")
     form = reader.take(1, "its form")[0]
     number = reader.varint("its number")
     if form > WHOLE or not 0 < number < MAX_NUMBER:
@@ -142,7 +141,7 @@ def hear(blob: bytes, codec: Codec, start: Tensors, recall: Callable[[], tuple[i
                 raise WireError(f"tensor '{min(extra)}' of a link is not known")
             expect_like(told, {name: held[name] for name in told})
             held = {**held, **told}
-    rest = PACKED.decode(blob[reader.place :]) if reader.place < len(blob) else {}
+    rest = PACKED.decode(reader.rest()) if reader.left else {}
     if both := rest.keys() & held.keys():
         raise WireError(f"tensor '{min(both)}' comes twice")
     return DecodedBroadcast(number, held, {**told, **rest})

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.codecs.packed import Packed, Reader, varint
+from fedtune.codecs.bytes import Format, Reader, varint
+from fedtune.codecs.packed import Packed
 from fedtune.config.compose import build
 from fedtune.core.errors import ConfigError, WireError, short
 from fedtune.core.protocol import Codec, Tensors, contracts, describe, is_lossless
 
-MAGIC = b"fd"
-VERSION = 1
+FORMAT = Format(b"fd")
 WHOLE = Packed()
 
 
@@ -85,7 +85,7 @@ def encode(codec: Codec, tensors: Tensors, key: int, known: Tensors) -> bytes:
     }
     others = {name: tensor for name, tensor in tensors.items() if name not in coded}
     rest = WHOLE.encode(others, key) if others else b""
-    head = MAGIC + bytes([VERSION]) + _form(coded, known) + varint(len(rest))
+    head = FORMAT.head + _form(coded, known) + varint(len(rest))
     return head + rest + codec.encode(coded, key)
 
 
@@ -97,15 +97,13 @@ def decode(codec: Codec, blob: bytes, known: Tensors) -> Tensors:
     """
     if is_lossless(codec):
         return codec.decode(blob)
-    if blob[:3] != MAGIC + bytes([VERSION]):
-        raise WireError(f"not a difference ({len(blob)} bytes): expected it to begin with {MAGIC!r}, version {VERSION}")
-    reader = Reader(blob, 3)
+    reader = FORMAT.reader(blob, "a difference")
     shapes = _read_form(reader, known)
     others = reader.take(reader.varint("the length of the other tensors"), "the other tensors")
     tensors = WHOLE.decode(others) if others else {}
     if both := tensors.keys() & shapes.keys():
         raise WireError(f"tensor '{short(min(both))}' comes twice")
-    for name, moved in codec.decode(blob[reader.place :], shapes).items():
+    for name, moved in codec.decode(reader.rest(), shapes).items():
         part = _part(known[name], shapes[name])
         assert part is not None
         tensors[name] = (part.cpu().to(wide(part)) + moved.to(wide(part))).to(part.dtype)

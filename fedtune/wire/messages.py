@@ -26,18 +26,19 @@ from fedtune.core.protocol import (
     Codec,
     DeviceProfile,
     Instruction,
+    Score,
     Setting,
     Tensors,
     Update,
 )
-from fedtune.evaluation.scoring import Score
+from fedtune.core.settings import EngineSetting
 from fedtune.wire.delta_coding import decode, encode
 from fedtune.wire.flower_private import content_bytes, envelope_bytes
 
 PAYLOAD, BLOB, SETTINGS, METRICS, EXAMPLES, GREETING = "payload", "blob", "settings", "metrics", "examples", "greeting"
 ROUND = "round"
 LOST = "lost"
-RUN = "run"  # the setting under which an instruction carries the run's id; no strategy may use it
+RUN = EngineSetting.RUN  # the setting under which an instruction carries the run's id
 MAX_METRICS = 64
 MAX_EXAMPLES = 10**9  # that a client may say it holds
 # What a metric may be, and a loss: sums over all clients and rounds stay numbers, and no honest one comes near

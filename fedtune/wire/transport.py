@@ -11,6 +11,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.core.errors import ClientError, WireError
+from fedtune.core.optional import SequentialGrid
 from fedtune.wire.flower_private import SERVER_NODE, activations, explain_error, pull_one, push
 from fedtune.wire.http_overhead import Lines
 
@@ -60,7 +61,7 @@ class Transport:
     def __init__(self, grid: Grid, stop: Event | None = None):
         self._grid = grid
         self._stop = stop or Event()
-        self._in_turn = getattr(grid, "takes_turns", False)
+        self._in_turn = isinstance(grid, SequentialGrid) and grid.takes_turns
         self.lines = Lines(grid)
 
     def nodes(self) -> dict[int, str]:

@@ -10,10 +10,9 @@ from flwr.app import MessageType, RecordDict
 
 from fedtune.config.population import MEASURED
 from fedtune.core.errors import MALFORMED, ClientError, ConfigError, WireError
-from fedtune.core.protocol import UNLIMITED, ClientInfo, DeviceProfile, Instruction, Update, grid
+from fedtune.core.protocol import UNLIMITED, ClientInfo, DeviceProfile, Instruction, Score, Update, grid
 from fedtune.core.seeds import derive_seed
 from fedtune.device.owner import Owner
-from fedtune.evaluation.scoring import Score
 from fedtune.planning.population import profile_of
 from fedtune.training.apply_instruction import BATCH, STEPS
 from fedtune.training.client_state import home

@@ -19,7 +19,7 @@ from fedtune.core.protocol import Instruction, Setting, Tensors, is_lossless, sa
 from fedtune.core.seeds import derive_seed
 from fedtune.lowrank.residual import base_version
 from fedtune.planning.population import server_peer
-from fedtune.wire.broadcast_chain import BroadcastChain, hear, is_link
+from fedtune.wire.broadcast_chain import BroadcastChain, hear, is_broadcast
 from fedtune.wire.delta_coding import decode, encode, left_out
 from fedtune.wire.flower_private import content_bytes
 from fedtune.wire.messages import blob_of, check_finite, pack_told, unpack_instruction, unpack_settings
@@ -177,7 +177,7 @@ class Downlink:
             ClientError: if it builds on what this client doesn't hold.
         """
         blob = blob_of(content)
-        if not is_link(blob) or self.is_lossless:
+        if not is_broadcast(blob) or self.is_lossless:
             instruction, run = unpack_instruction(content, self._workspace.codec_down, self.start)
         else:
             settings, run = unpack_settings(content)

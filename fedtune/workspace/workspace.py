@@ -18,11 +18,11 @@ from fedtune.config.compose import build, from_run_config
 from fedtune.config.schema import FULL, DataSpec, Experiment, ModelSpec
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import DataError, ModelError
-from fedtune.core.protocol import Client, Instruction, Layout, Strategy, Tensors, is_lossless
+from fedtune.core.protocol import Client, Instruction, Layout, Score, Strategy, Tensors, is_lossless
 from fedtune.core.seeds import derive_seed, permutation
 from fedtune.data.federated_data import FederatedData, load_data
 from fedtune.device.owner import Owner, check_room
-from fedtune.evaluation.scoring import Score, evaluate_all, score
+from fedtune.evaluation.scoring import evaluate_all, score
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import Base, pick_device
 from fedtune.models.model_checks import check_tokens, positions_for

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.config.compose import compose
-from fedtune.runs.ledger import Entry, sums
+from fedtune.runs.ledger import Entry, Part, sums
 from fedtune.runs.run_folder import RunFolder
 from fedtune.server.virtual_clock import Timed, Turn
 
@@ -64,7 +64,7 @@ def _fill(folder: RunFolder, rounds: int, clients: int, clock: bool) -> Iterator
     """Ledger and clock of one run; the rest of its lines of metrics.csv."""
     generator = np.random.default_rng(0)
     for number in range(rounds + 1):
-        part = "train" if number else "handshake"
+        part = Part.TRAIN if number else Part.HANDSHAKE
         took = generator.exponential(2.0, clients)
         entries = [
             Entry(number, peer, way, part, 1_843_200, 1_843_456, 0, float(took[peer]))
