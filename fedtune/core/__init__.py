@@ -1,1 +1,1 @@
-"""What every part of fedtune shares: the words, errors, files, seeds."""
+"""What everything else may use: errors, checks, files, words for people. It knows of no model, message or run."""

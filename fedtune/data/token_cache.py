@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fedtune.config.schema import DataSpec
-from fedtune.core.atomic import write_atomically
+from fedtune.core.files import write_atomically
 from fedtune.core.sealed import seal, unseal
 from fedtune.data.corpus import Corpus
 from fedtune.data.sources import Example
