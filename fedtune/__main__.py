@@ -2,7 +2,7 @@
 
 import sys
 
-from fedtune.cli import main
+from fedtune.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

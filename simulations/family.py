@@ -51,9 +51,7 @@ def main(words: Sequence[str]) -> int:
             if (folder / "config.yaml").exists()
             else [f"method={method}", f"out={folder}", *others]
         )
-        done = subprocess.run(
-            [sys.executable, "-m", "fedtune.cli", "run", *what], stdout=subprocess.DEVNULL, check=False
-        )
+        done = subprocess.run([sys.executable, "-m", "fedtune", "run", *what], stdout=subprocess.DEVNULL, check=False)
         if done.returncode == 130:
             return 130
         if done.returncode:

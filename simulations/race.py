@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.cli import main as fedtune
+from fedtune.commands.main import main as fedtune
 
 SEEDS = (0, 1, 2)
 ROUNDS = 5  # of FedIT

@@ -10,7 +10,7 @@ What is typed is added to the comparison's own words. What is finished isn't run
 import sys
 from collections.abc import Sequence
 
-from fedtune.cli import main as fedtune
+from fedtune.commands.main import main as fedtune
 from fedtune.config.compose import choices
 
 # A step along a seeded direction costs two forward passes and moves one number: it takes more of them

@@ -126,7 +126,7 @@ def fedtune(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def call(*words: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "fedtune.cli", *words],
+            [sys.executable, "-m", "fedtune", *words],
             cwd=tmp_path,
             capture_output=True,
             text=True,

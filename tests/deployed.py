@@ -17,7 +17,7 @@ PATHS = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
 def call(fleet, *arguments):
     """`fedtune run ...` of this checkout, which need not be the one that is installed, as the operator of the fleet."""
     return subprocess.Popen(
-        [sys.executable, "-m", "fedtune.cli", "run", *arguments],
+        [sys.executable, "-m", "fedtune", "run", *arguments],
         cwd=fleet.operator,
         env={**fleet.environment(fleet.operator, f"{fleet.mark}/operator"), **PATHS},
         stdout=subprocess.PIPE,

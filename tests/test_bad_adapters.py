@@ -8,8 +8,8 @@ from conftest import run_on, summary_of, traits_of_method
 from flwr.app import MetricRecord
 from flwr.clientapp import ClientApp
 
-from fedtune.cli import main
 from fedtune.codecs.raw import Raw
+from fedtune.commands.main import main
 from fedtune.config.compose import choices, compose
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.protocol import Update

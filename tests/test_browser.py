@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from comparisons import comparison, made_up
 
+from fedtune.core.text import number
 from fedtune.report import page
 from fedtune.report.comparison import compare, protocols, table
 from fedtune.report.serve import Server, Watch
-from fedtune.report.text import number
 
 api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'fedtune[dev]'")
 BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")

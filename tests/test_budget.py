@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.cli import main
+from fedtune.commands.main import main
 from fedtune.config.schema import BudgetSpec
 from fedtune.core.errors import ConfigError
 from fedtune.server.budget import Spent, ended_by

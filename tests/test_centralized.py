@@ -108,7 +108,7 @@ def test_a_run_says_that_there_is_one_client_and_resumes(small_run):
 
 
 def test_it_goes_on_from_the_command_line_with_the_settings_it_was_started_with(capsys, tmp_path):
-    from fedtune.cli import main
+    from fedtune.commands.main import main
 
     out = tmp_path / "run"
     assert main(["run", *SMALL, "method=centralized", "rounds=1", f"out={out}"]) == 0

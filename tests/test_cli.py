@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedtune.cli import main
+from fedtune.commands.main import main
 from fedtune.config.compose import choices
 
 

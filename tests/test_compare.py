@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.cli import main
+from fedtune.commands.main import main
 from fedtune.comparisons.plan import PlannedRun, plan, slug
 from fedtune.comparisons.play import Outcome, Processes, asked, is_done
 from fedtune.core.errors import ConfigError, RunFolderError
-from fedtune.runs.run_folder import lock
+from fedtune.core.files import hold
 
 SMALL = (
     "model=tiny", "rounds=2", "population.clients=3", "population.cohort=2", "train.steps=1", "evaluate.examples=8",
@@ -237,7 +237,7 @@ def test_a_comparison_that_is_killed_goes_on_where_it_stood(tmp_path: Path):
     """Killed while its second run goes on: its processes end with it, and the same command ends in the bits of runs
     that were never stopped."""
     out, words = tmp_path / "out", ["methods=[fedit]", "seeds=[0,1]", "jobs=1", *SMALL[:1], "rounds=40", *SMALL[2:]]
-    command = [sys.executable, "-m", "fedtune.cli", "compare", *words, f"out={out}"]
+    command = [sys.executable, "-m", "fedtune", "compare", *words, f"out={out}"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         second = out / "fedit/seed-1/metrics.csv"
         deadline = time.monotonic() + 120
@@ -309,11 +309,11 @@ def test_a_process_that_dies_takes_nobody_along(tmp_path: Path):
 
 
 def test_a_folder_that_another_comparison_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    held = lock(tmp_path)
+    held = hold(tmp_path)
     try:
         assert main(["compare", "methods=[fedit]", *SMALL, f"out={tmp_path}"]) == 1
     finally:
-        held.close()
+        held.release()
     assert "another fedtune" in capsys.readouterr().err
 
 

@@ -12,9 +12,9 @@ from conftest import setting
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from fedtune.cli import main
 from fedtune.codecs.packed import Packed
 from fedtune.codecs.raw import Raw
+from fedtune.commands.main import main
 from fedtune.core.errors import ConfigError, ExportError, FedtuneError
 from fedtune.export.compressed_adapter import (
     BEGIN,

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.cli import main
+from fedtune.commands.main import main
 from fedtune.config.compose import (
     CONF,
     TEXTS,

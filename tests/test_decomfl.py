@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import rows, summary_of
+from directions import values
 
 from clients.shared_directions import seeds_of
 from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, ConfigError, WireError
 from fedtune.core.protocol import ClientInfo, Instruction, Layout, Update
 from fedtune.lowrank.residual import FROM, VERSION
-from fedtune.random_directions.hash_noise import values
 from fedtune.training.zeroth_order import Rules
 from fedtune.workspace.client_handler import local_update
 from fedtune.workspace.workspace import Workspace

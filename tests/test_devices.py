@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.config.compose import choices, compose, load
-from fedtune.config.devices import CATALOGUE, apportion, read_devices, table, write_devices
+from fedtune.config.devices import CATALOGUE, GIB, apportion, read_devices, write_devices
 from fedtune.config.population import PopulationSpec
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import ClientInfo, DeviceProfile
@@ -61,6 +61,21 @@ def test_the_catalogue_is_what_it_says():
         assert device.up_bytes_per_s <= device.down_bytes_per_s
         assert device.source
         assert device.network
+
+
+def table():
+    """The catalogue as docs/devices.md has it, in Markdown."""
+    rows = [
+        "| Name | Device; what the peak is of | Memory, GiB | For training | Peak, TFLOP/s | Memory, GB/s | Up, "
+        "MB/s | Down, MB/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for device in CATALOGUE.values():
+        memory, peak = device.memory_bytes / GIB, device.peak_flop_per_s / 1e12
+        read, up, down = device.peak_read_bytes_per_s / 1e9, device.up_bytes_per_s / 1e6, device.down_bytes_per_s / 1e6
+        cells = f"{memory:g} | {device.usable:.0%} | {peak:g} | {read:.4g} | {up:.4g} | {down:.4g}"
+        rows.append(f"| `{device.name}` | {device.title} | {cells} |")
+    return "\n".join(rows)
 
 
 def test_the_docs_have_the_catalogue():

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedtune.cli import main
+from fedtune.commands.main import main
 from fedtune.config.devices import read_devices
+from fedtune.core.text import first_line
 from fedtune.device.benchmark import (
     Step,
     _int8,
     _nf4,
     device_name,
     fault,
-    first_line,
     fit,
     matmul_rates,
     quantized,
@@ -297,7 +297,7 @@ def test_what_the_doctor_cannot_do_is_one_message(capsys, monkeypatch, tmp_path,
 @pytest.mark.slow
 def test_the_doctor_measures_and_writes_a_profile(fedtune, tmp_path):
     listener = subprocess.Popen(
-        [sys.executable, "-m", "fedtune.cli", "doctor", "--listen", "0"],
+        [sys.executable, "-m", "fedtune", "doctor", "--listen", "0"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,
@@ -320,7 +320,7 @@ def test_the_doctor_measures_and_writes_a_profile(fedtune, tmp_path):
     assert listener.returncode == 0
     assert "down: sent" in rest
     assert "stopped" in rest
-    for word in ("float32", "bfloat16", "float16", "tokens", "4-bit (NF4): works", "int8: works", "MB/s down", "wrote"):
+    for word in ("float32", "bfloat16", "float16", "tokens", "4-bit (NF4): works", "int8: works", "B/s down", "wrote"):
         assert word in ended.stdout
     assert "\x1b" not in ended.stdout
     assert "kernels" not in ended.stderr

@@ -10,6 +10,8 @@ from conftest import rows, small, summary_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtune.commands.evaluate import Request, evaluate
+from fedtune.commands.plan import plans
 from fedtune.config.compose import CONF, compose
 from fedtune.config.schema import DataSpec
 from fedtune.core.caches import sharing
@@ -18,9 +20,7 @@ from fedtune.data.corpus import Corpus
 from fedtune.data.duplicates import distinct, groups, hold_out, texts
 from fedtune.data.federated_data import FederatedData, load_data
 from fedtune.data.sources import Example, load_examples
-from fedtune.judging import Request, evaluate
 from fedtune.models.tiny import tiny_tokenizer
-from fedtune.plan_view import plans
 from fedtune.runtime.local import run_local
 from fedtune.workspace.workspace import Workspace
 

@@ -8,18 +8,19 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from conftest import SMALL
 
 from fedtune.core.errors import RunFolderError
-from fedtune.core.locks import LOCK, is_held
+from fedtune.core.files import LOCK, hold, is_held
 from fedtune.core.signals import ENDINGS, as_ctrl_c
 from fedtune.report.comparison import load
 from fedtune.report.page import render
 from fedtune.report.serve import Watch
 from fedtune.runs.read import read
-from fedtune.runs.run_folder import RunFolder, lock
+from fedtune.runs.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -81,15 +82,58 @@ def test_who_only_asks_keeps_nobody_from_the_lock(tmp_path):
     assert is_held(tmp_path) is False
     timer = threading.Timer(0.03, asking.close)
     timer.start()
-    lock(tmp_path).close()
+    hold(tmp_path).release()
     timer.join()
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from fedtune.core.files import hold
+from fedtune.core.errors import RunFolderError
+while not Path(sys.argv[1], "go").exists():
+    time.sleep(0.001)
+try:
+    held = hold(Path(sys.argv[1]))
+except RunFolderError as error:
+    sys.exit(f"refused: {error}")
+if not os.fork():
+    time.sleep(60)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_of_processes_that_want_a_folder_at_once_one_has_it_until_it_is_killed(tmp_path):
+    """Until then alone: what it has forked lives on, and doesn't keep the folder from whoever goes on with the run."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    every = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    try:
+        (tmp_path / "go").touch()
+        said = [process.stdout.readline() for process in every]
+        assert sorted(said) == ["", "", "", "held\n"]
+        assert is_held(tmp_path) is True
+        winner = every[said.index("held\n")]
+        for process in every:
+            if process is not winner:
+                assert f"refused: {tmp_path} is being written by another fedtune" in process.communicate()[1]
+        os.kill(winner.pid, signal.SIGKILL)
+        winner.wait()
+        os.killpg(winner.pid, 0)  # its child is still there
+        assert is_held(tmp_path) is False
+        hold(tmp_path).release()
+    finally:
+        for process in every:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 # One process imports everything once, and its children are the runs: `fedtune run` each, as the command line starts it
 RUNS = """
 import os, sys
 import fedtune.runtime.local
-from fedtune.cli import main
+from fedtune.commands.main import main
 count, words = int(sys.argv[1]), sys.argv[2:]
 runs = []
 for out in words[:count]:
@@ -132,10 +176,10 @@ def test_a_run_that_was_told_to_end_and_one_that_was_killed(tmp_path):
     assert "its process ended without writing that down" in read(killed).error
     watch = Watch(tmp_path, lambda path: load([path]))
     stopped = watch.state()
-    held = lock(killed)
+    held = hold(killed)
     assert watch.state() != stopped
     assert read(killed).status == "running", "somebody goes on with it"
-    held.close()
+    held.release()
     assert watch.state() == stopped
 
 

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.cli import main
+from fedtune.commands.main import main
 from fedtune.config.compose import compose
 from fedtune.config.schema import ADAPTERS, FULL, AdapterSpec, ModelSpec
 from fedtune.config.targets import check

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import rows, summary_of
+from directions import values
 
 from clients.zeroth_order import drawn
 from fedtune.codecs.packed import Packed
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, DivergedError, WireError
 from fedtune.core.protocol import SERVER, ClientInfo, Layout, Update
-from fedtune.random_directions.hash_noise import values
 from fedtune.random_directions.weights import pool
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.training.zeroth_order import Rules

@@ -269,8 +269,6 @@ def test_a_plan_keeps_to_its_device(device):
     seconds = flop / device.flop_per_s + (4 * numbers + 4096) * link
     assert seconds <= 20 * (1 + 1e-12)
     assert max(ranks.values()) <= device.max_rank
-    assert plan.compute_seconds == pytest.approx(flop / device.flop_per_s)
-    assert plan.compute_seconds + plan.transfer_seconds <= 20 * (1 + 1e-12)
 
 
 @given(st.lists(DEVICES, min_size=1, max_size=5))

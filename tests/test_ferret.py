@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, rows, summary_of
+from directions import KURTOSIS, values
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -26,7 +27,6 @@ from fedtune.config.compose import compose
 from fedtune.core.errors import ClientError, ConfigError, DivergedError, WireError
 from fedtune.core.protocol import SERVER, ClientInfo, Layout, Slot, Update
 from fedtune.lowrank.residual import FROM, VERSION, base_version
-from fedtune.random_directions.hash_noise import KURTOSIS, values
 from fedtune.random_directions.weights import SeededWeights
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local

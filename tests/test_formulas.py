@@ -12,9 +12,9 @@ from conftest import small
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedtune.commands.plan import Planned, table_of
 from fedtune.core.csv_cells import guarded, unguarded
 from fedtune.core.protocol import ClientInfo
-from fedtune.plan_view import Planned, table_of
 from fedtune.report.comparison import load, write_results
 from fedtune.workspace.workspace import Workspace
 

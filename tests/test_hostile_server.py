@@ -120,7 +120,7 @@ CONFIGS = {
     "a shell": (client(_target_="os.system", command="touch owned"), "wants 'os.system' made"),
     "a shell behind our name": (client(_target_="fedtune.models.base.os.system", command="touch owned"), "made"),
     "a class of ours that makes folders": (client(_target_="fedtune.runs.run_folder.RunFolder", path="x"), "made"),
-    "a function of ours": (client(_target_="fedtune.core.atomic.write_atomically", path="x", content="y"), "made"),
+    "a function of ours": (client(_target_="fedtune.core.files.write_atomically", path="x", content="y"), "made"),
     "a target that is a list": (client(_target_=["os.system"]), "made"),
     "no target": (client(lr=1.0), "wants None made"),
     "a client that is none": (client(_target_="strategies.fedit.FedIT"), "it has no 'receive'"),

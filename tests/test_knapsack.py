@@ -1,4 +1,5 @@
-"""Selections against every choice that there is, and what a list that had to be thinned still promises."""
+"""Selections against every choice that there is, or an integer program where these are too many, and what a list that
+had to be thinned still promises."""
 
 import itertools
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from fedtune.core.costs import Weight
 from fedtune.core.errors import ConfigError
@@ -54,6 +56,48 @@ def test_no_choice_beats_all_of_a_short_list(seed):
         block, parameters, per_token, value = taken(weights, ranks, values.tolist(), chosen)
         assert (listed <= np.array([[-block], [parameters], [per_token], [-value]])).all(axis=0).any(), chosen
     assert all(run.ladder < 0 for run in made.runs)
+
+
+def by_milp(weights, values, parameters, per_token, block):
+    """The largest value within these P and T that adapts no block below that, from HiGHS: a variable in 0 and 1 for
+    each weight and rank."""
+    takes = [
+        [[rank * (weight.rows + weight.columns) for rank in RANKS] for weight in weights],
+        [[4.0 * weight.columns + 4.0 * rank for rank in RANKS] for weight in weights],
+    ]
+    one_rank_each = np.kron(np.eye(len(weights)), np.ones(len(RANKS)))
+    found = milp(
+        -values.ravel(),
+        integrality=np.ones(values.size),
+        bounds=Bounds(0, np.repeat([float(weight.block >= block) for weight in weights], len(RANKS))),
+        constraints=[
+            LinearConstraint(np.reshape(takes, (2, -1)), ub=[parameters, per_token]),
+            LinearConstraint(one_rank_each, ub=1),
+        ],
+        options={"mip_rel_gap": 0},
+    )
+    assert found.success, found.message
+    return -found.fun
+
+
+@pytest.mark.parametrize(("blocks", "per_block", "whole", "least"), [(3, 4, True, 1), (8, 7, False, 0.97)])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_device_gets_what_an_integer_program_finds(blocks, per_block, whole, least, seed, monkeypatch):
+    """Of 6^12 choices the best whatever the device, as long as the list is whole; of 6^56, in a list that was thinned,
+    one of nearly its value."""
+    if whole:
+        monkeypatch.setattr(knapsack, "LIMIT", 10**9)
+    weights = base(blocks, per_block)
+    made = selections(weights, RANKS, worths(weights, seed=seed))
+    assert all(run.ladder < 0 for run in made.runs) == whole
+    draw = np.random.default_rng(seed)
+    for _ in range(5):
+        parameters = draw.uniform(0.02, 1) * made.parameters.max()
+        per_token = draw.uniform(0.02, 1) * made.per_token_bytes.max()
+        block = draw.integers(blocks)
+        fits = (made.parameters <= parameters) & (made.per_token_bytes <= per_token) & (made.block >= block)
+        best = by_milp(weights, made.values, parameters, per_token, block)
+        assert least * best * (1 - 1e-12) <= made.value[fits].max(initial=0) <= best * (1 + 1e-12)
 
 
 @pytest.mark.parametrize(("blocks", "limit"), [(2, 2048), (6, 64)])

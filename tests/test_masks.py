@@ -24,7 +24,7 @@ from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
-from fedtune.server.sign_masks import cosine, dot, masks_of, similarity, weighted_sum
+from fedtune.server.sign_masks import cosine, dot, masks_of
 from fedtune.server.update_similarity import every_two, signs_of
 from fedtune.wire import messages as wire
 from fedtune.wire.delta_coding import decode, encode
@@ -55,8 +55,7 @@ def test_by_hand():
     assert (dot(x, y), dot(x, z), dot(y, z)) == (0, 2, 1)
     assert (x.size, x.count, x.positive.nbytes) == (5, 3, 8)
     assert cosine(x, z) == 2 / 3
-    np.testing.assert_array_equal(similarity([x, y, z]), [[1, 0, 2 / 3], [0, 1, 1 / 3], [2 / 3, 1 / 3, 1]])
-    np.testing.assert_array_equal(weighted_sum([x, y, z], [1, 2, 0.25]), [3.25, 0.75, -2.25, 1, 0])
+    assert (cosine(x, y), cosine(y, z)) == (0, 1 / 3)
 
 
 def test_tensors_are_one_vector_by_name_of_any_shape_and_dtype():
@@ -81,15 +80,10 @@ def test_two_bits_a_value():
 
 
 def test_none_are_alike_and_sizes_have_to_be_the_same():
-    assert similarity([]).shape == (0, 0)
-    assert similarity([of(), of()]).tolist() == [[1, 0], [0, 1]]
-    for call in (dot, cosine, lambda one, other: similarity([other, one])):
+    assert cosine(of(), of()) == 0
+    for call in (dot, cosine):
         with pytest.raises(WireError, match="masks of 3 and of 2 values"):
             call(of(1, 1, 1), of(1, 1))
-    with pytest.raises(WireError, match=r"sizes \[1, 2\]"):
-        weighted_sum([of(1), of(1, 1)], [1, 1])
-    with pytest.raises(WireError, match=r"sizes \[\]"):
-        weighted_sum([], [])
 
 
 @st.composite
@@ -108,28 +102,6 @@ def test_as_dense_vectors_whatever_the_size_and_the_scale(vectors, scale):
         for other, y in zip(masks, wide, strict=True):
             assert dot(one, other) == x @ y
             assert cosine(one, other) == pytest.approx(cosine_of(x, y), abs=1e-12)
-    found = similarity(masks)
-    assert found.dtype == np.float64
-    assert (found == found.T).all()
-    assert (np.abs(found) <= 1).all()
-    assert (np.diag(found) == 1).all()
-
-
-@given(ternary(), st.lists(st.floats(-8, 8), min_size=6, max_size=6))
-def test_sums_are_those_of_the_dense_vectors(vectors, weights):
-    weights = weights[: len(vectors)]
-    masks = [masks_of({"w": torch.from_numpy(each)}) for each in vectors]
-    np.testing.assert_allclose(weighted_sum(masks, weights), np.array(weights) @ vectors, rtol=1e-6, atol=1e-6)
-
-
-def test_merging_masks_is_averaging_what_is_decoded():
-    codec, shares = ComPEFT(density=0.3), [0.5, 0.3, 0.2]
-    draw = torch.Generator().manual_seed(2)
-    meant = [{"w": torch.randn(999, generator=draw) * scale} for scale in (1.0, 2.0, 0.1)]
-    decoded = [codec.decode(codec.encode(each, 0), {"w": (999,)})["w"].numpy() for each in meant]
-    weights = [share * np.abs(each).max() for share, each in zip(shares, decoded, strict=True)]
-    found = weighted_sum([masks_of({"w": torch.from_numpy(each)}) for each in decoded], weights)
-    np.testing.assert_allclose(found, np.average(decoded, axis=0, weights=shares), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("coder", ["golomb", "range"])

@@ -123,7 +123,7 @@ def test_a_killed_run_resumes_to_the_same_state_with_memories(tmp_path, small_ru
     whole = small_run(*WORDS, name="whole", rounds=30)
     folder = tmp_path / "killed"
     words = [*SMALL, *WORDS, "rounds=30", f"out={folder}"]
-    code = "import sys; from fedtune.cli import main; sys.exit(main(['run', *sys.argv[1:]]))"
+    code = "import sys; from fedtune.commands.main import main; sys.exit(main(['run', *sys.argv[1:]]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, "-c", code, *words], env=environment)
     while not (folder / "metrics.csv").exists() or len((folder / "metrics.csv").read_text().splitlines()) < 8:

@@ -12,6 +12,7 @@ from math import comb, erf, sqrt
 import numpy as np
 import pytest
 import torch
+from directions import KURTOSIS, moved, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,15 +66,15 @@ def eager(monkeypatch):
 @pytest.mark.parametrize("size", [0, 1, 7, 257, 512, 1300])
 def test_values_are_the_definitions(kind, size):
     expected = by_hand(12345, "layers.0.weight", size, kind)
-    assert noise.values(12345, "layers.0.weight", (size,), kind).tolist() == expected
+    assert values(12345, "layers.0.weight", (size,), kind).tolist() == expected
 
 
 def test_golden():
     """These never change: a stored model is nothing without them."""
-    assert noise.values(1, "w", (8,)).tolist() == GOLDEN["normal"]
-    assert noise.values(1, "w", (8,), "rademacher").tolist() == GOLDEN["rademacher"]
+    assert values(1, "w", (8,)).tolist() == GOLDEN["normal"]
+    assert values(1, "w", (8,), "rademacher").tolist() == GOLDEN["rademacher"]
     for kind in KINDS:
-        many = noise.values(2**63 + 5, "model.embed_tokens.weight", (333, 101), kind)
+        many = values(2**63 + 5, "model.embed_tokens.weight", (333, 101), kind)
         assert hashlib.sha256(many.numpy().tobytes()).hexdigest()[:16] == GOLDEN[kind + " sha256"]
 
 
@@ -91,14 +92,11 @@ GOLDEN = {
 def test_the_fused_sum_has_the_same_bits_compiled_and_in_any_pieces(kind, dtype, size, eager):
     torch.manual_seed(0)
     start = torch.randn(size).to(dtype)
-    compiled = start.clone()
-    noise.add_(compiled, 9, "w", 0.0371, kind)
+    compiled = moved(start, 9, "w", 0.0371, kind)
     assert not torch.equal(compiled, start)
     for rows in (1, 3, 10**9):
         eager(rows)
-        plain = start.clone()
-        noise.add_(plain, 9, "w", 0.0371, kind)
-        assert torch.equal(plain, compiled)
+        assert torch.equal(moved(start, 9, "w", 0.0371, kind), compiled)
 
 
 @each_kind
@@ -107,22 +105,20 @@ def test_the_fused_sum_is_that_of_numpy(kind, size):
     """w + c z in float32 with one rounding, for c z is exact; bfloat16 then rounds once more."""
     torch.manual_seed(0)
     c = noise.coefficient(0.0371)
-    w, z = torch.randn(size), noise.values(3, "w", (size,), kind)
+    w, z = torch.randn(size), values(3, "w", (size,), kind)
     exact = w.double() + c * z.double()
     expected = exact.float()
-    got, narrow = w.clone(), w.bfloat16()
+    narrow = w.bfloat16()
     wanted = (narrow.double() + c * z.double()).float().bfloat16()
-    noise.add_(got, 3, "w", 0.0371, kind)
-    noise.add_(narrow, 3, "w", 0.0371, kind)
-    assert torch.equal(got, expected)
-    assert torch.equal(narrow, wanted)
+    assert torch.equal(moved(w, 3, "w", 0.0371, kind), expected)
+    assert torch.equal(moved(narrow, 3, "w", 0.0371, kind), wanted)
 
 
 @pytest.mark.skipif(not noise._compiler("cpu"), reason="no C++ compiler here")
 def test_where_there_is_a_compiler_it_is_used(caplog):
     """Otherwise the tests above compare eager with eager."""
-    assert noise._compiled(kernels.add, "cpu") is not None
-    noise.add_(torch.zeros(SIZE), 1, "w", 1.0)
+    assert noise._compiled(kernels.render, "cpu") is not None
+    moved(torch.zeros(SIZE), 1, "w", 1.0)
     assert "uncompiled" not in caplog.text
 
 
@@ -135,9 +131,8 @@ def test_a_compiler_that_fails_is_no_harm(monkeypatch, caplog):
 
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(noise, "_compiled", noise._compiled.__wrapped__)
-    w, expected = torch.zeros(SIZE), noise.coefficient(0.5) * noise.values(1, "w", (SIZE,))
-    noise.add_(w, 1, "w", 0.5)
-    assert torch.equal(w, expected)
+    expected = noise.coefficient(0.5) * values(1, "w", (SIZE,))
+    assert torch.equal(moved(torch.zeros(SIZE), 1, "w", 0.5), expected)
     assert "no such header" in caplog.text
 
 
@@ -145,9 +140,9 @@ def test_a_compiler_that_fails_is_no_harm(monkeypatch, caplog):
 def test_moments(kind):
     """2^22 draws: the mean within 4.5 / sqrt(N) of 0, the variance within 4.5 sqrt((kappa - 1) / N) of 1, and so on."""
     count = 1 << 22
-    z = noise.values(7, "w", (count,), kind).double()
+    z = values(7, "w", (count,), kind).double()
     one = 4.5 / count**0.5
-    kurtosis = noise.KURTOSIS[kind]
+    kurtosis = KURTOSIS[kind]
     assert abs(z.mean()) < one
     assert abs(z.square().mean() - 1) < 4.5 * ((kurtosis - 1) / count) ** 0.5 + 1e-12
     assert abs((z**3).mean()) < 4.5 * (float((z**6).mean()) / count) ** 0.5
@@ -157,7 +152,7 @@ def test_moments(kind):
 def test_the_normal_kind_is_binomial():
     """Frequencies of 16 fair bits, chi-squared with 16 degrees of freedom: above 45 in 1 of 7,000 cases."""
     count = 1 << 22
-    z = noise.values(11, "w", (count,))
+    z = values(11, "w", (count,))
     seen = np.bincount((z.numpy() * 2 + 8).astype(int), minlength=17)
     expected = np.array([comb(16, k) / 2**16 for k in range(17)]) * count
     assert ((seen - expected) ** 2 / expected).sum() < 45
@@ -170,13 +165,13 @@ def test_the_normal_kind_is_binomial():
 def test_directions_are_uncorrelated(kind):
     """Between seeds that differ by 1 or by one high bit, names, neighbours and halves: |mean z z'| < 5 / sqrt(N)."""
     count = 1 << 18
-    z = noise.values(0, "layers.0", (count,), kind).double()
+    z = values(0, "layers.0", (count,), kind).double()
     others = [(1, "layers.0"), (2, "layers.0"), (1 << 40, "layers.0"), (0, "layers.1"), (0, "")]
     for seed, name in others:
-        assert abs((z * noise.values(seed, name, (count,), kind)).mean()) < 5 / count**0.5
+        assert abs((z * values(seed, name, (count,), kind)).mean()) < 5 / count**0.5
     for lag in (1, 2, 64, 576, 1 << 10, 1 << 17):  # 2^17: the two halves of one word
         assert abs((z[lag:] * z[:-lag]).mean()) < 5 / (count - lag) ** 0.5
-    sums = torch.stack([noise.values(seed, "w", (1024,), kind).sum() / 32 for seed in range(256)])
+    sums = torch.stack([values(seed, "w", (1024,), kind).sum() / 32 for seed in range(256)])
     assert sums.var() == pytest.approx(1, abs=5 * (2 / 256) ** 0.5)  # the sums of 256 seeds differ as they should
 
 
@@ -194,8 +189,7 @@ def by_values(table, seeds, counts, kind="normal"):
     found = {}
     for name, size in table.sizes.items():
         whole = sum(
-            n * (noise.values(s, name, (size,), kind) * noise.SIGMA[kind]).long()
-            for s, n in zip(seeds, counts, strict=True)
+            n * (values(s, name, (size,), kind) * noise.SIGMA[kind]).long() for s, n in zip(seeds, counts, strict=True)
         )
         found[name] = ((whole + 2**31) % 2**32 - 2**31).tolist()
     return found
@@ -251,7 +245,7 @@ def test_rendering(kind, dtype, eager):
     moved = (start.double() + total.double() * 2.0**-20).to(wide)
     z = table.zeros(torch.float64)
     for name, size in TABLE.items():
-        table.part(z, name).copy_(noise.values(4, name, (size,), kind))
+        table.part(z, name).copy_(values(4, name, (size,), kind))
     noisy = (moved.double() + c * z).to(wide).to(dtype)
     for seed, expected in ((None, moved.to(dtype)), (4, noisy)):
         wanted = torch.where(start.double().abs() > bound, start, expected)
@@ -269,7 +263,7 @@ def test_rendering(kind, dtype, eager):
 @each_kind
 def test_projections(kind):
     vector = torch.linspace(-1, 2, SIZE)
-    expected = [float(noise.values(seed, "w", (SIZE,), kind).double() @ vector.double()) for seed in range(3)]
+    expected = [float(values(seed, "w", (SIZE,), kind).double() @ vector.double()) for seed in range(3)]
     assert noise.project(vector, range(3), "w", kind).tolist() == pytest.approx(expected, rel=1e-4)
     assert noise.project(vector.double(), range(3), "w", kind).tolist() == pytest.approx(expected, rel=1e-12)
 
@@ -288,8 +282,8 @@ def test_one_sha256_whatever_the_threads_and_the_compiler():
     script = (
         "import hashlib, sys, torch; torch.set_num_threads(int(sys.argv[1]))\n"
         "from fedtune.random_directions import hash_noise as noise\n"
-        "w = torch.ones(300_001, dtype=torch.bfloat16); noise.add_(w, 5, 'w', 0.01)\n"
-        "table = noise.Table({'w': 300_001}); t = table.sums()\n"
+        "table = noise.Table({'w': 300_001}); t = table.sums(); w = table.zeros(torch.bfloat16)\n"
+        "noise.render_(table, w, torch.ones_like(w), t, 1.0, 5, 0.01)\n"
         "noise.accumulate_(table, t, range(4), [1, -2, 3, 9])\n"
         "t = table.total(t, 'w')\n"
         "print(hashlib.sha256(w.view(torch.int16).numpy().tobytes() + t.numpy().tobytes()).hexdigest())"
@@ -306,4 +300,4 @@ def test_one_sha256_whatever_the_threads_and_the_compiler():
 
 def test_an_unknown_distribution_is_named():
     with pytest.raises(ConfigError, match="noise=cauchy is not known: expected normal or rademacher"):
-        noise.add_(torch.zeros(3), 0, "w", 1.0, "cauchy")
+        moved(torch.zeros(3), 0, "w", 1.0, "cauchy")

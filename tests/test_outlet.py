@@ -10,7 +10,7 @@ import pytest
 from conftest import SMALL, summary_of
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = [sys.executable, "-m", "fedtune.cli"]
+COMMAND = [sys.executable, "-m", "fedtune"]
 PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
@@ -56,7 +56,7 @@ def test_an_output_that_is_full_ends_the_printing(tmp_path):
 
 def test_files_are_utf8_whatever_the_locale(tmp_path):
     """Python names every file of ours that is opened in the locale's encoding."""
-    words = [sys.executable, "-X", "warn_default_encoding", "-m", "fedtune.cli", "methods"]
+    words = [sys.executable, "-X", "warn_default_encoding", "-m", "fedtune", "methods"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, env={**os.environ, **PLAIN}, check=False)
     said = done.stderr.decode()
     assert done.returncode == 0, said

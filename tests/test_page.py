@@ -16,8 +16,9 @@ from comparisons import comparison, made_up
 from hypothesis import given
 from hypothesis import strategies as some
 
-from fedtune.cli import main
+from fedtune.commands.main import main
 from fedtune.core.errors import ConfigError, RunFolderError
+from fedtune.core.text import duration, listed, number
 from fedtune.report import axes, page, text
 from fedtune.report.comparison import Estimate, Failure, compare, protocols, reached, table, target
 from fedtune.report.figures import columns, figures
@@ -95,7 +96,7 @@ def test_the_table_says_what_the_comparison_says(shown):
         loss = 2.605 + 0.2 * e
         assert values[0] == pytest.approx(loss)
         assert 50 + 4000.0 * (e + 1) in values
-        assert text.number(loss) in row
+        assert number(loss) in row
         assert ("reference" in row) == (e == 0)
 
 
@@ -286,14 +287,14 @@ def test_log_axes_have_few_ticks(low, times, unit):
     [(2.1354, "2.135"), (0.00012, "0.0001200"), (3e-8, "3e-08"), (0, "0"), (math.nan, "\u2013"), (12345678, "1.2e+07")],
 )
 def test_numbers_as_people_read_them(value, said):
-    assert text.number(value) == said
+    assert number(value) == said
 
 
 @pytest.mark.parametrize(
     ("value", "said"), [(0.35, "0.350 s"), (125, "2 min 5 s"), (12_000, "3 h 20 min"), (math.nan, "\u2013")]
 )
 def test_times_as_people_read_them(value, said):
-    assert text.duration(value) == said
+    assert duration(value) == said
 
 
 def test_an_interval_has_as_many_decimals_as_it_is_good_for():
@@ -303,16 +304,16 @@ def test_an_interval_has_as_many_decimals_as_it_is_good_for():
 
 
 def test_long_lists_are_counted():
-    assert text.listed(["a"]) == "a"
-    assert text.listed(["a", "b", "c"]) == "a, b and c"
-    assert text.listed([str(i) for i in range(10)]) == "0, 1, 2, 3, 4, 5 and 4 others"
+    assert listed(["a"]) == "a"
+    assert listed(["a", "b", "c"]) == "a, b and c"
+    assert listed([str(i) for i in range(10)]) == "0, 1, 2, 3, 4, 5 and 4 others"
 
 
 def test_the_way_to_the_target_is_the_cheapest_of_those_that_all_got_there():
     (group,) = comparison().groups
     loss = target(group)
     said = text.answers([], reached(group, loss), loss)
-    assert said[0].startswith(f"To a loss of {text.number(loss)}, {group.entries[0].label} took the fewest bytes: ")
+    assert said[0].startswith(f"To a loss of {number(loss)}, {group.entries[0].label} took the fewest bytes: ")
 
 
 def test_scores_come_with_the_loss_first():
@@ -322,7 +323,7 @@ def test_scores_come_with_the_loss_first():
 
 
 def test_the_folder_of_a_single_run_is_where_its_page_goes(tmp_path):
-    from fedtune.report.command import _around
+    from fedtune.report.page import _around
 
     assert _around([tmp_path / "a"]).resolve() == (tmp_path / "a").resolve()
     assert _around([tmp_path / "a" / "b", tmp_path / "a" / "c"]).resolve() == (tmp_path / "a").resolve()

@@ -6,11 +6,11 @@ import io
 import pytest
 from conftest import rows, small
 
-from fedtune.cli import main
+from fedtune.commands.main import main
+from fedtune.commands.plan import COLUMNS, plans, table_of
 from fedtune.config.devices import write_devices
 from fedtune.core.errors import QuorumError
 from fedtune.core.protocol import DeviceProfile
-from fedtune.plan_view import COLUMNS, plans, table_of
 from fedtune.runtime.local import run_local
 from fedtune.workspace.workspace import Workspace
 

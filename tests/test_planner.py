@@ -14,7 +14,7 @@ from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import DeviceProfile
 from fedtune.planning import planner
 from fedtune.planning.knapsack import selections
-from fedtune.planning.planner import Plan, Rules, memory_of, plan
+from fedtune.planning.planner import Plan, Rules, plan
 from fedtune.runs.checkpoint import flatten, unflatten
 from simulations.benchmarks import planner as benchmark
 
@@ -52,15 +52,11 @@ def takes(costs, weights, rules, device, ranks, batch, bits):
 def expect_true(one, costs, weights, rules, device, rel=1e-12):
     """That a plan breaks no limit, and says of itself what is so."""
     memory, compute, transfer, p, block = takes(costs, weights, rules, device, one.ranks, one.batch_size, one.bits)
-    assert (one.memory_bytes, one.compute_seconds, one.transfer_seconds) == pytest.approx(
-        (memory, compute, transfer), rel=rel
-    )
+    assert one.memory_bytes == pytest.approx(memory, rel=rel)
     assert (one.parameters, one.block) == (p, block)
     assert memory <= device.memory_bytes
     assert compute + transfer <= rules.deadline
     assert max(one.ranks.values()) <= device.max_rank
-    by_name = {weight.module: weight for weight in weights}
-    assert memory_of(costs, by_name, one.ranks, one.batch_size, one.bits, rules.state_bytes) == one.memory_bytes
 
 
 def test_the_plan_in_the_docstring():
@@ -70,8 +66,8 @@ def test_the_plan_in_the_docstring():
     made = selections(weights, rules.ranks, np.array([[5.0, 6.0]]))
     device = DeviceProfile(memory_bytes=5000, flop_per_s=1e4, down_bytes_per_s=1000, up_bytes_per_s=500)
     found = plan(made, COSTS, weights, rules, [device, replace(device, memory_bytes=6000)])
-    first = Plan(1, 16, {"w": 2}, 6.0, 4080.0, 1.2, 1.2, 100, 0)
-    assert found == [first, replace(first, batch_size=2, memory_bytes=5460.0, compute_seconds=2.4)]
+    first = Plan(1, 16, {"w": 2}, 6.0, 4080.0, 100, 0)
+    assert found == [first, replace(first, batch_size=2, memory_bytes=5460.0)]
     late = replace(rules, deadline=3.5)
     assert plan(made, COSTS, weights, late, [replace(device, memory_bytes=6000)]) == [first]
     # With half the memory a rank of 1 is all there is room for, and that only beside a batch of 1
@@ -318,7 +314,7 @@ def test_why_a_device_can_take_no_part():
     }
     assert plan(made, costs, weights, rules, list(reasons)) == list(reasons.values())
     (just,) = plan(made, costs, weights, rules, [enough])
-    assert (just.ranks, just.memory_bytes, just.compute_seconds) == ({"b": 2}, 1484.0, 10.0)
+    assert (just.ranks, just.memory_bytes) == ({"b": 2}, 1484.0)
 
 
 def test_a_device_of_small_ranks_has_a_plan_of_those(large):
@@ -375,11 +371,6 @@ def test_rules_that_make_no_sense_are_refused(change, told):
     good = {"ranks": [1], "batches": [1], "bits": [16], "steps": 1, "deadline": 1.0}
     with pytest.raises(ConfigError, match=told):
         Rules(**{**good, **change})
-
-
-def test_a_job_that_adapts_nothing_has_no_costs():
-    with pytest.raises(ConfigError, match="nothing is adapted"):
-        memory_of(COSTS, {"w": Weight("w", 0, 30, 20)}, {"w": 0}, 1, 16, 16)
 
 
 def test_the_benchmark_runs(capsys):

@@ -5,8 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
+from fedtune.core.text import clock, first_line, rate, size
 from fedtune.server import round_loop as rounds
-from fedtune.server.progress import LineView, LiveView, clock, make_view, size
+from fedtune.server.progress import LineView, LiveView, make_view
 
 
 def test_a_terminal_shows_a_bar_a_table_and_what_came_of_it(small_run, monkeypatch):
@@ -66,6 +67,18 @@ def test_the_view_follows_the_terminal():
 )
 def test_sizes(count, shown):
     assert size(int(count)) == shown
+
+
+def test_sizes_of_another_precision_and_of_none():
+    assert size(1483, 3) == "1.483 kB"
+    assert size(2.6) == "3 B"
+    assert size(float("inf")) == size(float("nan")) == "\u2013"
+    assert rate(2.804e9) == "2.80 GB/s"
+
+
+def test_the_first_line_of_an_error_or_what_it_is():
+    assert first_line(ValueError("\n this \nand that")) == "this "
+    assert first_line(ValueError(" ")) == first_line(ValueError()) == "ValueError"
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (59.6, "1:00"), (3725, "1:02:05")])

@@ -10,6 +10,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from directions import values
 from scipy import fft
 from scipy.stats import chi2, norm
 
@@ -75,7 +76,7 @@ def bytes_apart(made):
 def test_the_words_are_those_that_values_are_made_of():
     for kind in noise.SIGMA:
         even, odd = halves(words(5, 500), kind)
-        expected = noise.values(5, "layers.0.weight", (1000,), kind).numpy()
+        expected = values(5, "layers.0.weight", (1000,), kind).numpy()
         assert np.array_equal(np.stack([even, odd], 1).reshape(-1), expected)
 
 

@@ -89,7 +89,7 @@ def test_when_every_client_fails_the_run_says_so_and_stops(tmp_path, monkeypatch
 @pytest.mark.slow
 def test_ray_stays_on_loopback_and_ctrl_c_says_how_to_go_on(tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "fedtune.cli", "run", *words(folder, "rounds=1000")]
+    command = [sys.executable, "-m", "fedtune", "run", *words(folder, "rounds=1000")]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

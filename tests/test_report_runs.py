@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from fedtune.config.compose import load
 from fedtune.core.errors import RunFolderError
 from fedtune.runs import csv_columns as tables
-from fedtune.runs.metrics_columns import METRICS
+from fedtune.runs.metrics_columns import CLOCK, METRICS
 from fedtune.runs.read import find, read
-from fedtune.runs.run_folder import CLOCK, RunFolder
+from fedtune.runs.run_folder import RunFolder
 from simulations.benchmarks import report as benchmark
 
 FILES = ("metrics.csv", "ledger.csv", "clock.csv", "clients.csv", "summary.json")

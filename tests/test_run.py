@@ -25,7 +25,8 @@ from fedtune.data.federated_data import load_data
 from fedtune.models.tiny import tiny_tokenizer
 from fedtune.runs.checkpoint import Checkpoint, flatten, load_checkpoint, save_checkpoint, state_sha256, unflatten
 from fedtune.runs.ledger import COLUMNS, Ledger, LedgerRow, parse
-from fedtune.runs.run_folder import METRICS, RunFolder
+from fedtune.runs.metrics_columns import METRICS
+from fedtune.runs.run_folder import RunFolder
 from fedtune.runs.update_store import Replies
 from fedtune.runtime.local import run_local
 from fedtune.server.client_registry import ClientRegistry
@@ -72,7 +73,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(tmp_pat
     folder = tmp_path / "killed"
     words = [*LONG, f"out={folder}"]
     for after in (2, 15):
-        process = subprocess.Popen([sys.executable, "-m", "fedtune.cli", "run", *words], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "-m", "fedtune", "run", *words], stdout=subprocess.DEVNULL)
         wait_for_round(after, folder, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -80,7 +81,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(tmp_pat
         assert summary_of(folder)["status"] == "running"
         words = [f"resume={folder}"]
     finished = subprocess.run(
-        [sys.executable, "-m", "fedtune.cli", "run", *words], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "fedtune", "run", *words], capture_output=True, text=True, check=True
     )
     assert "resumed after round" in finished.stdout
     assert check_whole(folder) == 40
@@ -100,7 +101,7 @@ def test_a_full_disk_ends_in_one_message_and_costs_no_finished_round(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
 
     folder = tmp_path / "run"
-    words = [sys.executable, "-m", "fedtune.cli", "run"]
+    words = [sys.executable, "-m", "fedtune", "run"]
     stopped = subprocess.run(
         [*words, *LONG, "rounds=70", f"out={folder}"],
         preexec_fn=limit,
@@ -320,7 +321,7 @@ def test_a_run_that_is_interrupted_in_round_0_names_no_round_that_was_not(small_
 @pytest.mark.slow
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     folder = tmp_path / "run"
-    words = [sys.executable, "-m", "fedtune.cli", "run", *LONG, "rounds=1000", f"out={folder}"]
+    words = [sys.executable, "-m", "fedtune", "run", *LONG, "rounds=1000", f"out={folder}"]
 
     def heed():  # what starts in a shell's background ignores Ctrl-C, and so would its children
         signal.signal(signal.SIGINT, signal.SIG_DFL)

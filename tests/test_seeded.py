@@ -9,12 +9,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from directions import values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from fedtune.core.errors import ConfigError, DivergedError
-from fedtune.random_directions.hash_noise import SIGMA, coefficient, values
+from fedtune.random_directions.hash_noise import SIGMA, coefficient
 from fedtune.random_directions.weights import SeededWeights, Space, pool, steps_record
 
 SHAPES = {"a.weight": (5, 7), "b": (3,), "c.weight": (40, 51)}

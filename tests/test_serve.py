@@ -147,7 +147,7 @@ def test_no_port_is_said(served):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent otherwise elsewhere")
 def test_ctrl_c_ends_the_command(tmp_path):
-    words = [sys.executable, "-m", "fedtune.cli", "serve", str(tmp_path / "none"), "--port", "0"]
+    words = [sys.executable, "-m", "fedtune", "serve", str(tmp_path / "none"), "--port", "0"]
     process = subprocess.Popen(
         words,
         stdout=subprocess.PIPE,

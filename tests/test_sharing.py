@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.cli import main
+from fedtune.commands.main import main
 from fedtune.config.schema import DataSpec, ModelSpec
 from fedtune.core.caches import once, sharing
 from fedtune.models.base import pick_device

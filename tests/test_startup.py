@@ -151,7 +151,7 @@ HEAVY = (
 )
 RUN = f"""
 import sys
-from fedtune.cli import main
+from fedtune.commands.main import main
 code = main(sys.argv[1:])
 print("imported", [name for name in {HEAVY} if name in sys.modules])
 import flwr_datasets.visualization  # who wants it gets it

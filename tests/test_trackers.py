@@ -18,11 +18,11 @@ from conftest import SMALL, rows, small, summary_of
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fedtune.cli import main
+from fedtune.commands.main import main
 from fedtune.config.compose import load
 from fedtune.config.schema import TrackerSpec
 from fedtune.core.errors import ConfigError
-from fedtune.runs.run_folder import METRICS
+from fedtune.runs.metrics_columns import METRICS
 from fedtune.runtime.local import run_local
 from fedtune.server.trackers import Tracking, check_installed, figures, hyper_parameters
 

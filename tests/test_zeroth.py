@@ -10,6 +10,7 @@ from itertools import repeat
 import numpy as np
 import pytest
 import torch
+from directions import values
 from torch import nn
 
 from fedtune.config.schema import AdapterSpec, ModelSpec
@@ -18,7 +19,7 @@ from fedtune.core.protocol import Batch
 from fedtune.core.settings import told
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base
-from fedtune.random_directions.hash_noise import coefficient, values
+from fedtune.random_directions.hash_noise import coefficient
 from fedtune.random_directions.weights import SeededWeights, Space
 from fedtune.training.first_order import fit, loss_of
 from fedtune.training.zeroth_order import Rules, check_counts, descend, rules_of, slopes_along

@@ -15,7 +15,7 @@ from rich.table import Table
 from fedtune.comparisons.plan import PlannedRun
 from fedtune.comparisons.play import Outcome
 from fedtune.comparisons.state import now
-from fedtune.server.progress import clock, size
+from fedtune.core.text import clock, size
 
 MARKS = {
     "waiting": "[dim]·[/dim]",

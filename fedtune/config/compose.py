@@ -27,6 +27,7 @@ from fedtune.config.schema import Experiment
 from fedtune.config.targets import make
 from fedtune.core.checks import nearest
 from fedtune.core.errors import MALFORMED, ConfigError
+from fedtune.core.text import first_line
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -90,7 +91,7 @@ def load(text: str, where: str = "config.yaml") -> Experiment:
         experiment = _to_experiment(OmegaConf.merge(_schema(), given), None)
         return replace(experiment, overrides=words) if words else experiment
     except (yaml.YAMLError, OmegaConfBaseException, *MALFORMED) as error:
-        raise ConfigError(f"{where} can't be read: {_first_line(error)[:300]}") from error
+        raise ConfigError(f"{where} can't be read: {first_line(error)[:300]}") from error
 
 
 def _asking(given: Any, key: str = "") -> Iterator[str]:
@@ -289,7 +290,7 @@ def _compose(words: list[str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, words)) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists within lists
-        raise ConfigError(f"these settings can't be read: {_first_line(error)[:200]}") from error
+        raise ConfigError(f"these settings can't be read: {first_line(error)[:200]}") from error
 
 
 def _to_experiment(composed: Any, overrides: list[str] | None) -> Experiment:
@@ -302,7 +303,7 @@ def _to_experiment(composed: Any, overrides: list[str] | None) -> Experiment:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, ConfigError):
             cause = cause.__cause__ or cause.__context__
-        raise cause or ConfigError(_first_line(error)) from None
+        raise cause or ConfigError(first_line(error)) from None
     assert isinstance(experiment, Experiment)
     return experiment
 
@@ -317,13 +318,13 @@ def _explain(error: Exception, words: list[str]) -> str:
         known = choices(group)
         return f"{group}={name} is not known: expected {', '.join(known)}{nearest(name, known)}"
     if "Could not override" in text or "Could not find" in text or "No match in the defaults list" in text:
-        return f"{_first_line(error)} Known: {', '.join(sorted({*groups(), *top_level_keys()}))}"
+        return f"{first_line(error)} Known: {', '.join(sorted({*groups(), *top_level_keys()}))}"
     if match := re.match(r"Error (?:merging override|parsing override) '?(.+?)'?(?:\n|$)", text):
-        detail = _first_line(error.__cause__) if error.__cause__ else "expected key=value"
+        detail = first_line(error.__cause__) if error.__cause__ else "expected key=value"
         return f"{match.group(1)}: {detail[0].lower()}{detail[1:]}"
     if bad := next((word for word in words if not _parses(word)), None):
         return f"{bad[:200]}: expected key=value; a value with special characters wants quotes, as in 'key=\"a=b\"'"
-    return _first_line(error)
+    return first_line(error)
 
 
 def _parses(word: str) -> bool:
@@ -352,7 +353,3 @@ def _unknown_key(key: str, others: list[str]) -> str:
 
 def top_level_keys() -> list[str]:
     return [item.name for item in fields(Experiment) if item.name != "overrides"]
-
-
-def _first_line(error: object) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -16,9 +16,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.core.atomic import write_atomically
 from fedtune.core.checks import nearest
 from fedtune.core.errors import ConfigError
+from fedtune.core.files import write_atomically
 
 if TYPE_CHECKING:
     from fedtune.core.protocol import DeviceProfile
@@ -222,21 +222,6 @@ def apportion(shares: Mapping[str, float], clients: int) -> dict[str, int]:
     for name in sorted(due, key=lambda name: counts[name] - due[name])[:left]:
         counts[name] += 1
     return counts
-
-
-def table() -> str:
-    """The catalogue as docs/devices.md has it, in Markdown."""
-    rows = [
-        "| Name | Device; what the peak is of | Memory, GiB | For training | Peak, TFLOP/s | Memory, GB/s | Up, "
-        "MB/s | Down, MB/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for device in CATALOGUE.values():
-        memory, peak = device.memory_bytes / GIB, device.peak_flop_per_s / 1e12
-        read, up, down = device.peak_read_bytes_per_s / 1e9, device.up_bytes_per_s / 1e6, device.down_bytes_per_s / 1e6
-        cells = f"{memory:g} | {device.usable:.0%} | {peak:g} | {read:.4g} | {up:.4g} | {down:.4g}"
-        rows.append(f"| `{device.name}` | {device.title} | {cells} |")
-    return "\n".join(rows)
 
 
 REQUIRED = ("device", "memory_bytes", "flop_per_s", "up_bytes_per_s", "down_bytes_per_s")

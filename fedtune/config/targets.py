@@ -23,6 +23,7 @@ from typing import Any
 
 from fedtune.core.errors import ConfigError, FedtuneError
 from fedtune.core.method_traits import Traits
+from fedtune.core.text import first_line
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("strategies", "clients", "fedtune/codecs")
@@ -197,7 +198,7 @@ def _made(spec: Mapping[str, Any], what: str, strict: bool) -> Any:
     except FedtuneError:
         raise
     except Exception as error:  # a class of one's own raises whatever it does
-        raise ConfigError(f"{what}: {_cut(target, False)} can't be made: {_first_line(error)}") from error
+        raise ConfigError(f"{what}: {_cut(target, False)} can't be made: {first_line(error)}") from error
     for name in METHODS.get(what.rpartition(".")[2], ()):
         if not hasattr(made, name):
             raise ConfigError(f"{what}: {target} is none: it has no '{name}'")
@@ -268,7 +269,3 @@ def _cut(value: Any, quoted: bool = True) -> str:
     except ValueError:  # Python writes no number of more than 4,300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedtune.core.errors import DataError
+from fedtune.core.text import first_line
 from fedtune.data.rows import Row
 
 COMPRESSED: dict[str, Callable[[Path], Any]] = {
@@ -69,7 +70,7 @@ def saved_rows(path: Path, name: str, split: str, label: str | None) -> Iterator
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # it raises whatever reading Arrow files does
-        raise DataError(f"{name} can't be read as a folder that datasets saved: {_line(error)}") from error
+        raise DataError(f"{name} can't be read as a folder that datasets saved: {first_line(error)}") from error
     if isinstance(loaded, dict):
         if split not in loaded:
             raise DataError(f"{name} has no split '{split}': set data.split= to one of {', '.join(loaded)}")
@@ -200,11 +201,7 @@ def _parquet(path: Path, name: str, split: str) -> Iterator[Row]:
                     number += 1
                     yield f"{name} row {number}", row
     except pyarrow.ArrowException as error:
-        raise DataError(f"{name} is not Parquet: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{name} is not Parquet: {first_line(error)}") from error
 
 
 FORMATS: dict[str, Callable[[Path, str, str], Iterator[Row]]] = {

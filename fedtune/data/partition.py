@@ -14,6 +14,7 @@ from fedtune.core import lean_imports as lean
 from fedtune.core.checks import one_of
 from fedtune.core.errors import ConfigError
 from fedtune.core.seeds import derive_seed
+from fedtune.core.text import first_line
 
 LEAST = "min_partition_size"
 
@@ -53,7 +54,7 @@ def divide(spec: DataSpec, columns: Sequence[Mapping[str, Any]], clients: int, s
                 raise
             made = _places(replace(spec, partition_options={**given, LEAST: 0}), dataset, clients, seed)
     except (ValueError, TypeError, IndexError, KeyError, ZeroDivisionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"{named} does not work for {count} rows and {clients} clients: {reason} "
             "Use fewer clients, a milder partition, or other data.partition_options"

@@ -11,6 +11,7 @@ import yaml
 
 from fedtune.config.schema import DataSpec, SafeLoader
 from fedtune.core.errors import DataError
+from fedtune.core.text import first_line
 from fedtune.data.formats import KNOWN_ENDINGS, SPARE, SPLITS, dataset_rows, ending, file_rows, is_saved, saved_rows
 from fedtune.data.rows import Example as Example
 from fedtune.data.rows import Message as Message
@@ -109,7 +110,7 @@ def _hub(name: str, spec: DataSpec) -> Iterator[Row]:
     try:
         loaded = datasets.load_dataset(name, spec.subset, split=spec.split)
     except Exception as error:  # the hub client raises a dozen unrelated kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise DataError(
             f"data.path={name} is neither a file here nor to be had from the Hugging Face hub: {reason} "
             "Check the name, data.subset, data.split and the network"

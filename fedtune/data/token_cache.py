@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from fedtune.config.schema import DataSpec
-from fedtune.core.atomic import write_atomically
 from fedtune.core.caches import cache_folder
+from fedtune.core.files import write_atomically
 from fedtune.core.sealed import seal, unseal
 from fedtune.data.corpus import Corpus
 from fedtune.data.sources import Example

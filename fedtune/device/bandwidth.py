@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from fedtune.core import text
 from fedtune.core.errors import ConfigError, DeploymentError, WireError
 
 MAGIC = "fedtune-bandwidth 1"
@@ -175,7 +176,7 @@ def _serve(link: socket.socket, limits: Limits) -> str:
     rate = _rate(count, lasted, seconds)
     _write_line(link, f"got {count} {lasted:.9f}", limits)
     _drain(link, time.monotonic() + limits.line)
-    return f"up: {rate / 1e6:,.1f} MB/s"
+    return f"up: {text.rate(rate)}"
 
 
 @contextlib.contextmanager

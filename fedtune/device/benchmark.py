@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.core.errors import ModelError
+from fedtune.core.text import first_line
 from fedtune.models.base import quiet
 from fedtune.models.requantize import dequantized
 
@@ -217,11 +218,6 @@ def usual_seconds(work: Callable[[], object], device: torch.device, seconds: flo
     while time.perf_counter() - begun < (seconds if len(taken) >= 3 else 2 * seconds):
         taken.append(_timed(work, device))
     return sorted(taken)[len(taken) // 4]
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says first, or what it is."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def short(dtype: torch.dtype) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedtune.core.checks import nearest
 from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.text import first_line
 from fedtune.models.adapted_model import LocalModel
 
 TESTED = "lm-eval==0.4.13"
@@ -54,7 +55,7 @@ def run_tasks(
                 model=inside, tasks=list(names), task_manager=manager, limit=limit, log_samples=False
             )
         except Exception as error:  # tasks run whatever their authors wrote
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise DataError(
                 f"lm-evaluation-harness could not run {','.join(names)}: {type(error).__name__}: {reason}. "
                 "Its tasks come with their data from the Hugging Face hub, unless --include-path has others"

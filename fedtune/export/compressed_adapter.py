@@ -40,8 +40,9 @@ from fedtune.codecs.packed import DTYPES, FORMAT, MAX_DIMENSIONS, Packed, read_h
 from fedtune.config.compose import CONF, build, choices, compose
 from fedtune.core.checks import one_of
 from fedtune.core.errors import MALFORMED, ConfigError, ExportError, WireError
+from fedtune.core.files import beside, new_folder
 from fedtune.core.protocol import Codec, Tensors, describe, is_lossless
-from fedtune.export.model_folder import beside, new_folder
+from fedtune.core.text import first_line
 from fedtune.runs.adapter_files import ADAPTER_CONFIG
 from fedtune.wire.delta_coding import wide
 from fedtune.wire.messages import check_finite
@@ -363,7 +364,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (WireError, SafetensorError, OSError, *MALFORMED) as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        reason = first_line(error)[:300]
         kind = "" if isinstance(error, WireError) else f"{type(error).__name__}: "
         raise ExportError(f"{path} can't be used: {kind}{reason}") from error
 

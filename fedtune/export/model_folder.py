@@ -7,23 +7,21 @@ base, which rounds each weight once to the base's dtype.
 
 import hashlib
 import json
-import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fedtune.config.compatibility import traits_of
 from fedtune.config.compose import load_file
 from fedtune.config.schema import FULL, Experiment
 from fedtune.core.errors import ExportError, ModelError
+from fedtune.core.files import beside, new_folder
 from fedtune.core.seeds import bits, derive_seed
 from fedtune.device.owner import user
 from fedtune.models.adapted_model import LocalModel
@@ -307,38 +305,6 @@ def _check_written(folder: Path, target: Path, device: torch.device, expected: T
             f"spread, and rounding explains {ROUNDING.get(model.dtype, COARSE):g}. That is a fault of fedtune's or of "
             "a library's: please report the base and the adapter's settings. The run itself is not concerned"
         )
-
-
-def new_folder(out: str) -> Path:
-    """Where to write.
-
-    Raises:
-        ExportError: if something is there.
-    """
-    target = Path(out).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ExportError(f"{out} is there already, and not empty: name a new folder")
-    return target
-
-
-@contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `target` by one rename when all is in it."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
-        try:
-            yield unfinished
-            unfinished.chmod(0o755)  # mkdtemp's is for the owner alone, and so is what safetensors writes
-            for file in unfinished.iterdir():
-                file.chmod(0o644)
-            if target.exists():
-                target.rmdir()  # empty, or it fails
-            unfinished.rename(target)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"{target} can't be written: {error}. Make room, or name another folder") from error
 
 
 def _state(run: Path) -> Path:

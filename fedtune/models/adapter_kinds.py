@@ -19,6 +19,7 @@ from fedtune.config.schema import ADAPTERS, ALL_LINEAR, FULL, AdapterSpec
 from fedtune.core.errors import ModelError
 from fedtune.core.protocol import Layout, Slot, Tensors
 from fedtune.core.seeds import bits, derive_seed, uniform
+from fedtune.core.text import first_line
 from fedtune.lowrank.algebra import LowRank, lora_factors, to_adapter
 from fedtune.lowrank.residual import as_residual
 from fedtune.models.requantize import dequantized
@@ -57,7 +58,7 @@ def attach(model: nn.Module, spec: AdapterSpec, reached: Collection[str] | None 
         try:
             module = get_peft_model(model, config)
         except (TypeError, ValueError) as error:
-            raise ModelError(_refusal(model, spec, str(error).splitlines()[0])) from error
+            raise ModelError(_refusal(model, spec, first_line(error))) from error
     check_attached(module, type(model).__name__, adaptable(module.get_base_model()))
     if spec.kind == "adaption_prompt":
         _train_in_float32(module)

@@ -29,6 +29,7 @@ from fedtune.config.schema import ModelSpec
 from fedtune.core.caches import cache_folder
 from fedtune.core.errors import ModelError
 from fedtune.core.lean_imports import import_bitsandbytes
+from fedtune.core.text import first_line
 from fedtune.models.model_checks import (
     check_config,
     check_quantization,
@@ -102,8 +103,7 @@ def load_base(spec: ModelSpec, device: torch.device) -> Base:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # whatever its class, which its config names, does without its files
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise no_tokenizer(spec.path, str(where), reason[0]) from error
+        raise no_tokenizer(spec.path, str(where), first_line(error)) from error
     with _named_failure(spec.path):
         model = AutoModelForCausalLM.from_pretrained(where, **options)
     if held == "none":
@@ -210,7 +210,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(f"runtime.device={name} can't be used here: {reason}. Try runtime.device=auto") from error
     return device
 
@@ -284,7 +284,7 @@ def _from_hub(spec: ModelSpec) -> Origin:
     except HFValidationError as error:
         raise ModelError(f"model.path={spec.path} is no hub id, folder or GGUF file: {error}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ModelError(
             f"model.path={spec.path} is neither here nor to be had from the Hugging Face hub: {reason} "
             f"Check the name and the network, or give a folder or a GGUF file{hint}"
@@ -327,7 +327,7 @@ def _named_failure(name: str) -> Iterator[None]:
                 f"{name} brings Python code of its own, which fedtune doesn't run: take a model whose architecture is "
                 "part of transformers"
             ) from error
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = first_line(error)
         raise ModelError(f"{name} can't be loaded as a model: {first}") from error
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedtune.config.schema import AdapterSpec
 from fedtune.core.errors import ModelError
+from fedtune.core.text import first_line
 from fedtune.data.corpus import Corpus
 
 LENGTH = 12  # tokens of the text
@@ -106,7 +107,7 @@ def examine(model: Any, name: str, held: str = "none") -> frozenset[str] | None:
             logits = model(input_ids=tokens, use_cache=False).logits[0].float()
             logits[: LENGTH // 2].square().sum().backward()
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = first_line(error).rstrip(".")
             way_out = "" if held == "none" else f". It is held in {held}: try model.quantization=none"
             raise ModelError(
                 f"{name} can't take a text of {LENGTH} tokens, forwards and back: {reason}{way_out}"

@@ -19,7 +19,7 @@ every operation above, as it is rounded, is monotone in the limits.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -29,6 +29,7 @@ import numpy as np
 from fedtune.core.costs import Costs, Weight
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import DeviceProfile
+from fedtune.core.text import size
 from fedtune.planning.knapsack import Floats, Ints, Run, Selections, expect_ranks
 
 ROUNDING = 1e-9  # of the slopes along which ladders were built
@@ -76,22 +77,8 @@ class Plan:
     ranks: dict[str, int]  # of the adapted weights
     value: float
     memory_bytes: float
-    compute_seconds: float
-    transfer_seconds: float
     parameters: int  # P
     block: int  # l
-
-
-def memory_of(
-    costs: Costs, weights: Mapping[str, Weight], ranks: Mapping[str, int], batch: int, bits: int, state_bytes: float
-) -> float:
-    """Bytes that a step takes with these ranks, of every adapted weight by module.
-
-    Raises:
-        ConfigError: if nothing is adapted, or for bits that `costs` doesn't know.
-    """
-    block, parameters, per_token = _sums(costs, weights, ranks)
-    return float(costs.memory(batch, _known(costs, bits), block, parameters, per_token, state_bytes))
 
 
 def plan(
@@ -245,8 +232,6 @@ def _first(selections: Selections, costs: Costs, rules: Rules, device: DevicePro
                     ranks=selections.ranks_of(int(equal[i])),
                     value=float(selections.value[equal[i]]),
                     memory_bytes=float(memory[i]),
-                    compute_seconds=float(compute[i]),
-                    transfer_seconds=float(transfer[i]),
                     parameters=int(parameters[i]),
                     block=int(block[i]),
                 )
@@ -267,8 +252,8 @@ def _reason(selections: Selections, costs: Costs, rules: Rules, device: DevicePr
     if not fits.any():
         bits = rules.bits[int(memory.min(axis=1).argmin())]
         return (
-            f"needs at least {_bytes(memory.min())} of memory (at a batch of {batch} and {bits} bits) "
-            f"and has {_bytes(device.memory_bytes)}"
+            f"needs at least {size(memory.min(), 3)} of memory (at a batch of {batch} and {bits} bits) "
+            f"and has {size(device.memory_bytes, 3)}"
         )
     seconds = np.array([_compute(costs, rules, batch, bits, block, parameters, device) for bits in rules.bits])
     seconds += rules.message(parameters) * _seconds_per_byte(device)
@@ -278,17 +263,6 @@ def _reason(selections: Selections, costs: Costs, rules: Rules, device: DevicePr
         f"has the memory but needs at least {seconds.min():.4g} s (at a batch of {batch} and {bits} bits) "
         f"and the deadline is {rules.deadline:.4g} s"
     )
-
-
-def _sums(costs: Costs, weights: Mapping[str, Weight], ranks: Mapping[str, int]) -> tuple[int, float, float]:
-    """l, P and T."""
-    adapted = [(weights[module], rank) for module, rank in ranks.items() if rank]
-    if not adapted:
-        raise ConfigError("nothing is adapted: expected a rank above 0 for at least one weight")
-    columns, total = sum(weight.columns for weight, _ in adapted), sum(rank for _, rank in adapted)
-    parameters = sum(rank * (weight.rows + weight.columns) for weight, rank in adapted)
-    per_token = costs.input_bytes * columns + costs.inner_bytes * total
-    return min(weight.block for weight, _ in adapted), float(parameters), per_token
 
 
 def _compute(
@@ -335,11 +309,3 @@ def _check(selections: Selections, costs: Costs, weights: Sequence[Weight], rule
             raise ConfigError(f"{name} should tell of blocks 0 to {last}, and there are {len(of)} figures")
         if any(low < high for low, high in pairwise(of)):
             raise ConfigError(f"{name} should never rise from a block to the next, got {of}")
-
-
-def _bytes(count: float) -> str:
-    """For people, in decimal units."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.4g} {unit}"
-    return f"{count:.4g} B"

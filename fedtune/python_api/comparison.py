@@ -98,7 +98,7 @@ def compare(
         >>> found.results.pivot_table("eval_loss", "round", "label")
         >>> found.page
     """
-    from fedtune.comparisons.command import compare as compare_words
+    from fedtune.comparisons.run import compare as compare_words
 
     own = {"methods": methods, "codecs": codecs, "seeds": seeds, "jobs": jobs}
     words = [list_word(key, value) for key, value in own.items() if value is not None]

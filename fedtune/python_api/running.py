@@ -33,7 +33,7 @@ def run(*overrides: str, resume: str | os.PathLike[str] | None = None, quiet: bo
         >>> run.metrics[["round", "eval_loss"]]
         >>> run = fedtune.run(resume="runs/first", rounds=4)
     """
-    from fedtune.cli import run as run_words
+    from fedtune.commands.run import run as run_words
 
     words = words_of(overrides, settings)
     if resume is not None:

@@ -43,12 +43,12 @@ import torch
 from torch import Tensor
 
 from fedtune.core.errors import ConfigError
+from fedtune.core.text import first_line
 from fedtune.random_directions import kernels
 from fedtune.random_directions.kernels import HALF, SPAN
 
 SIGMA = {"normal": 2.0, "rademacher": 1.0}  # the standard deviation of the whole numbers that z is made of
 LARGEST = {"normal": 8, "rademacher": 1}  # the largest of these numbers
-KURTOSIS = {"normal": 2.875, "rademacher": 1.0}
 
 EAGER = 64  # rows at a time without a compiler: a few tables of that size stay in the cache
 BLOCK = 1024  # rows at a time where many directions are added up: read from memory once for all of them
@@ -140,37 +140,6 @@ class Table:
     def spread(self, by_parameter: Tensor, rows: slice = slice(None)) -> Tensor:
         """Give every row of the table its parameter's numbers: (..., parameters, n) becomes (rows, ..., n)."""
         return by_parameter.movedim(-2, 0)[self.owner[rows]]
-
-
-def values(seed: int, name: str, shape: Sequence[int], kind: str = "normal") -> Tensor:
-    """A direction itself, float32, for those who need to see it."""
-    table = Table({name: math.prod(shape)})
-    sums = table.sums()
-    accumulate_(table, sums, [seed], [1], kind)
-    return table.total(sums, name).reshape(tuple(shape)).float() / SIGMA[kind]
-
-
-@torch.no_grad()
-def add_(weight: Tensor, seed: int, name: str, c: float, kind: str = "normal") -> None:
-    """Add a direction, weight += c z, in place.
-
-    Args:
-        weight: contiguous, of any shape; sums run in float32, or in float64 if that is what it is.
-        c: taken to 20 bits (`coefficient`).
-    """
-    step = _scalar(coefficient(c) / SIGMA[check_kind(kind)])
-    table, flat = Table({name: weight.numel()}, weight.device), weight.view(-1)
-    keys, whole = table.spread(table.keys([seed])[0]), flat.numel() // SPAN
-    rows = flat[: whole * SPAN].view(-1, SPAN)
-    _each(kernels.add, [kind, _places(weight.device), step], [keys[:whole], table.word[:whole], kernels.in_pairs(rows)])
-    if len(rest := flat[whole * SPAN :]):
-        padded = _rows(rest)
-        _each(
-            kernels.add,
-            [kind, _places(weight.device), step],
-            [keys[whole:], table.word[whole:], kernels.in_pairs(padded)],
-        )
-        rest.copy_(padded[0, : len(rest)])
 
 
 @torch.no_grad()
@@ -346,7 +315,7 @@ def _compiled(kernel: Callable[..., Any], device: str) -> Callable[..., Any] | N
                 return made(*settings, *tables)
             except Exception as error:  # whatever a compiler can fail with; it does before anything was computed
                 failed = True
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = first_line(error)
                 logging.getLogger("fedtune").warning("noise runs uncompiled, slowly: %s", reason)
         return kernel(*settings, *tables)
 

@@ -75,14 +75,6 @@ def _numbers(kind: str, places: Tensor, key: Tensor, word: Tensor) -> tuple[Tens
     return (x & 31) - 8, ((x >> 16) & 31) - 8
 
 
-def add(kind: str, places: Tensor, c: Tensor, key: Tensor, word: Tensor, weight: Tensor) -> None:
-    moved = [
-        start + number.to(start.dtype) * c.to(start.dtype)
-        for start, number in zip(_opened(weight), _numbers(kind, places, key, word), strict=True)
-    ]
-    weight.copy_(_closed(moved[0], moved[1], weight.dtype))
-
-
 def accumulate(
     kind: str, places: Tensor, counts: Tensor, keys: Tensor, word: Tensor, even: Tensor, odd: Tensor
 ) -> None:

@@ -6,21 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedtune.core.text import duration, listed, number, sentence, size
 from fedtune.report import axes, specs
 from fedtune.report.axes import Spec
 from fedtune.report.comparison import Curve, Entry, Estimate, Group, Standing, Table, curve, estimate
 from fedtune.report.specs import PARTS, Rows
-from fedtune.report.text import (
-    duration,
-    interval,
-    listed,
-    lower_is_better,
-    number,
-    rounded,
-    sentence,
-    size,
-    title_of,
-)
+from fedtune.report.text import interval, lower_is_better, rounded, title_of
 from fedtune.runs.ledger import Part
 
 POINTS = 20_000  # of one figure: more can't be told apart, and make the page slow

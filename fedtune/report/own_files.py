@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedtune.core.atomic import write_atomically
 from fedtune.core.errors import RunFolderError
+from fedtune.core.files import write_atomically
 
 LIST = ".fedtune-report"  # the names of a report's files, a line each
 

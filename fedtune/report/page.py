@@ -7,7 +7,9 @@ two scripts, known by their hashes, and reach no network: labels and error texts
 import base64
 import hashlib
 import json
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -50,6 +52,38 @@ class Shown:
             for figure in part.figures
             if figure.spec is not None
         ]
+
+
+def report(
+    paths: Sequence[str],
+    out: str | None = None,
+    at: dict[str, float | None] | None = None,
+    target: float | None = None,
+    reference: str | None = None,
+) -> Path:
+    """Compare runs and write the page; returns its path.
+
+    Args:
+        paths: run folders, or folders that have runs below them.
+        out: where to write; None is the folder that all runs are in.
+        at: by rounds, bytes or seconds, the limits to compare within; none: those that fit the runs.
+
+    Raises:
+        RunFolderError: if a path holds no run, or the page can't be written.
+        ConfigError: if no entry is called what `reference` says.
+    """
+    comparison = compared.load([Path(path).expanduser() for path in paths])
+    asked = tuple(compared.Protocol(kind, limit) for kind, limit in (at or {}).items() if limit is not None)
+    found = [run.path for group in comparison.groups for entry in group.entries for run in entry.runs]
+    folder = Path(out).expanduser() if out is not None else _around(found or [Path(path) for path in paths])
+    return write(comparison, folder, Question(asked, target, reference))
+
+
+def _around(runs: Sequence[Path]) -> Path:
+    try:
+        return Path(os.path.relpath(os.path.commonpath([path.resolve() for path in runs])))
+    except ValueError as error:  # on different drives
+        raise ConfigError("these runs have no folder in common: name one with --out") from error
 
 
 def lay_out(comparison: Comparison, question: Question | None = None) -> Shown:

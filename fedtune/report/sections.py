@@ -6,23 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedtune.config.targets import TARGET, declared_traits
+from fedtune.core.text import NOTHING, duration, number, plural, sentence, size
 from fedtune.report import comparison as compared
 from fedtune.report.comparison import Entry, Estimate, Group, Protocol, Reached, Standing, Table
 from fedtune.report.figures import Figure, columns, figures
 from fedtune.report.specs import SLOTS
-from fedtune.report.text import (
-    NOTHING,
-    answers,
-    duration,
-    number,
-    plural,
-    rounded,
-    sentence,
-    signed,
-    size,
-    title_of,
-    within,
-)
+from fedtune.report.text import answers, rounded, signed, title_of, within
 from fedtune.runs.read import Run
 
 LONGEST = 100_000  # characters of a config that are shown

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from fedtune.core.errors import DeploymentError, FedtuneError, RunFolderError
-from fedtune.core.locks import LOCK, is_held
+from fedtune.core.files import LOCK, is_held
 from fedtune.report.comparison import Comparison
 from fedtune.report.page import image, lay_out, render
 from fedtune.report.sections import Question

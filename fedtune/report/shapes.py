@@ -50,9 +50,9 @@ class Protocol:
         if self.kind == "rounds":
             return f"after {self.limit:g} round{'' if self.limit == 1 else 's'}"
         if self.kind == "bytes":
-            from fedtune.server.progress import size
+            from fedtune.core.text import size
 
-            return f"within {size(round(self.limit))}"
+            return f"within {size(self.limit)}"
         return f"within {self.limit:.6g} s"
 
 

@@ -1,13 +1,11 @@
-"""Numbers as people read them, and what a comparison says in a sentence or two."""
+"""Scores and estimates as people read them, and what a comparison says in a sentence or two."""
 
 import math
 from collections.abc import Sequence
 
+from fedtune.core.text import duration, listed, magnitude, number, plural, sentence, size
 from fedtune.report.comparison import Estimate, Reached, Standing, Table
-from fedtune.server.progress import size as size_of
 
-NOTHING = "\N{EN DASH}"  # where there is no number
-NAMED = 6  # entries in a sentence; the rest are counted
 SCORES = {
     "eval_loss": "held-out loss",
     "eval_accuracy": "held-out accuracy",
@@ -29,46 +27,14 @@ def lower_is_better(column: str) -> bool:
     return "loss" in column or "error" in column or "perplexity" in column
 
 
-def sentence(text: str) -> str:
-    """With a capital at its start."""
-    return text[:1].upper() + text[1:]
-
-
 def rounded(value: float) -> float | None:
     """To six significant digits, as JSON can hold it: None where there is no number."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def number(value: float, digits: int = 4) -> str:
-    """As "2.135", "0.00012", "3e-08"; a dash where there is none."""
-    if not math.isfinite(value):
-        return NOTHING
-    if value == 0:
-        return "0"
-    if abs(value) < 1e-4 or abs(value) >= 1e6:
-        return f"{value:.2g}"
-    return f"{value:.{max(digits - 1 - _magnitude(value), 0)}f}"
-
-
 def signed(value: float) -> str:
     """A difference, as "+0.0157"."""
     return number(value, 3) if not value > 0 else f"+{number(value, 3)}"
-
-
-def size(value: float) -> str:
-    """Bytes as "4.9 kB"; a dash where there are none known."""
-    return size_of(round(value)) if math.isfinite(value) else NOTHING
-
-
-def duration(value: float) -> str:
-    """Seconds as "0.35 s", "2 min 5 s", "3 h 20 min"; a dash where there are none known."""
-    if not math.isfinite(value):
-        return NOTHING
-    if value < 100:
-        return f"{number(value, 3)} s"
-    minutes, seconds = divmod(round(value), 60)
-    hours, rest = divmod(minutes, 60)
-    return f"{hours:,} h {rest} min" if hours else f"{minutes} min {seconds} s"
 
 
 def interval(estimate: Estimate) -> str:
@@ -77,7 +43,7 @@ def interval(estimate: Estimate) -> str:
         return ""
     half = (estimate.high - estimate.low) / 2
     # As many decimals as the interval's width makes sense of
-    decimals = min(max(1 - _magnitude(half), 0), 6) if half else 4
+    decimals = min(max(1 - magnitude(half), 0), 6) if half else 4
     return f"{estimate.low:.{decimals}f} to {estimate.high:.{decimals}f}"
 
 
@@ -85,22 +51,6 @@ def within(estimate: Estimate) -> str:
     """Half the 95 % interval as "± 0.012"; empty where there is none."""
     half = (estimate.high - estimate.low) / 2
     return f"± {number(half, 2)}" if math.isfinite(half) else ""
-
-
-def plural(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
-
-
-def listed(names: Sequence[str]) -> str:
-    """As "a, b and c", or "a, b, c, d, e, f and 12 others"."""
-    if len(names) > NAMED + 1:
-        return f"{', '.join(names[:NAMED])} and {len(names) - NAMED} others"
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-
-
-def spent_bytes(standing: Standing) -> float:
-    """Mean wire bytes, both directions."""
-    return standing.up_bytes.mean + standing.down_bytes.mean
 
 
 def answers(tables: Sequence[Table], reached: Sequence[Reached], target: float) -> list[str]:
@@ -163,7 +113,3 @@ def _of_target(reached: Sequence[Reached], target: float) -> str:
 def _loss(standing: Standing) -> Estimate:
     nothing = Estimate(math.nan, math.nan, math.nan, ())
     return standing.scores.get("eval_loss", nothing)
-
-
-def _magnitude(value: float) -> int:
-    return math.floor(math.log10(abs(value))) if value else 0

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from fedtune.core.atomic import write_atomically
 from fedtune.core.errors import RunFolderError
+from fedtune.core.files import write_atomically
 from fedtune.core.protocol import Tensors
 from fedtune.core.sealed import seal, unseal
 from fedtune.wire.broadcast_chain import BroadcastChain

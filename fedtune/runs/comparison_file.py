@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.core.atomic import write_atomically
+from fedtune.core.files import write_atomically
 
 COMPARISON = "comparison.json"
 TRIALS = "tune"  # the folder of the trials, beside those of the entries

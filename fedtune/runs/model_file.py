@@ -30,6 +30,7 @@ from fedtune.config.compose import load
 from fedtune.config.schema import Experiment, RuntimeSpec
 from fedtune.core.errors import MALFORMED, ClientError, ConfigError, DivergedError, ExportError, ModelError, WireError
 from fedtune.core.protocol import Instruction, Tensors
+from fedtune.core.text import first_line
 from fedtune.device.owner import check_targets, user
 from fedtune.models.base import Origin
 from fedtune.wire.messages import check_finite
@@ -120,7 +121,7 @@ def malformed(path: Path) -> Iterator[None]:
     except (ClientError, DivergedError, ModelError, WireError) as error:
         raise ExportError(f"{path} makes no model here: {error}") from error
     except MALFORMED as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        reason = first_line(error)[:200]
         raise ExportError(f"{path} makes no model here: {type(error).__name__}: {reason}") from error
 
 

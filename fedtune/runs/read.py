@@ -14,7 +14,7 @@ from fedtune.config.compose import load
 from fedtune.config.plain_yaml import read_plain
 from fedtune.config.schema import Experiment, SafeDumper
 from fedtune.core.errors import ConfigError, FedtuneError, RunFolderError
-from fedtune.core.locks import is_held
+from fedtune.core.files import is_held
 from fedtune.runs.comparison_file import COMPARISON, TRIALS, json_object
 from fedtune.runs.csv_columns import MOST, is_none, number, read_columns, read_lines
 from fedtune.runs.ledger import Part

@@ -19,27 +19,25 @@ model.fedtune   all that makes the model of its base, where that is numbers alon
 import itertools
 import json
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from fedtune.config.compose import load_file
 from fedtune.config.schema import Experiment
-from fedtune.core.atomic import write_atomically
 from fedtune.core.csv_cells import guarded
 from fedtune.core.errors import RunFolderError
-from fedtune.core.locks import LOCK
+from fedtune.core.files import hold, write_atomically
 from fedtune.core.protocol import Score
 from fedtune.planning.turn_times import Timed
 from fedtune.runs import model_file
 from fedtune.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.runs.ledger import LedgerRow
-from fedtune.runs.metrics_columns import CLOCK as CLOCK
-from fedtune.runs.metrics_columns import METRICS as METRICS
-from fedtune.runs.metrics_columns import MORE_SCORES, SIMILARITY
+from fedtune.runs.metrics_columns import CLOCK, METRICS, MORE_SCORES, SIMILARITY
 from fedtune.runs.tables import COLUMNS, Tables, csv_text, read_lines
 
 
@@ -51,7 +49,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = lock(path)
+        self._lock: FileLock | None = hold(path)
         self._tables = Tables(path)
         self._settled: dict[str, list[Any]] = {}  # the tables as of the checkpoint that was read
 
@@ -95,7 +93,7 @@ class RunFolder:
 
     def close(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def write_config(self, experiment: Experiment) -> None:
@@ -301,31 +299,3 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return repr(value) if isinstance(value, float) else guarded(str(value))
-
-
-def lock(path: Path) -> Any:
-    """Hold the folder for this process, until what is returned is closed; the system lets go when the process ends,
-    however it ends.
-
-    Raises:
-        RunFolderError: if another process holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return None
-    flock: Callable[[int, int], None] = fcntl.flock
-    handle = (path / LOCK).open("ab")
-    for left in reversed(range(5)):  # who only asks whether it is held has it for an instant
-        try:
-            flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if left:
-                time.sleep(0.02)
-                continue
-            handle.close()
-            raise RunFolderError(
-                f"{path} is being written by another fedtune: wait for it, or stop it first"
-            ) from error
-    return handle

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.core.atomic import sync_folder, write_atomically
 from fedtune.core.errors import RunFolderError
+from fedtune.core.files import sync_folder, write_atomically
 from fedtune.runs import ledger
 from fedtune.runs.ledger import LedgerRow
 from fedtune.runs.metrics_columns import CLIENTS, CLOCK, FAILURES, METRICS, SIMILARITY

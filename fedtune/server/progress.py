@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.config.schema import FULL, Experiment
+from fedtune.core.text import clock
+from fedtune.core.text import size as size  # fedtune/server/virtual_clock.py has it from here
 from fedtune.data.row_counts import describe
 
 if TYPE_CHECKING:  # torch comes with it, and a report needs none
@@ -259,20 +261,3 @@ def closing(summary: Mapping[str, Any], folder: Path) -> list[str]:
         learnt,
         f"figures  {folder / 'metrics.csv'}, {folder / 'ledger.csv'}, {folder / 'summary.json'}",
     ]
-
-
-def size(count: int) -> str:
-    """Bytes for people, in decimal units."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    whole = int(seconds + 0.5)
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

@@ -1,14 +1,13 @@
 """Ternary updates as two bit masks, and arithmetic on them by AND and popcount.
 
-ComPEFT (Yadav et al. 2023, arXiv:2311.13171) compares and merges updates of values -1, 0 and 1 in this form: one mask
+ComPEFT (Yadav et al. 2023, arXiv:2311.13171) compares updates of values -1, 0 and 1 in this form: one mask
 has the places of the positive values, one those of the negative. 2 bits a value, where float32 takes 32.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -74,35 +73,6 @@ def cosine(one: Masks, other: Masks) -> float:
     return product / math.sqrt(one.count * other.count) if product else 0.0
 
 
-def similarity(masks: Sequence[Masks]) -> npt.NDArray[np.float64]:
-    """The cosine of every two of K vectors: (K, K), symmetric, with a diagonal of ones.
-
-    Raises:
-        WireError: if they are of different sizes.
-    """
-    found = np.eye(len(masks))
-    for row, one in enumerate(masks):
-        for column in range(row):
-            found[row, column] = found[column, row] = cosine(one, masks[column])
-    return found
-
-
-def weighted_sum(masks: Sequence[Masks], weights: Sequence[float]) -> npt.NDArray[np.float32]:
-    """The sum of weights_k x_k over K vectors x_k: (d,), summed in float64.
-
-    With p_k times its magnitude as an update's weight, that is the weighted mean of ComPEFT's updates.
-
-    Raises:
-        WireError: if they are of different sizes, or there are none.
-    """
-    if len(sizes := {each.size for each in masks}) != 1:
-        raise WireError(f"expected masks of one size, got sizes {sorted(sizes)}")
-    total: npt.NDArray[np.float64] = np.zeros(sizes.pop())
-    for each, weight in zip(masks, weights, strict=True):
-        total += weight * (_values(each.positive, each.size) - _values(each.negative, each.size))
-    return total.astype(np.float32)
-
-
 def _packed(parts: list[Tensor]) -> Bits:
     bits = torch.cat(parts).numpy() if parts else np.zeros(0, bool)
     packed: Bits = np.zeros(-(-len(bits) // WORD) * (WORD // 8), np.uint8)
@@ -116,7 +86,3 @@ def _words(mask: Bits) -> npt.NDArray[np.uint64]:
 
 def _popcount(words: npt.NDArray[np.uint64]) -> int:
     return int(np.bitwise_count(words).sum(dtype=np.int64))
-
-
-def _values(mask: Bits, size: int) -> npt.NDArray[Any]:
-    return np.unpackbits(mask, count=size, bitorder="little").view(np.int8)

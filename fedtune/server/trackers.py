@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedtune.config.schema import Experiment, TrackerSpec, flat
-from fedtune.core.atomic import write_atomically
 from fedtune.core.errors import ConfigError
+from fedtune.core.files import write_atomically
 
 # The modules that each needs, and what pip calls their packages
 NEEDS = {

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from platformdirs import user_state_path
 
-from fedtune.core.atomic import write_atomically
 from fedtune.core.errors import ClientError, RunFolderError
+from fedtune.core.files import write_atomically
 from fedtune.core.protocol import Tensors
 from fedtune.core.sealed import seal, unseal
 

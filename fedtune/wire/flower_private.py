@@ -27,6 +27,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.core.errors import ClientTimeout, ConfigError, FedtuneError, RunFolderError, WireError, printable
+from fedtune.core.text import first_line
 
 __all__ = [
     "SERVER_NODE",
@@ -176,9 +177,8 @@ def simulate(server_app: ServerApp, client_app: ClientApp, clients: int, backend
             cause = cause.__cause__
         if isinstance(cause, FedtuneError):
             raise cause from None
-        said = str(cause).strip().splitlines()
         raise ConfigError(
-            f"Ray can't run these clients: {said[0] if said else type(cause).__name__} "
+            f"Ray can't run these clients: {first_line(cause)} "
             "Look at runtime.cpus, runtime.gpus and runtime.address; FEDTUNE_DEBUG=1 shows everything"
         ) from error
 

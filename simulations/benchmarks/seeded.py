@@ -1,4 +1,4 @@
-"""What seeded noise costs, beside the memory it goes over, torch's own generator, and a model's forward passes.
+"""What seeded noise costs, beside torch's own generator and a model's forward passes.
 
     python -m simulations.benchmarks.seeded            SmolLM2, 135 M weights; a minute or two on 2 cores
     python -m simulations.benchmarks.seeded --quick    the toy model, in seconds: do the parts still fit?
@@ -26,7 +26,7 @@ from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.protocol import Batch
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base
-from fedtune.random_directions.hash_noise import Table, accumulate_, add_
+from fedtune.random_directions.hash_noise import Table, accumulate_
 from fedtune.random_directions.weights import pool, steps_record
 from fedtune.training.zeroth_order import Rules, _loss, slopes_along
 
@@ -62,25 +62,6 @@ def best(repeats: int, **works: Callable[[], object]) -> dict[str, float]:
 def by_generator(weight: Tensor, c: float) -> None:
     """w += c z as the authors' code has it."""
     weight.add_(torch.normal(0.0, 1.0, weight.shape, dtype=weight.dtype), alpha=c)
-
-
-def sums(size: int, repeats: int) -> list[Line]:
-    """w += c z over so many weights."""
-    lines = []
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.zeros(size, dtype=dtype)
-        name = str(dtype).removeprefix("torch.")
-        for kind in ("normal", "rademacher"):
-            took = best(
-                repeats,
-                ours=partial(add_, weight, 1, "w", 1e-6, kind),
-                generator=partial(by_generator, weight, 1e-6),
-                plain=partial(weight.add_, 1e-6),
-            )
-            what = f"w += c z, {kind}, {name}"
-            lines.append(Line(what, took["ours"], "w += c", took["plain"], "at most 3x"))
-            lines.append(Line(what, took["ours"], "torch.normal", took["generator"], "at most 0.1x"))
-    return lines
 
 
 def replay(size: int, seeds: int, repeats: int) -> list[Line]:
@@ -149,13 +130,14 @@ def main(words: Sequence[str]) -> int:
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     begun = time.perf_counter()
-    add_(torch.zeros(1 << 16), 1, "w", 1.0)
+    small = Table({"w": 1 << 16})
+    accumulate_(small, small.sums(), [1], [1])
     compiling = time.perf_counter() - begun
     if options.quick:
         spec = ModelSpec(name="tiny", dtype="float32")
-        lines = [*sums(1 << 16, 1), *replay(1 << 16, 8, 1), *step(spec, 32, 1)]
+        lines = [*replay(1 << 16, 8, 1), *step(spec, 32, 1)]
     else:
-        lines = [*sums(134_515_008, 5), *replay(10_000_000, 1024, 1), *step(SMOLLM2, 32, 7)]
+        lines = [*replay(10_000_000, 1024, 1), *step(SMOLLM2, 32, 7)]
     table = Printed(title=f"{options.threads} threads; the first kernel took {compiling:.1f} s to compile or load")
     for column in ("what", "ms", "beside", "ms", "ratio", "aim"):
         table.add_column(column)

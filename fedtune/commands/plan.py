@@ -4,29 +4,26 @@ The same code as in a run: the strategy's own instruction for each client, timed
 the tensors that travel; a run counts them from its messages.
 """
 
+from __future__ import annotations
+
+import argparse
 import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
-from fedtune.config.compatibility import traits_of
-from fedtune.config.compose import compose
-from fedtune.core.atomic import write_atomically
-from fedtune.core.csv_cells import guarded
+from fedtune.commands import Subparsers
 from fedtune.core.errors import QuorumError
-from fedtune.core.protocol import ClientInfo
-from fedtune.lowrank.algebra import lora_factors
-from fedtune.planning.population import assign_rank, profile_of
-from fedtune.planning.turn_times import Turn
-from fedtune.server.progress import method_of, size
-from fedtune.server.virtual_clock import Clock
-from fedtune.training.client_state import home
-from fedtune.workspace.workspace import Workspace
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedtune.core.protocol import ClientInfo
+    from fedtune.planning.turn_times import Turn
+    from fedtune.workspace.workspace import Workspace
 
 BAR = 12  # characters
 WIDE = 140
@@ -35,6 +32,53 @@ COLUMNS = (
     "memory_bytes", "limit_bytes", "down_bytes", "up_bytes", "download_seconds", "compute_seconds", "upload_seconds",
     "left_out",
 )  # fmt: skip
+TEXT = """\
+Print what a round would ask of each client and what that takes on its device: layers and ranks, batch, bits of the
+base, memory, seconds, bytes; who can't take part, and why. Nothing is trained. The settings are those of fedtune run.
+
+  fedtune plan population=mixed model=smollm2 method=fedpipe population.deadline=60
+  fedtune plan population.devices=mine.csv model=smollm2 method=fedit --csv plan.csv
+"""
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to argparse's subparsers."""
+    parser = commands.add_parser(
+        "plan",
+        help="what each device would be asked to do, before anything runs",
+        usage="fedtune plan [-h] [--csv FILE] [key=value ...]",
+        description=TEXT,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--csv", metavar="FILE", help="write it, with a line for each client")
+    parser.set_defaults(func=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Do what the words ask for; returns the exit code.
+
+    Raises:
+        FedtuneError: if it the experiment can't be set up.
+        QuorumError: if nobody can take part; the plan is printed all the same.
+    """
+    from rich.console import Console
+
+    from fedtune.config.compose import compose
+    from fedtune.core.files import write_atomically
+    from fedtune.workspace.workspace import Workspace
+
+    party = Workspace(compose(options.overrides))
+    planned, trouble = plans(party)
+    console = Console()
+    if not console.is_terminal:  # a file has no edge
+        console = Console(width=WIDE)
+    report(party, planned, console)
+    if options.csv is not None:
+        write_atomically(Path(options.csv).expanduser(), table_of(party, planned).encode())
+        console.print(f"wrote    {options.csv}", soft_wrap=True)
+    if trouble is not None:
+        raise trouble
+    return 0
 
 
 @dataclass(frozen=True)
@@ -47,31 +91,15 @@ class Planned:
     reason: str = ""
 
 
-def plan(overrides: Sequence[str], out: str | None) -> None:
-    """Print the plan of the experiment that the words describe.
-
-    Args:
-        out: a CSV to write, with a line for each client.
-
-    Raises:
-        FedtuneError: if the experiment can't be set up.
-        QuorumError: if nobody can take part; the plan is printed all the same.
-    """
-    party = Workspace(compose(overrides))
-    planned, trouble = plans(party)
-    console = Console()
-    if not console.is_terminal:  # a file has no edge
-        console = Console(width=WIDE)
-    report(party, planned, console)
-    if out is not None:
-        write_atomically(Path(out).expanduser(), table_of(party, planned).encode())
-        console.print(f"wrote    {out}", soft_wrap=True)
-    if trouble is not None:
-        raise trouble
-
-
 def plans(party: Workspace) -> tuple[list[Planned], QuorumError | None]:
     """A plan for each client, by index, and what would stop the first round."""
+    from fedtune.config.compatibility import traits_of
+    from fedtune.core.protocol import ClientInfo
+    from fedtune.lowrank.algebra import lora_factors
+    from fedtune.planning.population import assign_rank, profile_of
+    from fedtune.server.virtual_clock import Clock
+    from fedtune.training.client_state import home
+
     experiment, layout = party.experiment, party.model.layout
     state = party.strategy.init(party.layout)
     peers = {}
@@ -102,6 +130,12 @@ def plans(party: Workspace) -> tuple[list[Planned], QuorumError | None]:
 
 def report(party: Workspace, planned: Sequence[Planned], console: Console) -> None:
     """The table for people: clients with the same device and the same work share a line."""
+    from rich.table import Table
+
+    from fedtune.config.compatibility import traits_of
+    from fedtune.core.text import size
+    from fedtune.server.progress import method_of
+
     experiment = party.experiment
     population, costs = experiment.population, party.costs
     deadline = population.deadline
@@ -110,7 +144,7 @@ def report(party: Workspace, planned: Sequence[Planned], console: Console) -> No
         f"[bold]{method_of(experiment)} on {experiment.model.name}[/bold]: {population.clients} clients, "
         f"{population.cohort_size} a round, {until}"
     )
-    held = ", ".join(f"{size(int(count))} in {bits} bits" for bits, count in costs.base_bytes.items())
+    held = ", ".join(f"{size(count)} in {bits} bits" for bits, count in costs.base_bytes.items())
     console.print(f"base     {held}", style="dim")
     console.print(
         f"data     examples of {costs.typical_tokens:.0f} tokens on average in a batch, {costs.tokens:.0f} at most",
@@ -144,7 +178,7 @@ def report(party: Workspace, planned: Sequence[Planned], console: Console) -> No
         total = sum(turn.up_bytes for _, turn in working) / len(working)
         console.print(
             f"\nslowest  client {slowest.peer.index} ({slowest.peer.capability.device or 'no name'}), {longest:.4g} s; "
-            f"each sends {size(int(total))} a round on average, and is sent as much",
+            f"each sends {size(total)} a round on average, and is sent as much",
             highlight=False,
         )
         if deadline is None and traits_of(party.strategy).plans:
@@ -158,6 +192,8 @@ def report(party: Workspace, planned: Sequence[Planned], console: Console) -> No
 
 def table_of(party: Workspace, planned: Sequence[Planned]) -> str:
     """The plan as CSV, a line for each client."""
+    from fedtune.core.csv_cells import guarded
+
     block_of = {weight.module: weight.block for weight in party.weights}
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -180,6 +216,8 @@ def table_of(party: Workspace, planned: Sequence[Planned]) -> str:
 def _lines(
     working: Sequence[tuple[Planned, Turn]], layers: int, deadline: float | None, longest: float
 ) -> list[list[str]]:
+    from fedtune.core.text import size
+
     alike: dict[tuple[object, ...], list[tuple[Planned, Turn]]] = {}
     for one, turn in working:
         ranks = tuple(one.ranks.items())
@@ -191,7 +229,7 @@ def _lines(
         whole = deadline or longest
         share = min(1.0, turn.seconds / whole) if whole else 0.0
         bar = "█" * round(share * BAR)
-        limit = f" of {size(int(turn.limit_bytes))}" if turn.limit_bytes < math.inf else ""
+        limit = f" of {size(turn.limit_bytes)}" if turn.limit_bytes < math.inf else ""
         late = deadline is not None and turn.seconds > deadline
         lines.append([
             turn.device or "-",
@@ -200,7 +238,7 @@ def _lines(
             _range(sorted(set(one.ranks.values()))),
             str(turn.batch_size),
             str(turn.bits),
-            size(int(turn.memory_bytes)) + limit,
+            size(turn.memory_bytes) + limit,
             f"{turn.download:.2f} + {turn.compute:.2f} + {turn.upload:.2f}",
             f"[{'red' if late else 'green'}]{bar:<{BAR}}[/] {turn.seconds:.2f}{' late' if late else ''}",
         ])  # fmt: skip

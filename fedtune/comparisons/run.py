@@ -1,16 +1,15 @@
-"""`fedtune compare`: tune if asked, play every cell, make the page."""
+"""A comparison from its words to its page: tune if asked, play every cell, say how each ended."""
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 
 from fedtune.comparisons.plan import ComparisonPlan, PlannedEntry, PlannedRun, plan
 from fedtune.comparisons.play import Outcome, Processes, is_done
 from fedtune.comparisons.state import now
 from fedtune.comparisons.view import CompareView
 from fedtune.core.errors import ConfigError, FedtuneError, Interrupted, RunFolderError
+from fedtune.core.files import hold
 from fedtune.runs.comparison_file import COMPARISON, ComparisonWriter
-from fedtune.runs.run_folder import lock
 
 
 def compare(words: Sequence[str]) -> int:
@@ -25,13 +24,13 @@ def compare(words: Sequence[str]) -> int:
     made = plan(words)
     try:
         made.out.mkdir(parents=True, exist_ok=True)
-        held = lock(made.out)
+        held = hold(made.out)
     except OSError as error:
         raise RunFolderError(f"out={made.out} can't be made: {error.strerror or error}. Name another") from error
-    with ExitStack() as stack:
-        if held is not None:
-            stack.callback(held.close)
+    try:
         return _compare(made)
+    finally:
+        held.release()
 
 
 def _compare(made: ComparisonPlan) -> int:
@@ -53,7 +52,7 @@ def _compare(made: ComparisonPlan) -> int:
     failed |= any(outcome.status == "failed" for outcome in outcomes.values())
     if all(outcome.status == "failed" for outcome in outcomes.values()):
         raise FedtuneError(f"none of these runs came to anything: {made.out / COMPARISON} has the reasons")
-    from fedtune.report.command import report
+    from fedtune.report.page import report
 
     print(f"page     {report([str(made.out)], str(made.out))}")
     return int(failed)

@@ -1,5 +1,8 @@
 """`fedtune doctor`: what a person reads of a device's measurements, and the profile that a run takes."""
 
+from __future__ import annotations
+
+import argparse
 import os
 import re
 import shlex
@@ -7,23 +10,56 @@ import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
-from rich.markup import escape
-
-from fedtune.config.devices import write_devices
+from fedtune.commands import Subparsers
 from fedtune.core.errors import ConfigError, ModelError
-from fedtune.core.protocol import DeviceProfile
-from fedtune.device import bandwidth
-from fedtune.device import benchmark as doctor
-from fedtune.device.memory import MemoryFound, memory_of
-from fedtune.models.base import pick_device, pick_dtype
-from fedtune.training.client_state import home
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedtune.core.protocol import DeviceProfile
+    from fedtune.device import bandwidth
+    from fedtune.device import benchmark as doctor
+    from fedtune.device.memory import MemoryFound
 
 BUSY = 0.5  # load per core from which other programs get in the way of measuring
 MISSED = 0.4  # of a step's time: more than idle devices show
 GIB = 2**30
+TEXT = """\
+Measure what this device can do, and write its profile: memory that is free, what training sustains, whether quantized
+bases can be trained here, and, with --server, what the link to it carries. It takes about 20 seconds.
+
+  fedtune doctor                                      to device.csv in this device's home, for population=measured
+  fedtune doctor --server server.example.org:9000     and the network, if this runs there:
+  fedtune doctor --listen 0.0.0.0:9000                the other end of it, until Ctrl-C
+"""
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to argparse's subparsers."""
+    parser = commands.add_parser("doctor", help="measure this device, and write its profile", description=TEXT)
+    parser.add_argument("--out", metavar="FILE", help="the profile's file (default: device.csv in the device's home)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
+    ends = parser.add_mutually_exclusive_group()
+    ends.add_argument("--server", metavar="HOST:PORT", help="measure the link to a fedtune doctor --listen there")
+    ends.add_argument("--listen", metavar="[HOST:]PORT", help="be that other end (default host: 127.0.0.1)")
+    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="for each direction (default: 3)")
+    parser.set_defaults(func=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Do what the words ask for; returns the exit code.
+
+    Raises:
+        FedtuneError: if it can't be done.
+    """
+    if options.listen is not None:
+        listen(options.listen)
+    else:
+        examine(Request(options.out, options.device, options.threads, options.server, options.seconds))
+    return 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +89,14 @@ def examine(asked: Request) -> Path:
     Raises:
         FedtuneError: if the device isn't there, can't train, or the server can't be reached; nothing is written then.
     """
+    import torch
+
+    from fedtune.core.protocol import DeviceProfile
+    from fedtune.device import bandwidth
+    from fedtune.device import benchmark as doctor
+    from fedtune.device.memory import memory_of
+    from fedtune.training.client_state import home
+
     page = _Page()
     device, server = _device(asked.device), None
     if asked.server is not None:
@@ -105,6 +149,8 @@ def listen(address: str) -> None:
     Raises:
         FedtuneError: if the address is none, or isn't to be had.
     """
+    from fedtune.device import bandwidth
+
     host, port = bandwidth.parse_address("--listen", address, "127.0.0.1")
     page = _Page()
     with bandwidth.open_listener(host, port) as listener:
@@ -122,9 +168,13 @@ class _Page:
     """Lines under headings in the left margin: bold in a terminal, plain elsewhere, never wrapped."""
 
     def __init__(self) -> None:
+        from rich.console import Console
+
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
 
     def line(self, head: str, text: str) -> None:
+        from rich.markup import escape
+
         self._console.print(f"[bold]{head:<10}[/bold] {escape(text)}".rstrip())
         sys.stdout.flush()
 
@@ -134,6 +184,10 @@ class _Page:
 
 def _compute(page: _Page, device: torch.device) -> doctor.Fit:
     """Matrix products, training steps and quantized layers; what training sustains."""
+    from fedtune.core.text import rate
+    from fedtune.device import benchmark as doctor
+    from fedtune.models.base import pick_dtype
+
     with page.waiting("multiplying matrices"):
         for number, product in enumerate(doctor.matmul_rates(device)):
             shown = f"not here: {product.reason}" if product.reason else f"{_flops(product.flop_per_s):>14}"
@@ -143,7 +197,7 @@ def _compute(page: _Page, device: torch.device) -> doctor.Fit:
         steps = doctor.training_steps(device, dtype)
         fit = doctor.fit(steps)
         reads = fit.read_bytes_per_s
-        waits = "without a wait for weights" if reads == float("inf") else f"reading weights at {reads / 1e9:,.2f} GB/s"
+        waits = "without a wait for weights" if reads == float("inf") else f"reading weights at {rate(reads)}"
         page.line("training", f"{doctor.short(dtype):<10}{_flops(fit.flop_per_s):>14}, {waits}")
         for step in steps:
             off = fit.seconds(step.flop, step.read) / step.seconds - 1
@@ -161,6 +215,8 @@ def _compute(page: _Page, device: torch.device) -> doctor.Fit:
 
 
 def _of_layer(layer: doctor.Quantized, dtype: torch.dtype) -> str:
+    from fedtune.device import benchmark as doctor
+
     if layer.reason:
         return f"{layer.name}: DOES NOT RUN here: {layer.reason}"
     return f"{layer.name}: works, {layer.times:.1f} times the time of {doctor.short(dtype)}"
@@ -173,12 +229,16 @@ def _of_memory(memory: MemoryFound | None) -> str:
 
 
 def _of_link(link: bandwidth.Bandwidth | None, server: str | None) -> str:
+    from fedtune.core.text import rate
+
     if link is None:
         return "not measured: no --server; the profile leaves it empty, which is unlimited"
-    return f"{link.down / 1e6:,.2f} MB/s down, {link.up / 1e6:,.2f} MB/s up, with {server}"
+    return f"{rate(link.down)} down, {rate(link.up)} up, with {server}"
 
 
 def _device(name: str) -> torch.device:
+    from fedtune.models.base import pick_device
+
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
         raise ConfigError(f"--device {name} is not known: expected auto, cpu, cuda or cuda:N")
     try:
@@ -188,6 +248,8 @@ def _device(name: str) -> torch.device:
 
 
 def _write(path: Path, able: DeviceProfile) -> None:
+    from fedtune.config.devices import write_devices
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_devices(path, [able])

@@ -1,31 +1,61 @@
 """`fedtune evaluate`: how good a finished run's model is, for people and as JSON."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table
-
-from fedtune.core.atomic import write_atomically
+from fedtune.commands import Subparsers
 from fedtune.core.errors import ConfigError, DataError, ExportError
-from fedtune.core.protocol import FIGURES, Score
-from fedtune.data.federated_data import FederatedData
-from fedtune.data.row_counts import describe
-from fedtune.data.sources import load_examples
-from fedtune.data.tokenisation import tokenise
-from fedtune.evaluation.lm_eval_harness import check_installed, run_tasks
-from fedtune.evaluation.scoring import mean_score
-from fedtune.export.model_folder import check_one_model, party_for, source_of, tuned
-from fedtune.models.adapted_model import LocalModel
-from fedtune.models.model_checks import check_tokens
-from fedtune.workspace.workspace import Workspace
+from fedtune.core.files import write_atomically
 
-COLUMNS = ("loss", "accuracy", "exact match", "ROUGE-L", "choices")  # of FIGURES
+if TYPE_CHECKING:
+    from fedtune.core.protocol import Score
+    from fedtune.data.federated_data import FederatedData
+    from fedtune.models.adapted_model import LocalModel
+    from fedtune.workspace.workspace import Workspace
+
+COLUMNS = ("loss", "accuracy", "exact match", "ROUGE-L", "choices")  # of fedtune.evaluation.scoring.FIGURES
+TEXT = """\
+Score the model of a run on what the run held out: loss, accuracy, exact match and ROUGE-L of its answers, and
+multiple-choice questions (docs/evaluation.md).
+
+  fedtune evaluate runs/demo --generate 50                answer 50 of the held-out examples
+  fedtune evaluate runs/demo --clients --out scores.json  on each client's own held-out data, too
+  fedtune evaluate runs/demo --data other.jsonl           on a file of the same columns
+  fedtune evaluate runs/demo --tasks arc_easy,hellaswag   by lm-evaluation-harness, where that is installed
+"""
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to argparse's subparsers."""
+    parser = commands.add_parser("evaluate", help="score a run's model", description=TEXT)
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or a .fedtune file")
+    parser.add_argument("--data", metavar="FILE", help="score on this file, instead of what the run held out")
+    parser.add_argument("--clients", action="store_true", help="score on each client's own held-out data, too")
+    parser.add_argument("--generate", type=int, metavar="N", help="answer N examples (default: as many as the run)")
+    parser.add_argument("--limit", type=int, metavar="N", help="examples to score on, 0 for all (default: as the run)")
+    parser.add_argument("--tasks", metavar="A,B", default="", help="tasks of lm-evaluation-harness")
+    parser.add_argument("--include-path", metavar="DIR", help="a folder with task files of your own")
+    parser.add_argument("--base", help="the base: a folder, a GGUF file or a hub id (default: what the run had)")
+    parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
+    parser.set_defaults(func=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Do what the words ask for; returns the exit code.
+
+    Raises:
+        FedtuneError: if it can't be done.
+    """
+    named = {name: getattr(options, name) for name in Request.__dataclass_fields__}
+    evaluate(Request(**{**named, "tasks": tuple(name.strip() for name in options.tasks.split(",") if name.strip())}))
+    return 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +90,10 @@ def evaluate(request: Request) -> EvaluationReport:
     Raises:
         FedtuneError: if there is no such model, or nothing to score it on.
     """
+    from fedtune.evaluation.lm_eval_harness import check_installed
+    from fedtune.evaluation.scoring import mean_score
+    from fedtune.export.model_folder import check_one_model, party_for, source_of, tuned
+
     if request.clients and request.data is not None:
         raise ConfigError("--clients is about the run's own division of its data, which --data has none of: leave one")
     if request.include_path is not None and not Path(request.include_path).is_dir():
@@ -95,6 +129,14 @@ def evaluate(request: Request) -> EvaluationReport:
 
 def _whole(party: Workspace, path: str) -> FederatedData:
     """A file's examples, all held out, with the columns named as for the run's own."""
+    import numpy as np
+
+    from fedtune.data.federated_data import FederatedData
+    from fedtune.data.row_counts import describe
+    from fedtune.data.sources import load_examples
+    from fedtune.data.tokenisation import tokenise
+    from fedtune.models.model_checks import check_tokens
+
     spec = replace(party.data_spec, path=path, subset=None)
     corpus, kept = tokenise(examples := load_examples(spec), party.model.tokenizer, spec)
     for line in describe(corpus.counts, spec):
@@ -113,10 +155,17 @@ def _by_client(party: Workspace) -> dict[int, Score]:
 
 
 def _tasks(request: Request, local: LocalModel, batch_size: int) -> dict[str, dict[str, float]]:
+    from fedtune.evaluation.lm_eval_harness import run_tasks
+
     return run_tasks(local, request.tasks, request.include_path, request.limit or None, batch_size)
 
 
 def _show(verdict: EvaluationReport, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedtune.core.protocol import FIGURES
+
     console = Console(file=sys.stdout, highlight=False)
     table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left", title_style="bold")
     table.add_column("")
@@ -143,6 +192,8 @@ def _show(verdict: EvaluationReport, title: str) -> None:
 
 
 def _cells(score: Score) -> list[str]:
+    from fedtune.core.protocol import FIGURES
+
     return [_number(getattr(score, name)) for name in FIGURES]
 
 
