@@ -22,7 +22,7 @@ from fedtune.core.protocol import Instruction
 from fedtune.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.runtime.local import run_local
 from fedtune.training.client_state import Memory
-from fedtune.wire.broadcast_chain import BroadcastChain, hear
+from fedtune.wire.broadcast_chain import BroadcastChain, decode_broadcast
 from fedtune.workspace.downlink import Downlink
 from fedtune.workspace.workspace import Workspace
 from strategies.fedit import FedIT
@@ -78,7 +78,7 @@ def test_whoever_was_away_holds_the_same_bits_as_who_was_not(codec, since):
     _, last = found[-1]
     rest = {"seen": torch.tensor([7])}
     held = (since, found[since - 1][1].held) if since else (0, START)
-    heard = hear(last.blob(since, rest), codec, START, lambda: held)
+    heard = decode_broadcast(last.blob(since, rest), codec, START, lambda: held)
     assert heard.number == 6
     assert heard.told.keys() == {"a", "b", "seen"}
     assert int(heard.told["seen"]) == 7
@@ -96,7 +96,7 @@ def test_who_lacks_too_much_is_sent_the_whole_and_that_is_no_longer_than_links_w
     assert sizes[0] == sizes[3]
     assert whole < sizes[0] < whole + 40
     assert all(one > other for one, other in itertools.pairwise(sizes[20 - len(last.links) :]))
-    assert hear(last.blob(3, {}), CODEC, START, nobody).held.keys() == START.keys()
+    assert decode_broadcast(last.blob(3, {}), CODEC, START, nobody).held.keys() == START.keys()
 
 
 def test_a_broadcast_may_leave_tensors_out():
@@ -104,7 +104,7 @@ def test_a_broadcast_may_leave_tensors_out():
     half = sent.follow(CODEC, {"b": START["b"] + 1}, 0, START)
     assert half.names == ["b"]
     for blob in (half.blob(1, {}), half.blob(5, {})):
-        heard = hear(blob, CODEC, START, lambda: (1, sent.held))
+        heard = decode_broadcast(blob, CODEC, START, lambda: (1, sent.held))
         assert heard.told.keys() == {"b"}
         assert heard.held.keys() == {"a", "b"}
 
@@ -112,7 +112,7 @@ def test_a_broadcast_may_leave_tensors_out():
 def test_links_for_somebody_else_are_refused_by_name():
     _, last = sequence(4)[-1]
     with pytest.raises(ClientError, match="builds on number 2; this client holds number 1"):
-        hear(last.blob(2, {}), CODEC, START, lambda: (1, START))
+        decode_broadcast(last.blob(2, {}), CODEC, START, lambda: (1, START))
 
 
 GOOD = [sequence(3)[-1][1].blob(since, {"n": torch.tensor([1])}) for since in (1, 9)]
@@ -123,7 +123,7 @@ GOOD = [sequence(3)[-1][1].blob(since, {"n": torch.tensor([1])}) for since in (1
 def test_damaged_and_made_up_blobs_end_in_an_error_or_in_tensors(blob, kept, tail):
     held = sequence(1)[0][1].held
     try:
-        heard = hear(blob[:kept] + tail, CODEC, START, lambda: (1, held))
+        heard = decode_broadcast(blob[:kept] + tail, CODEC, START, lambda: (1, held))
     except (WireError, ClientError):
         return
     assert {name: tensor.shape for name, tensor in heard.held.items()} == {name: t.shape for name, t in START.items()}
@@ -146,7 +146,7 @@ def test_lies_are_named():
         (good + b"xx", "not a packed blob"),
     ):
         with pytest.raises(WireError, match=said):
-            hear(blob, CODEC, START, nobody)
+            decode_broadcast(blob, CODEC, START, nobody)
 
 
 def train_rows(folder, direction="down"):

@@ -20,7 +20,7 @@ from fedtune.core.errors import ClientError, ConfigError, RunFolderError
 from fedtune.runs.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from fedtune.runs.run_folder import RunFolder
 from fedtune.runtime.local import run_local
-from fedtune.training.client_state import Memory
+from fedtune.training.client_state import ClientStateStore
 from strategies.fedit import State
 
 RUN = "0" * 16
@@ -160,7 +160,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed_or_makes_no_difference(tmp_p
 @given(st.integers(0, 1 << 20), st.integers(0, 7))
 def test_any_flipped_bit_of_a_memory_is_noticed(tmp_path_factory, place, bit):
     folder = tmp_path_factory.mktemp("memory")
-    memory = Memory(folder)
+    memory = ClientStateStore(folder)
     for round in (1, 2):
         memory.save(RUN, 0, round, {"a": torch.arange(9.0), "turns": torch.tensor(round)})
     path = folder / RUN / "0" / "2.safetensors"
@@ -262,7 +262,7 @@ def test_one_clients_damaged_memory_costs_that_client_its_memory(small_run, tmp_
     assert "client 2 can't read what it kept: it starts anew, and is told everything" in capsys.readouterr().out
     assert rows(folder, "failures.csv") == []
     kept = {
-        path.parts[-2]: Memory(folder / "clients").recall(path.parts[-3], int(path.parts[-2]), 9)["turns"]
+        path.parts[-2]: ClientStateStore(folder / "clients").load(path.parts[-3], int(path.parts[-2]), 9)["turns"]
         for path in (folder / "clients").glob("*/*/4.safetensors")
     }
     assert kept == {"0": 4, "1": 4, "2": 2, "3": 4}
@@ -270,7 +270,7 @@ def test_one_clients_damaged_memory_costs_that_client_its_memory(small_run, tmp_
 
 def test_a_memory_damaged_between_two_rounds_costs_a_turn(tmp_path):
     """The turn that finds it fails, and the next one is as a first: with what it kept before, it would be neither."""
-    memory = Memory(tmp_path)
+    memory = ClientStateStore(tmp_path)
     memory.save(RUN, 4, 1, {"a": torch.ones(3)})
     memory.save(RUN, 4, 2, {"a": torch.ones(3)})
     path = tmp_path / RUN / "4" / "2.safetensors"
@@ -286,7 +286,7 @@ def test_a_memory_damaged_between_two_rounds_costs_a_turn(tmp_path):
 def test_the_runs_own_disk_is_no_clients_failure(tmp_path):
     (tmp_path / "clients").write_text("")
     with pytest.raises(RunFolderError, match=r"make room, then: fedtune run resume="):
-        Memory(tmp_path / "clients", tmp_path).keep(RUN, 0, 1, {"a": torch.ones(1)})
+        ClientStateStore(tmp_path / "clients", tmp_path).save(RUN, 0, 1, {"a": torch.ones(1)})
 
 
 def test_a_folder_that_takes_nothing_is_named_before_anything_is_loaded(done):

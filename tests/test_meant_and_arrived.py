@@ -15,7 +15,7 @@ from fedtune.config.compose import choices, compose
 from fedtune.core.errors import ConfigError
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.local import run_local
-from fedtune.training.client_state import Memory
+from fedtune.training.client_state import ClientStateStore
 from fedtune.workspace.workspace import Workspace
 
 TOLD_LOSSILY = [name for name in choices("method") if name != "local_only" and traits_of_method(name).lossy_down]
@@ -101,7 +101,7 @@ def test_both_ways_by_hand(small_run):
     )
     folder = small_run(*words, rounds=4)
     found = checkpoint_of(folder, *words)
-    kept = Memory(folder / "residuals").recall(found.run, 0, 5)
+    kept = ClientStateStore(folder / "residuals").load(found.run, 0, 5)
     for name, first in start_of().items():
         x, meant = found.state.adapter[name], first + 4 * move(name, first.shape)
         assert not torch.allclose(x, meant, atol=1e-3), "a tenth at a time, something is always under way"

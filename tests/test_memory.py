@@ -61,7 +61,7 @@ def test_a_round_played_again_undoes_the_future(tmp_path):
 @pytest.mark.parametrize("run", ["../../../../tmp/x", "", "0123456789ABCDEF", "0" * 15, "0" * 17])
 def test_a_run_id_from_the_network_is_never_a_path(tmp_path, run):
     with pytest.raises(ClientError, match="16 hexadecimal digits"):
-        ClientStateStore(tmp_path).keep(run, 0, 1, {"a": torch.ones(1)})
+        ClientStateStore(tmp_path).save(run, 0, 1, {"a": torch.ones(1)})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -77,7 +77,7 @@ def test_a_damaged_memory_is_named(tmp_path):
 def test_a_disk_that_takes_nothing_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ClientError, match="client 0 can't keep its state"):
-        ClientStateStore(tmp_path / "file").keep(RUN, 0, 1, {"a": torch.ones(3)})
+        ClientStateStore(tmp_path / "file").save(RUN, 0, 1, {"a": torch.ones(3)})
 
 
 def test_resume_equals_uninterrupted_with_clients_that_remember(small_run, tmp_path):

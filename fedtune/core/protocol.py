@@ -90,7 +90,7 @@ class ClientInfo:
     rank: int = 0  # r_k of the adapter that it trains; 0: the layout's, as everybody's
     scaling: float = 0.0  # s_k, what its B A is multiplied by; 0: the layout's
     base_version: int = 0  # the last change of the base (or of what else it keeps) that it is known to hold
-    heard: int = 0  # the last broadcast that it is known to hold, where broadcasts build on one another
+    broadcast: int = 0  # the last broadcast that it is known to hold, where broadcasts build on one another
     staleness: int = 0  # server updates since it was sent what it trained on; 0 where rounds are synchronous
 
 

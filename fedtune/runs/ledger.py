@@ -57,7 +57,7 @@ class Ledger:
         for entry in entries:
             self._add(entry)
 
-    def book(self, entry: LedgerRow) -> None:
+    def record(self, entry: LedgerRow) -> None:
         self._add(entry)
         self.pending.append(entry)
 

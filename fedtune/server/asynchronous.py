@@ -112,8 +112,8 @@ class AsynchronousRounds:
         self._known.strategy, _ = self._aggregator.aggregate(
             self._known.strategy, played, replies, lambda got: self._check(played, got)
         )
-        self._clock.hear(played.reported("train_loss"))
-        played.virtual_seconds = self._clock.settle(self._clock.progress.seconds)
+        self._clock.record_losses(played.reported("train_loss"))
+        played.virtual_seconds = self._clock.set_time(self._clock.progress.seconds)
         played.seconds = time.monotonic() - begun
         return played
 

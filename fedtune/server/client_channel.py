@@ -80,7 +80,7 @@ class ClientChannel:
 
     def record(self, entry: LedgerRow) -> None:
         """Put a message into the ledger."""
-        self.ledger.book(entry)
+        self.ledger.record(entry)
 
     def ask(
         self, number: int, cohort: Iterable[int], kind: str = MessageType.TRAIN, label: int | None = None
@@ -117,7 +117,7 @@ class ClientChannel:
             if kind == MessageType.TRAIN and index in self._clock.timed:
                 instruction = self._clock.shortened(peer, instruction)
             last = self._known.sent if chained and same_tensors(chained.tensors, instruction.tensors) else None
-            since = peer.heard if last else 0
+            since = peer.broadcast if last else 0
             known = next(
                 (made for made in shared if made.since == since and same_instruction(made.kept.original, instruction)),
                 None,
@@ -127,7 +127,7 @@ class ClientChannel:
                 known = _Shared(since, sent, sent.for_the_answer(self._exact))
                 shared.append(known)
             if last and kind == MessageType.TRAIN:  # taken back if this client fails
-                self.registry.peers[index] = replace(peer, heard=last.number)
+                self.registry.peers[index] = replace(peer, broadcast=last.number)
             message = Message(known.sent.content, self.registry.nodes[index], kind, group_id=str(label))
             size = wire.wire_bytes(message, known.sent.content_bytes)
             self._awaited[index] = known.kept
@@ -208,7 +208,7 @@ class ClientChannel:
     def forget_versions(self, indices: Iterable[int]) -> None:
         """Send these clients everything next time, whatever they say they hold."""
         for index in indices:
-            self.registry.peers[index] = replace(self.registry.peers[index], base_version=0, heard=0)
+            self.registry.peers[index] = replace(self.registry.peers[index], base_version=0, broadcast=0)
 
     def _doubt(self, index: int) -> None:
         """Nobody knows what a client kept of a round in which it failed: next time it is sent everything."""

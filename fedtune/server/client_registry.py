@@ -31,7 +31,7 @@ class ClientRegistry:
 
     Args:
         layout: the server's, whose manifest every client's has to equal.
-        book: takes the ledger's entry of each greeting.
+        record: takes the ledger's entry of each greeting.
         say: takes what a person should know.
         data_sha256: of the data that all divide alike; "" where clients may hold others.
         samples: how many examples each client has, where the server knows that itself.
@@ -42,7 +42,7 @@ class ClientRegistry:
         exchange: Transport,
         experiment: Experiment,
         layout: Layout,
-        book: Callable[[LedgerRow], None],
+        record: Callable[[LedgerRow], None],
         say: Callable[[str], None],
         data_sha256: str = "",
         samples: Callable[[int], int] | None = None,
@@ -57,7 +57,7 @@ class ClientRegistry:
         self._layout = layout
         self._experiment = experiment
         self.run = ""
-        self._book = book
+        self._record = record
         self._say = say
         self._data_sha256 = data_sha256
         self._samples = samples
@@ -162,10 +162,10 @@ class ClientRegistry:
             assert arrival.message is not None
             size = wire.wire_bytes(arrival.message)
             framing = lines.up(arrival.node, arrival.message, size)
-            self._book(
+            self._record(
                 LedgerRow(round, peer.index, "down", Part.HANDSHAKE, 0, sizes[arrival.node], around[arrival.node], 0.0)
             )
-            self._book(LedgerRow(round, peer.index, "up", Part.HANDSHAKE, 0, size, framing, arrival.seconds))
+            self._record(LedgerRow(round, peer.index, "up", Part.HANDSHAKE, 0, size, framing, arrival.seconds))
 
     def _check_samples(self, peer: ClientInfo) -> None:
         """

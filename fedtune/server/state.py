@@ -41,7 +41,7 @@ class ServerState:
         """What is kept when round `number` ends."""
         # Who has said since what it keeps is known
         unsure = [
-            i for i in self.progress.state_unknown if i in peers and not (peers[i].heard or peers[i].base_version)
+            i for i in self.progress.state_unknown if i in peers and not (peers[i].broadcast or peers[i].base_version)
         ]
         self.progress = replace(self.progress, state_unknown=unsure)
         return Checkpoint(number, config_sha256, self.strategy, self.run_id, self.sent, self.progress, data)

@@ -87,7 +87,7 @@ class SynchronousRounds:
             check(len(replies))
             replies.sort()
             self._aggregate(played, replies, check)
-        self._clock.hear(played.reported("train_loss"))
+        self._clock.record_losses(played.reported("train_loss"))
         if self._clock.timed:
             played.virtual_seconds = self._clock.advance(played.turns, played.clients < len(asked))
         played.seconds = time.monotonic() - begun

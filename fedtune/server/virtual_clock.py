@@ -333,9 +333,9 @@ class Clock:
         lasted = max((timed.turn.seconds for timed in turns if not timed.excluded_reason), default=0.0)
         if lost and self._population.deadline is not None:
             lasted = max(lasted, self._population.deadline)
-        return self.settle(self.progress.seconds + lasted)
+        return self.set_time(self.progress.seconds + lasted)
 
-    def settle(self, seconds: float) -> float:
+    def set_time(self, seconds: float) -> float:
         """End a round when the clock shows this."""
         known = self.progress.measured
         measured = [now or before for now, before in zip(self._measured, known, strict=True)]
@@ -343,7 +343,7 @@ class Clock:
         self.progress = replace(self.progress, seconds=seconds, measured=measured)
         return seconds
 
-    def hear(self, losses: Mapping[int, float]) -> None:
+    def record_losses(self, losses: Mapping[int, float]) -> None:
         """Remember the losses that clients reported, by index."""
         heard = self.progress.losses | {str(index): float(loss) for index, loss in losses.items()}
         self.progress = replace(self.progress, losses=heard)

@@ -103,7 +103,9 @@ def is_broadcast(blob: bytes) -> bool:
     return FORMAT.claims(blob)
 
 
-def hear(blob: bytes, codec: Codec, start: Tensors, recall: Callable[[], tuple[int, Tensors]]) -> DecodedBroadcast:
+def decode_broadcast(
+    blob: bytes, codec: Codec, start: Tensors, recall: Callable[[], tuple[int, Tensors]]
+) -> DecodedBroadcast:
     """Read a broadcast, building on what this client holds.
 
     Args:

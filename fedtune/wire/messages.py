@@ -326,7 +326,7 @@ def pack_greeting(peer: ClientInfo, layout_sha256: str, data_sha256: str = "", l
     """
     limits = {name: value for name, value in vars(peer.capability).items() if value != getattr(UNLIMITED, name)}
     greeting = {"index": peer.index, "samples": peer.samples, "layout": layout_sha256, **limits}
-    held = {"version": peer.base_version, "heard": peer.heard}
+    held = {"version": peer.base_version, "heard": peer.broadcast}
     greeting |= {name: number for name, number in held.items() if number} | ({LOST: True} if lost else {})
     greeting |= {"data": data_sha256} if data_sha256 else {}
     return RecordDict({GREETING: ConfigRecord(greeting)})
@@ -373,6 +373,6 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str, data_
             raise WireError(f"client {index}: '{name}' should be a number from 0 up, got {short(repr(number))}")
     try:
         able = DeviceProfile(**record) if record else UNLIMITED
-        return ClientInfo(index, samples, able, base_version=held["version"], heard=held["heard"])
+        return ClientInfo(index, samples, able, base_version=held["version"], broadcast=held["heard"])
     except (TypeError, ValueError) as error:
         raise WireError(f"client {index} describes what it can do in a way that is not understood: {error}") from error

@@ -88,7 +88,7 @@ def _greeting(
     version, heard, lost = downlink.held(run, index, before) if run else (0, 0, False)
     own = home() if workspace.experiment.population.devices == MEASURED else None
     capability = capability_of(node_config, profile_of(index, workspace.experiment, own))
-    peer = ClientInfo(index, workspace.samples(index), capability, base_version=version, heard=heard)
+    peer = ClientInfo(index, workspace.samples(index), capability, base_version=version, broadcast=heard)
     return pack_greeting(peer, workspace.model.layout.sha256, workspace.data.sha256, lost)
 
 

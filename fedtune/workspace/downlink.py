@@ -19,7 +19,7 @@ from fedtune.core.protocol import Instruction, Setting, Tensors, is_lossless, sa
 from fedtune.core.seeds import derive_seed
 from fedtune.lowrank.residual import base_version
 from fedtune.planning.population import server_peer
-from fedtune.wire.broadcast_chain import BroadcastChain, hear, is_broadcast
+from fedtune.wire.broadcast_chain import BroadcastChain, decode_broadcast, is_broadcast
 from fedtune.wire.delta_coding import decode, encode, left_out
 from fedtune.wire.flower_private import content_bytes
 from fedtune.wire.messages import blob_of, check_finite, pack_told, unpack_instruction, unpack_settings
@@ -198,7 +198,7 @@ class Downlink:
     def _from_chain(
         self, blob: bytes, settings: Mapping[str, Setting], run: str, index: int, before: int, round: int | None
     ) -> Instruction:
-        heard = hear(blob, self._workspace.codec_down, self.start, lambda: self._recall(run, index, before))
+        heard = decode_broadcast(blob, self._workspace.codec_down, self.start, lambda: self._recall(run, index, before))
         if round is not None:
             kept = {**heard.held, NUMBER: torch.tensor(heard.number)}
             self._workspace.broadcasts.save(run, index, round, kept, alike=str(heard.number))
