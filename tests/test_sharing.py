@@ -6,13 +6,23 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import PAIRS
 
 from fedtune.cli import main
 from fedtune.config.schema import DataSpec, ModelSpec
 from fedtune.models.base import pick_device
 from fedtune.models.shared_base import base_for, once, sharing
 
-RUN = ("model=tiny", "rounds=1", "population.clients=2", "train.steps=1", "runtime.threads=1", "evaluate.examples=8")
+RUN = (
+    "model=tiny",
+    f"data.path={PAIRS}",
+    "data.partition=iid",
+    "rounds=1",
+    "population.clients=2",
+    "train.steps=1",
+    "runtime.threads=1",
+    "evaluate.examples=8",
+)
 WORDS = (
     ("method=fedit",),
     ("method=flora",),
