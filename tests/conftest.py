@@ -1,11 +1,13 @@
 """What the tests share: an offline, quiet environment and small real runs."""
 
 import csv
+import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,6 +22,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",  # several test files run at a time
+    FEDTUNE_COMPILE="0",  # kernels take each process 7 s, and give the same bits: the fixture `compiled` has them
 )
 
 import hypothesis
@@ -29,12 +32,16 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from fedtune.config.compose import CONF, compose
-from fedtune.config.schema import Experiment
+from fedtune.config.schema import Experiment, ModelSpec
 from fedtune.core.protocol import Traits
+from fedtune.models.base import locate
+from fedtune.random_directions import hash_noise as noise
 from fedtune.runtime.app import make_server_app
 from fedtune.runtime.local import LocalGrid, run_local, server_context
 
-hypothesis.settings.register_profile("fedtune", deadline=None)  # a busy machine is no failure
+# No deadlines: a busy machine is no failure. `pytest --hypothesis-profile=thorough` looks four times as far
+hypothesis.settings.register_profile("fedtune", deadline=None, max_examples=25)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=100)
 hypothesis.settings.load_profile("fedtune")
 
 # Few and short examples: tokenising the default data takes longer than such a run
@@ -57,12 +64,93 @@ LONG = ("test_deploy.py", "test_sockets.py", "test_fleet.py")
 LAST = "test_ray.py"  # its processes take minutes to start beside those of the first
 
 
+# A test that comes by one of these is `slow` without saying so
+RUNS = {"run_local", "run_on", "run_ray", "subprocess"}
+
+
+def _plays(item: pytest.Item) -> bool:
+    """Whether a test, its fixtures, or the functions that they call play runs or start processes."""
+    assert isinstance(item, pytest.Function)
+    fixtures = [found.func for of in item._fixtureinfo.name2fixturedefs.values() for found in of]
+    property_based = getattr(item.function, "hypothesis", None)
+    called, seen = [property_based.inner_test if property_based else item.function, *fixtures], set()
+    while called:
+        function = called.pop()
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen or "/tests/" not in code.co_filename:
+            continue
+        seen.add(code)
+        inner = [constant for constant in code.co_consts if hasattr(constant, "co_names")]
+        names = {name for part in (code, *inner) for name in part.co_names}
+        if names & RUNS:
+            return True
+        called += [function.__globals__.get(name) for name in names]
+    return False
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _plays(item) and not item.get_closest_marker("quick"):
+            item.add_marker("slow")
     items.sort(key=lambda item: _turn(item.path.name))
 
 
 def _turn(name: str) -> int:
     return LONG.index(name) if name in LONG else len(LONG) + (name == LAST)
+
+
+def pytest_collection_finish() -> None:
+    """Whatever is imported and collected stays to the end: 900,000 objects, which a full collection of garbage walks in
+    half a second. The engine collects once a run, and a small run takes half of that. It freezes what it has loaded
+    and lets go of it again, which would let go of these as well."""
+    gc.collect()
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None
+
+
+# What each file costs: --cpu prints it, and docs/testing.md has it
+_spent: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0, 0.0])
+_before = [0.0, 0.0]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu", action="store_true", help="print CPU seconds by file, most first, in lines of a table")
+
+
+def _used() -> list[float]:
+    """CPU seconds of this process, and of those of its children that have ended and were waited for."""
+    times = os.times()
+    return [times.user + times.system, times.children_user + times.children_system]
+
+
+def pytest_runtest_logstart() -> None:
+    _before[:] = _used()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    report: Any = yield
+    now = _used()
+    report.cpu = [one - other for one, other in zip(now, _before, strict=True)]
+    _before[:] = now
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if hasattr(report, "cpu"):  # where a worker ran it, this is called in both processes
+        seen = (report.when == "call", *report.cpu, report.duration)
+        spent = _spent[report.nodeid.partition("::")[0]]
+        spent[:] = [one + other for one, other in zip(spent, seen, strict=True)]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.getoption("--cpu"):
+        total = [sum(column) for column in zip(*_spent.values(), strict=True)]
+        lines = sorted(_spent.items(), key=lambda item: -sum(item[1][1:3]))
+        for name, (tests, own, children, seconds) in [("all", total), *lines]:
+            line = f"| {name} | {tests:.0f} | {own + children:.1f} | {children:.1f} | {seconds:.1f} |"
+            terminalreporter.write_line(line)
 
 
 def small(*overrides: str, out: Path) -> Experiment:
@@ -107,6 +195,30 @@ def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return run
 
 
+@pytest.fixture(scope="module")
+def short_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with SmolLM2's embeddings and its first two blocks of 30: what is said of real weights, of their shapes
+    and of their quantized forms holds of these as well, in a fraction of the time."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = locate(ModelSpec(name="smollm2", path="HuggingFaceTB/SmolLM2-135M-Instruct")).path
+    folder = tmp_path_factory.mktemp("short-smollm2")
+    AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, num_hidden_layers=2).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(where).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[None]:
+    """Seeded noise by compiled kernels, as users have it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FEDTUNE_COMPILE")
+        noise._compiled.cache_clear()
+        yield
+    noise._compiled.cache_clear()
+
+
 @pytest.fixture
 def devices(tmp_path: Path) -> Callable[..., tuple[str, ...]]:
     """Words for a population of these lines of a CSV: as many clients as lines, all of them in every round."""
@@ -138,14 +250,36 @@ def fedtune(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return call
 
 
-def strategy_of(method: str) -> Any:
-    """A method's strategy as its file in conf/ has it: composing every method takes a third of a second each."""
+def many() -> hypothesis.settings:
+    """For a property with many ways to fail and examples that take no time, as bytes of strangers: four times as many
+    examples as others have."""
+    return hypothesis.settings(max_examples=4 * hypothesis.settings.default.max_examples)
+
+
+@cache
+def settings_of_method(method: str) -> Any:
+    """What a method's file in conf/ says: composing every method takes a third of a second each."""
     found = OmegaConf.load(CONF / "method" / f"{method}.yaml")
-    return found.get("method", found).strategy
+    return found.get("method", found)
+
+
+def strategy_of(method: str) -> Any:
+    return settings_of_method(method).strategy
 
 
 def traits_of_method(method: str) -> Traits:
     return _traits_of(strategy_of(method))
+
+
+TYPICAL = ("fedit", "flora", "fedbuff", "fedkseed", "flexlora")  # of their kinds; of others the first
+
+
+def of_each_kind(methods: Iterable[str]) -> list[str]:
+    """A method for all of the same traits and the same class of clients: the engine does the same with all of these."""
+    found: dict[Any, str] = {}
+    for method in sorted(methods, key=lambda name: (name not in TYPICAL, name)):
+        found.setdefault((traits_of_method(method), settings_of_method(method).client["_target_"]), method)
+    return sorted(found.values())
 
 
 def _traits_of(spec: Any) -> Traits:

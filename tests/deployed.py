@@ -10,7 +10,7 @@ from conftest import rows
 HERE = Path(__file__).parent
 # Each node looks for work that often, in seconds; ten times a second, four that wait take a third of a core from the
 # tests beside them
-CALMLY = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.3"}
+CALMLY = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.6"}
 PATHS = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
 
 

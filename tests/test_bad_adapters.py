@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 
 import pytest
-from conftest import run_on, summary_of, traits_of_method
+from conftest import of_each_kind, run_on, summary_of, traits_of_method
 from flwr.app import MetricRecord
 from flwr.clientapp import ClientApp
 
@@ -23,7 +23,7 @@ NOWHERE = "model.path=/nowhere/at/all"  # loading it is another error
 MIXED = [name for name in choices("method") if traits_of_method(name).mixed_ranks]
 
 
-@pytest.mark.parametrize("method", sorted(set(choices("method")) - set(MIXED)))
+@pytest.mark.parametrize("method", of_each_kind(set(choices("method")) - set(MIXED)))
 def test_mixed_ranks_with_a_same_rank_method_stop_the_run_before_a_model_is_loaded(method):
     why = (
         "gives each client ranks by what its device can do" if method == "fedpipe" else "needs the same rank everywhere"
@@ -41,7 +41,7 @@ def test_the_command_says_so_in_one_line_and_leaves_no_folder(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("method", MIXED)
+@pytest.mark.parametrize("method", of_each_kind(MIXED))
 def test_methods_for_mixed_ranks_take_them(method):
     assert Workspace(compose([f"method={method}", "population.ranks=[8,4]", NOWHERE])).strategy
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import mischief
 import pytest
 import torch
-from conftest import SMALL, rows, summary_of
-from hypothesis import given, settings
+from conftest import SMALL, many, rows, summary_of
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.codecs.bytes import varint
@@ -119,7 +119,7 @@ GOOD = [sequence(3)[-1][1].blob(since, {"n": torch.tensor([1])}) for since in (1
 
 
 @given(st.sampled_from(GOOD), st.integers(0, 2000), st.binary(max_size=40))
-@settings(max_examples=500)
+@many()
 def test_damaged_and_made_up_blobs_end_in_an_error_or_in_tensors(blob, kept, tail):
     held = sequence(1)[0][1].held
     try:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import PAIRS
 
 from fedtune.commands.main import main
 from fedtune.config.schema import BudgetSpec
@@ -20,6 +21,8 @@ RUN = (
     "runtime.threads=1",
     "evaluate.examples=8",
     "evaluate.exactness=false",
+    f"data.path={PAIRS}",
+    "data.partition=iid",
 )
 
 

@@ -5,7 +5,7 @@ from datetime import datetime
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_data import load, write
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -84,7 +84,6 @@ SCHEMES = {(scheme, name): metaspace(scheme, template) for scheme in ("prepend",
 
 
 @pytest.mark.parametrize("way", SCHEMES, ids="-".join)
-@settings(max_examples=40, deadline=None)
 @given(st.text("stone glas\n", min_size=1, max_size=8), st.text("stone glas\n", min_size=1, max_size=8))
 def test_the_prompt_is_inferences_own_and_the_answer_has_no_blank_that_nobody_wrote(way, question, answer):
     """Whatever the tokenizer: the prompt's tokens are those of its whole text, and the learnt ones spell the answer."""
@@ -367,7 +366,6 @@ def run_on_rows(tmp_path):
     return made
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text(max_size=6)), max_size=5))
 def test_any_dialogue_is_learnt_left_out_or_refused(turns):
     """What is learnt is the assistant's; the corpus' tokens are all in the vocabulary."""

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import many
+from hypothesis import given
 from hypothesis import strategies as st
 from test_data import TOKENIZER, load, spoken, write
 from test_generation import PAD, local
@@ -75,7 +76,7 @@ def test_a_bad_row_is_named(tmp_path, row, said):
     assert said in str(error.value)
 
 
-@settings(max_examples=200)
+@many()
 @given(
     choices=st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=5),

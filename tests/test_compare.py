@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import PAIRS
 
 from fedtune.commands.main import main
 from fedtune.comparisons.plan import PlannedRun, plan, slug
@@ -20,7 +21,7 @@ from fedtune.core.files import hold
 
 SMALL = (
     "model=tiny", "rounds=2", "population.clients=3", "population.cohort=2", "train.steps=1", "evaluate.examples=8",
-    "evaluate.exactness=false",
+    "evaluate.exactness=false", f"data.path={PAIRS}", "data.partition=iid",
 )  # fmt: skip
 
 

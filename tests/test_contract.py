@@ -1,20 +1,27 @@
-"""What every method promises, on the real engine: a new file in conf/method is taken up here by itself."""
+"""What every method promises, on the real engine: a new file in conf/method is taken up here by itself.
+
+Each method plays two plain rounds, and its algebra is tried on tensors. One method of each kind, of the same traits and
+the same class of clients, plays a whole run of three rounds and the third of the two again, and is sent and sends in
+few bits. What the engine does with whoever lies, drops out or stays away is tried where a method changes how: with one
+that averages, stacks, goes along seeded directions, is personal, or asynchronous.
+"""
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import rows, run_on, small, summary_of
+from conftest import of_each_kind, rows, run_on, small, summary_of, traits_of_method
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
 
 from fedtune.config.compatibility import traits_of
 from fedtune.config.compose import choices
-from fedtune.core.errors import QuorumError
+from fedtune.core.errors import QuorumError, WireError
 from fedtune.core.protocol import SERVER, ClientInfo, Update
 from fedtune.lowrank.algebra import lora_factors
 from fedtune.lowrank.residual import from_residual
@@ -27,7 +34,11 @@ from fedtune.workspace.client_handler import local_update
 from fedtune.workspace.workspace import Workspace
 
 METHODS = choices("method")
-pytestmark = pytest.mark.parametrize("method", METHODS)
+# One whose server averages, one that stacks, one along seeded directions, a personal one and an asynchronous one
+ENGINES = ("fedit", "flora", "fedkseed", "fedsa_lora", "fedbuff")
+each_engine = pytest.mark.parametrize("method", ENGINES)
+each_method = pytest.mark.parametrize("method", METHODS)
+each_kind = pytest.mark.parametrize("method", of_each_kind(METHODS))
 
 
 def of(method):
@@ -53,12 +64,8 @@ def party_of(method, out=Path("unused")):
 
 
 def among_several(method):
-    if party_of(method).experiment.method.pooled:
+    if small(*of(method), out=Path("unused")).method.pooled:
         pytest.skip("one client has all the data: there is nobody to be left with")
-
-
-def traits(method):
-    return traits_of(party_of(method).strategy)
 
 
 def without_times(table):
@@ -71,6 +78,8 @@ def two_rounds(method, shared_run):
     return shared_run(*of(method))
 
 
+@each_method
+@pytest.mark.quick
 def test_two_rounds_learn_and_leave_a_whole_folder(method, two_rounds):
     metrics = rows(two_rounds, "metrics.csv")
     assert [row["round"] for row in metrics] == ["0", "1", "2"]
@@ -82,23 +91,26 @@ def test_two_rounds_learn_and_leave_a_whole_folder(method, two_rounds):
     }  # fmt: skip
 
 
-def test_one_seed_has_one_result(method, two_rounds, small_run):
-    again = small_run(*of(method), name="again")
-    assert summary_of(two_rounds)["state_sha256"] == summary_of(again)["state_sha256"]
-    assert without_times(rows(two_rounds, "metrics.csv")) == without_times(rows(again, "metrics.csv"))
-    assert without_times(rows(two_rounds, "ledger.csv")) == without_times(rows(again, "ledger.csv"))
-    other = small_run(*of(method), "seed=1", name="other")
-    assert summary_of(other)["state_sha256"] != summary_of(two_rounds)["state_sha256"]
-
-
-def test_resume_equals_uninterrupted(method, tmp_path, two_rounds, captured):
+@each_kind
+@pytest.mark.slow
+def test_resume_equals_uninterrupted_and_one_seed_has_one_result(method, tmp_path, two_rounds, captured):
+    """The first two rounds of both are the same ones, played twice."""
     whole, parts = captured(method).folder, tmp_path / "parts"
     shutil.copytree(two_rounds, parts)
-    run_local(small(*of(method), "rounds=4", out=parts), resume=str(parts))
+    run_local(small(*of(method), "rounds=3", out=parts), resume=str(parts))
     assert summary_of(whole)["state_sha256"] == summary_of(parts)["state_sha256"]
     assert without_times(rows(whole, "metrics.csv")) == without_times(rows(parts, "metrics.csv"))
+    ledgers = [[row for row in rows(of, "ledger.csv") if row["part"] != "handshake"] for of in (whole, parts)]
+    assert without_times(ledgers[0]) == without_times(ledgers[1])  # whoever goes on asks anew who is there
     result = "model.fedtune" if method in SEEDED else "adapter/adapter_model.safetensors"
     assert (whole / result).read_bytes() == (parts / result).read_bytes()
+
+
+@each_engine
+@pytest.mark.slow
+def test_another_seed_has_another_result(method, two_rounds, small_run):
+    other = small_run(*of(method), "seed=1", name="other", rounds=1)
+    assert rows(other, "metrics.csv")[1]["train_loss"] != rows(two_rounds, "metrics.csv")[1]["train_loss"]
 
 
 def sent(folder, direction):
@@ -109,9 +121,11 @@ def sent(folder, direction):
 PARTLY = {("fed_sb", "down"), ("scaffold", "up"), ("scaffold", "down")}
 
 
+@each_kind
+@pytest.mark.slow
 def test_lossy_codecs_where_the_method_takes_them_save_bytes(method, two_rounds, small_run):
     """int8 in each direction that the method's traits allow, against the same run with raw."""
-    allowed = {"up": traits(method).lossy_up, "down": traits(method).lossy_down}
+    allowed = {"up": traits_of_method(method).lossy_up, "down": traits_of_method(method).lossy_down}
     if not any(allowed.values()):
         pytest.skip("what it sends has to come as it is")
     codecs = [f"codec_{direction}={'int8' if fits else 'raw'}" for direction, fits in allowed.items()]
@@ -159,18 +173,20 @@ class CapturingGrid(LocalGrid):
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory):
-    """A method's run of four rounds on a CapturingGrid, played once; its folder is the grid's `folder`."""
+    """A method's run of three rounds on a CapturingGrid, played once; its folder is the grid's `folder`."""
 
     @cache
     def play(method):
         folder = tmp_path_factory.mktemp("captured") / "run"
-        grid = run_on(CapturingGrid, make_client_app(), folder, *of(method), "rounds=4")
+        grid = run_on(CapturingGrid, make_client_app(), folder, *of(method), "rounds=3")
         grid.folder = folder
         return grid
 
     return play
 
 
+@each_kind
+@pytest.mark.slow
 def test_the_ledger_is_what_crossed_the_grid(method, captured):
     among_several(method)
     grid = captured(method)
@@ -179,8 +195,10 @@ def test_the_ledger_is_what_crossed_the_grid(method, captured):
         for r in rows(grid.folder, "ledger.csv")
     ]
     assert sorted(booked) == sorted(grid.captured)
-    looks = 2 * 5 * 4 if traits(method).personal else 0  # all four are asked after each round, and before the first
-    assert len(booked) == 2 * 4 + 2 * 4 * 3 + looks  # a handshake with all four, and four rounds with three of them
+    looks = (
+        2 * 4 * 4 if traits_of_method(method).personal else 0
+    )  # all four are asked after each round, and before the first
+    assert len(booked) == 2 * 4 + 2 * 3 * 3 + looks  # a handshake with all four, and three rounds with three of them
     totals = summary_of(grid.folder)["totals"]
     for direction in ("up", "down"):
         assert totals[f"{direction}_wire_bytes"] == sum(
@@ -221,8 +239,9 @@ def without_client_one(codec, index, reply):
     return reply
 
 
+@each_engine
+@pytest.mark.slow
 def test_a_round_goes_on_without_a_client_that_drops_out(method, tampered):
-    among_several(method)
     folder = tampered(method, without_client_one)
     failures = rows(folder, "failures.csv")
     assert [(r["round"], r["client"]) for r in failures] == [(number, "1") for number in "1234"]
@@ -268,11 +287,12 @@ def client_one_lies(codec, index, reply):
     return reply
 
 
+@each_engine
+@pytest.mark.slow
 @pytest.mark.parametrize("number", LIES, ids=lambda number: LIES[number].__name__)
 def test_a_lying_client_changes_nothing(method, number, tampered):
     """The result is the one without that client, to the last bit: the loss after the round of this lie, and the state
     at the end."""
-    among_several(method)
     lied, dropped = tampered(method, client_one_lies), tampered(method, without_client_one)
     one, other = (rows(folder, "metrics.csv")[int(number)] for folder in (lied, dropped))
     assert (one["clients"], one["failed"]) == ("3", "1")
@@ -281,8 +301,9 @@ def test_a_lying_client_changes_nothing(method, number, tampered):
     assert summary_of(lied)["state_sha256"] == summary_of(dropped)["state_sha256"]
 
 
+@each_engine
+@pytest.mark.slow
 def test_fewer_replies_than_the_quorum_stop_the_run_and_keep_what_was_done(method, tmp_path, captured):
-    among_several(method)
     asked = []
 
     def fail_in_round_two(index, reply):
@@ -292,7 +313,7 @@ def test_fewer_replies_than_the_quorum_stop_the_run_and_keep_what_was_done(metho
                 raise ConnectionError("gone")
         return reply
 
-    words, folder = (*of(method), "rounds=4"), tmp_path / "run"
+    words, folder = (*of(method), "rounds=3"), tmp_path / "run"
     with pytest.raises(
         QuorumError, match=r"round 2: 1 of 3 clients gave a usable update, population.quorum asks for 2"
     ):
@@ -328,6 +349,7 @@ def hashes(state, replies):
     return state_sha256(state), [state_sha256(update) for _, update in replies]
 
 
+@each_method
 def test_identical_clients_are_a_fixed_point(method, first_updates):
     if method == "ferret":
         pytest.skip("each client has directions of its own, so that equal coordinates are no equal updates")
@@ -361,12 +383,24 @@ def change_of(party, instruction):
     return change
 
 
+@each_method
+def test_an_update_with_tensors_of_other_names_is_refused(method, first_updates):
+    strategy, state, replies, _ = first_updates(method)
+    peer, update = replies[0]
+    strategy.validate(state, 1, peer, update)
+    other = replace(update, tensors={f"x{name}": tensor for name, tensor in something(update).items()})
+    with pytest.raises(WireError):
+        strategy.validate(state, 1, peer, other)
+
+
+@each_method
 def test_aggregating_changes_neither_the_old_state_nor_the_updates(method, first_updates):
     strategy, state, replies, before = first_updates(method)
     strategy.aggregate(state, 1, replies)
     assert before == hashes(state, replies)
 
 
+@each_kind
 def test_a_turn_leaves_no_trace_in_the_next(method, first_updates, tmp_path):
     """A client's update is the same whether it goes first or after all others."""
     _, _, forward, _ = first_updates(method)

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import SMALL
-from hypothesis import given, settings
+from conftest import SMALL, many
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -87,7 +87,7 @@ def test_less_is_left_out_than_there_was(codec, kind):
 values = st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.floats(-1e6, -1e-6), st.sampled_from([1.0, -1.0, 1e6, 1e-6]))
 
 
-@settings(max_examples=150)
+@many()
 @given(
     st.sampled_from(CODECS),
     st.dictionaries(st.sampled_from("abc"), st.lists(values, max_size=60), max_size=3),

@@ -42,7 +42,7 @@ def made(shared_run, tmp_path):
     return tmp_path
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(name="metrics.csv", column=4, line=1, cell="-1")  # seconds: a logarithm of less than nothing
 @example(name="metrics.csv", column=1, line=1, cell="1e308")
 @example(name="metrics.csv", column=10, line=1, cell="9" * 20)

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from conftest import many
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.config.compose import compose
@@ -177,7 +178,7 @@ def test_a_fault_names_the_file_and_the_line(tmp_path, name, content, said):
     assert said in str(caught.value)
 
 
-@settings(max_examples=200, deadline=None)
+@many()
 @given(st.binary(max_size=120))
 def test_random_bytes_in_a_file_are_refused_or_read_but_never_crash(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("fuzz")

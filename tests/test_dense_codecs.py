@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
-from hypothesis import given, settings
+from conftest import many
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.codecs.bf16 import Bf16
@@ -546,7 +547,7 @@ def test_thousands_of_damaged_and_random_blobs(codec):
 some_shape = st.lists(st.integers(0, 6), max_size=3).map(tuple)
 
 
-@settings(max_examples=400)
+@many()
 @given(st.sampled_from(CODECS), st.dictionaries(st.text(max_size=4), some_shape, max_size=4), st.data())
 def test_any_bytes_for_any_shapes(codec, shapes, data):
     """Mostly with the codec's head and the right length, so that what is behind the checks is met."""
@@ -556,7 +557,7 @@ def test_any_bytes_for_any_shapes(codec, shapes, data):
     decodes(codec, OWN[type(codec)] + ((body or b"\x00") * size)[: size - 3], shapes)
 
 
-@settings(max_examples=400)
+@many()
 @given(
     st.sampled_from(CODECS),
     st.dictionaries(st.text(max_size=4), some_shape, max_size=4),

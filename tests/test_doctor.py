@@ -183,6 +183,7 @@ def test_matmul_rates_are_rates():
     assert 0.1 < rates[torch.float32].flop_per_s / (2 * 512**3 / seconds) < 20
 
 
+@pytest.mark.slow
 def test_training_steps_count_their_work():
     """A block's layers: 576 x (576 + 2 x 192 + 576) + 3 x 576 x 1536 = 3,538,944; of 4 blocks and 32 tokens
     4 x 4 x 3,538,944 x 32, and attention's 12 x 32 x 32 x 576 x 4; two passes read 4 bytes each."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import rows, small, summary_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.commands.evaluate import Request, evaluate
@@ -75,7 +75,6 @@ def corpora(draw):
     return pairs, spec, draw(st.integers(1, 4)), draw(st.integers(0, 5))
 
 
-@settings(max_examples=40)
 @given(corpora())
 def test_no_prompt_stands_on_both_sides_of_a_split(tmp_path_factory, drawn):
     pairs, spec, clients, seed = drawn

@@ -231,6 +231,7 @@ def test_who_was_away_is_where_the_others_are(tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_the_same_run_gives_the_same_bits_and_resumes(small_run):
     more = ("method=fedkseed_pro", *SEEDED, STEPS, DIRECTIONS)
     whole, again = small_run(*more, rounds=3), small_run(*more, rounds=3, name="again")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from deployed import CALMLY
 
 from fedtune.core.errors import DeploymentError, RunFolderError
 from simulations.fleet import Fleet, Site, processes
@@ -82,7 +83,7 @@ def app(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fleet(app, tmp_path_factory):
     sites = [Site("site-0"), Site("site-1", {"profile": 'a "phone"', "memory-bytes": 1 << 31})]
-    with Fleet(tmp_path_factory.mktemp("fleet"), sites, app=app) as fleet:
+    with Fleet(tmp_path_factory.mktemp("fleet"), sites, app=app, env=CALMLY) as fleet:
         yield fleet
 
 

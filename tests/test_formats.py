@@ -6,7 +6,8 @@ import json
 import lzma
 
 import pytest
-from hypothesis import given, settings
+from conftest import many
+from hypothesis import given
 from hypothesis import strategies as st
 from test_data import TOKENIZER, load, write
 
@@ -277,7 +278,7 @@ NESTED = st.recursive(
 COLUMNS = ["messages", "conversations", "prompt", "completion", "question", "answer", "instruction", "input", "output"]
 
 
-@settings(max_examples=150, deadline=None)
+@many()
 @given(st.dictionaries(st.sampled_from([*COLUMNS, "text", "system", "tools", "choices", "train"]), NESTED, max_size=4))
 def test_whatever_stands_in_a_row_or_a_file_is_read_or_refused(tmp_path_factory, row):
     path = tmp_path_factory.mktemp("fuzz") / "a.json"
@@ -293,7 +294,6 @@ def test_whatever_stands_in_a_row_or_a_file_is_read_or_refused(tmp_path_factory,
             )
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=60))
 def test_random_bytes_in_compressed_files_are_refused(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("fuzz")

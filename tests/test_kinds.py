@@ -28,7 +28,6 @@ from strategies.fedit import FedIT
 
 CPU = torch.device("cpu")
 TINY = ModelSpec(name="tiny", dtype="float32")
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 VIRTUAL = ("prompt_tuning", "prefix_tuning")  # what virtual tokens add is there from the start
 UNDRAWN = ("pissa", "ia3", "oft", "bone", FULL)  # start from the base, ones or zeros
 TOKENS = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -40,17 +39,6 @@ each_adapter = pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kin
 
 def local(kind, seed=0, base=TINY, **adapter):
     return LocalModel(load_base(base, CPU), AdapterSpec(kind=kind, **adapter), seed)
-
-
-def loaded(quantization):
-    """The real base, read and quantized once for all kinds; each takes a copy, for an adapter changes its base."""
-    base = _loaded(quantization)
-    return replace(base, model=copy.deepcopy(base.model))
-
-
-@cache
-def _loaded(quantization):
-    return load_base(ModelSpec(name="smollm2", path=SMOLLM2, quantization=quantization, dtype="bfloat16"), CPU)
 
 
 def batch():
@@ -424,13 +412,28 @@ def test_an_architecture_that_peft_has_no_adaption_prompts_for_is_named(tmp_path
         local("adaption_prompt", base=base)
 
 
+@pytest.fixture(scope="module")
+def loaded(short_smollm2):
+    """Real weights, read and quantized once for all kinds; each takes a copy, for an adapter changes its base."""
+
+    @cache
+    def load(quantization):
+        return load_base(ModelSpec(path=str(short_smollm2), quantization=quantization, dtype="bfloat16"), CPU)
+
+    def copied(quantization):
+        base = load(quantization)
+        return replace(base, model=copy.deepcopy(base.model))
+
+    return copied
+
+
 @pytest.mark.slow
 class TestSmolLM2:
-    """The real base, as it is held on a small device."""
+    """Real weights, as they are held on a small device."""
 
     @pytest.mark.parametrize("quantization", ["int8", "nf4"])
     @each_kind
-    def test_a_quantized_base_is_adapted_or_refused(self, kind, quantization):
+    def test_a_quantized_base_is_adapted_or_refused(self, kind, quantization, loaded):
         base = loaded(quantization)
         if kind == FULL:
             with pytest.raises(ModelError, match=r"adapter=none trains the base's own weights, .* are quantized"):

@@ -8,7 +8,7 @@ what the codec left out.
 import moving
 import pytest
 import torch
-from conftest import SMALL, rows, small, traits_of_method
+from conftest import SMALL, of_each_kind, rows, small, traits_of_method
 from moving import move
 
 from fedtune.config.compose import choices, compose
@@ -18,7 +18,9 @@ from fedtune.runtime.local import run_local
 from fedtune.training.client_state import ClientStateStore
 from fedtune.workspace.workspace import Workspace
 
-TOLD_LOSSILY = [name for name in choices("method") if name != "local_only" and traits_of_method(name).lossy_down]
+TOLD_LOSSILY = of_each_kind(
+    name for name in choices("method") if name != "local_only" and traits_of_method(name).lossy_down
+)
 EVERYBODY = ("population.cohort=4", "evaluate.every=0", "evaluate.exactness=false")
 SPARSE = ("codec_down=topk", "codec_down.density=0.05")
 UNEQUAL = "".join(f"d{k},{1 + k}e9,inf,inf,inf,inf,true,1\n" for k in range(4))

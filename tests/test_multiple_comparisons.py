@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import stats
@@ -75,7 +75,6 @@ def test_what_is_equal_to_the_last_bit():
     assert found[1:] == pytest.approx([1, 0, 0])
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     losses=arrays.arrays(
         np.float64, st.tuples(st.integers(2, 5), st.integers(2, 6)), elements=st.integers(-8, 8).map(lambda n: n / 8)

@@ -20,6 +20,8 @@ from fedtune.core.errors import ConfigError
 from fedtune.random_directions import hash_noise as noise
 from fedtune.random_directions import kernels
 
+# A kernel for each kind and type is compiled, which takes minutes
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled")]
 KINDS = sorted(noise.SIGMA)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -7,7 +7,8 @@ import tracemalloc
 
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import many
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.codecs.packed import CHUNK, DTYPES, FREE, Packed
@@ -170,7 +171,7 @@ def tensors(draw):
     return found
 
 
-@settings(max_examples=400, deadline=None)
+@many()
 @given(tensors())
 def test_packed_returns_every_bit_and_is_never_much_larger(given_tensors):
     """At most a head's few bytes above the tensors' own: count 4, and 4 for name and dtype, dimensions, bits."""

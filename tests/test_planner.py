@@ -6,7 +6,8 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from conftest import many
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.core.costs import Costs, Weight
@@ -126,7 +127,7 @@ def problems(draw):
     return weights, values, costs, rules, device
 
 
-@settings(max_examples=300)
+@many()
 @given(problems())
 def test_no_plan_is_better_than_the_one_found(problem):
     """Over all b, q and choices: by value, then the larger b, the larger q, and less P."""
@@ -246,7 +247,6 @@ def test_value_never_falls_as_the_deadline_rises(large):
     assert values[0] != values[-1]
 
 
-@settings(max_examples=100)
 @given(problems(), st.sampled_from([*LIMITS, "deadline"]), st.floats(1, 10))
 def test_small_value_never_falls_either(problem, limit, more):
     weights, values, costs, rules, device = problem

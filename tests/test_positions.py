@@ -9,7 +9,8 @@ from itertools import pairwise
 import constriction
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from conftest import many
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.codecs.positions import (
@@ -177,7 +178,7 @@ def test_every_set_of_a_few(code):
 
 
 @BOTH
-@settings(max_examples=300, deadline=None)
+@many()
 @given(st.data())
 def test_any_set_comes_back(code, data):
     size = data.draw(st.one_of(st.integers(1, 400), st.integers(1, MAX_SIZE)))
@@ -388,7 +389,7 @@ def test_thousands_of_damaged_and_made_up_blobs(code):
 
 
 @BOTH
-@settings(max_examples=500, deadline=None)
+@many()
 @given(st.data())
 def test_anything_is_a_set_or_an_error(code, data):
     size = data.draw(st.one_of(st.integers(0, 60), st.integers(0, MAX_SIZE)))

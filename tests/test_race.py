@@ -1,13 +1,22 @@
 """simulations/race.py on the toy model: both methods run, the table's figures are those of the run folders."""
 
 import pytest
+from conftest import PAIRS
 
 from simulations import race
 
 
 @pytest.mark.slow
 def test_a_race_of_two_rounds(tmp_path, capsys, monkeypatch):
-    words = ["model=tiny", "train.lr=5e-3", "adapter.targets=null", "population.clients=8", "population.cohort=4"]
+    words = [
+        "model=tiny",
+        f"data.path={PAIRS}",
+        "data.partition=iid",
+        "train.lr=5e-3",
+        "adapter.targets=null",
+        "population.clients=8",
+        "population.cohort=4",
+    ]
     monkeypatch.setattr("sys.argv", ["race", *words, f"out={tmp_path}", "rounds=2", "seeds=0,1"])
     race.main()
     said = capsys.readouterr().out

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import remembering
 from conftest import SMALL, summary_of
+from deployed import PATHS
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, QuorumError
@@ -36,20 +37,6 @@ def failures(folder):
 
 
 @pytest.mark.slow
-def test_ray_gives_the_bits_of_one_process_and_resumes_exactly(small_run, tmp_path):
-    more = (*remembering.WORDS, "codec=compeft", "codec_up.feedback=true")
-    whole = small_run(*more, name="whole", rounds=3)
-    parts = tmp_path / "parts"
-    run_ray(compose(words(parts, *more, "rounds=2")))
-    run_ray(compose(words(parts, *more, "rounds=3")), resume=str(parts))
-    assert summary_of(parts)["state_sha256"] == summary_of(whole)["state_sha256"]
-    assert summary_of(parts)["totals"]["failed"] == 0
-    assert (parts / "adapter/adapter_model.safetensors").read_bytes() == (
-        whole / "adapter/adapter_model.safetensors"
-    ).read_bytes()
-
-
-@pytest.mark.slow
 def test_the_virtual_clock_is_the_same_in_rays_processes(small_run, tmp_path):
     """Nodes have other ids there, and answers come in another order; the devices' order counts. Two are alike."""
     more = ("population=mixed", "population.clients=4", "population.devices=[galaxy_a55,rtx_4090,raspberry_pi_5]")
@@ -63,38 +50,35 @@ def test_the_virtual_clock_is_the_same_in_rays_processes(small_run, tmp_path):
 @pytest.mark.slow
 def test_a_ray_process_that_dies_costs_one_turn(tmp_path, monkeypatch, small_run):
     """Client 1 kills its process in round 1, and again when it is tried again, and raises in round 2; everything else
-    goes on, in the replaced process too, and the result is that of a run in which client 1 just raised."""
-    monkeypatch.setenv("MISCHIEF", "die:0:1:1 raise:0:2:1")
-    more = (*mischief.WORDS, "population.cohort=4", "rounds=3")
-    run_ray(compose(words(tmp_path / "ray", *more)))
+    goes on, in the replaced process too, and the result is that of a run in which client 1 just raised. In round 4 all
+    raise, and the run says so and stops."""
+    all_raise = " ".join(f"raise:0:4:{index}" for index in range(4))
+    monkeypatch.setenv("MISCHIEF", f"die:0:1:1 raise:0:2:1 {all_raise}")
+    more = (*mischief.WORDS, "population.cohort=4")
+    with pytest.raises(QuorumError, match=r"round 4: 0 of 4 clients .* the battery is flat"):
+        run_ray(compose(words(tmp_path / "ray", *more, "rounds=5")))
     lost = failures(tmp_path / "ray")
-    assert [(round, peer) for round, peer, _ in lost] == [("1", "1"), ("2", "1")]
+    assert [(round, peer) for round, peer, _ in lost] == [("1", "1"), ("2", "1"), *(("4", peer) for peer in "0123")]
     assert "its process died (Actor" in lost[0][2]
     assert "the battery is flat" in lost[1][2]
     assert "Traceback" not in lost[1][2]
+    assert (summary_of(tmp_path / "ray")["status"], summary_of(tmp_path / "ray")["rounds"]) == ("failed", 3)
     monkeypatch.setenv("MISCHIEF", "raise:0:1:1 raise:0:2:1")
     local = small_run(*more, name="local", rounds=3)
     assert summary_of(local)["state_sha256"] == summary_of(tmp_path / "ray")["state_sha256"]
 
 
 @pytest.mark.slow
-def test_when_every_client_fails_the_run_says_so_and_stops(tmp_path, monkeypatch):
-    monkeypatch.setenv("MISCHIEF", " ".join(f"raise:0:1:{index}" for index in range(4)))
-    with pytest.raises(QuorumError, match=r"round 1: 0 of 3 clients .* the battery is flat"):
-        run_ray(compose(words(tmp_path / "run", *mischief.WORDS)))
-    assert summary_of(tmp_path / "run")["status"] == "failed"
-    assert len(failures(tmp_path / "run")) == 3
-
-
-@pytest.mark.slow
-def test_ray_stays_on_loopback_and_ctrl_c_says_how_to_go_on(tmp_path):
+def test_ray_stays_on_loopback_and_after_ctrl_c_goes_on_to_the_bits_of_one_process(small_run, tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "fedtune", "run", *words(folder, "rounds=1000")]
+    more = (*remembering.WORDS, "codec=compeft", "codec_up.feedback=true")
+    command = [sys.executable, "-m", "fedtune", "run", *words(folder, *more, "rounds=1000")]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "PYTHONPATH": PATHS["PYTHONPATH"]},  # the clients of these tests
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -116,6 +100,13 @@ def test_ray_stays_on_loopback_and_ctrl_c_says_how_to_go_on(tmp_path):
     assert process.returncode == 130
     assert f"go on with: fedtune run resume={folder}" in err
     assert summary_of(folder)["status"] == "interrupted"
+    rounds = summary_of(folder)["rounds"] + 1
+    run_ray(compose(words(folder, *more, f"rounds={rounds}")), resume=str(folder))
+    whole = small_run(*more, name="whole", rounds=rounds)
+    assert summary_of(folder)["state_sha256"] == summary_of(whole)["state_sha256"]
+    assert summary_of(folder)["totals"]["failed"] == 0
+    adapter = "adapter/adapter_model.safetensors"
+    assert (folder / adapter).read_bytes() == (whole / adapter).read_bytes()
 
 
 def test_more_cores_than_there_are_is_said_at_once():

@@ -148,7 +148,7 @@ def test_files_of_garbage(made, content):
     assert read(made).notes == ("summary.json is missing",)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(FILES), share=st.floats(0, 1), garbage=st.sampled_from([b"", b"\xff", b'"', b",,\n", b"\0\n"])
 )

@@ -18,8 +18,6 @@ so theta = 5 keeps 0, 1, 2, 3, 4. Their median is 2; the beta = 3 nearest to it 
 of all seven would be 3).
 """
 
-import gc
-
 import numpy as np
 import pytest
 import torch
@@ -47,15 +45,6 @@ from strategies.multikrum import MultiKrum
 NAMES = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
 GUARDED = [FedMedian(), FedTrimmedAvg(0.2), Krum(1), MultiKrum(1), Bulyan(1)]  # each against one attacker in seven
 by_class = pytest.mark.parametrize("method", GUARDED, ids=lambda method: type(method).__name__)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def frozen():
-    """As in a run (round_loop.py): Flower's Bulyan collects garbage once a reply, and would walk all of torch each
-    time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def aggregate(method, vectors, examples=None, dtype=torch.float32):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, summary_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, dense, distance, ideal, layout, reply
 
@@ -119,7 +119,6 @@ def some_states():
     return party, states
 
 
-@settings(deadline=None)  # the first call loads the model
 @given(st.lists(st.sets(st.integers(0, 1), min_size=1), min_size=3, max_size=6))
 def test_after_any_absences_a_client_holds_the_same_as_the_server(cohorts):
     """Two clients that only receive: whatever rounds they sat out, they hold what the server holds."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from directions import values
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -104,7 +104,6 @@ def test_the_mean_of_clients_is_the_replay_of_their_mean_slopes():
         assert (tensor - mean[name]).norm() < 1e-5 * moved
 
 
-@settings(max_examples=40)
 @given(st.lists(records, min_size=1, max_size=4), st.sampled_from(KINDS))
 def test_it_does_not_matter_how_one_came_there(path, noise):
     space, wandered, straight = Space(1e-3, noise), weights(torch.bfloat16), weights(torch.bfloat16)

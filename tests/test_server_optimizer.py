@@ -35,11 +35,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, summary_of, traits_of_method
+from conftest import SMALL, many, of_each_kind, summary_of, traits_of_method
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flwr_strategies
 from flwr.supercore.task_identity import TaskIdentity
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.config.compose import build, choices, compose
@@ -160,7 +160,7 @@ def test_flowers_form_is_flowers_own_over_several_rounds(cls, theirs, rates, mon
     assert apart > 1e-3
 
 
-@settings(max_examples=200, deadline=None)
+@many()
 @given(
     st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=3, max_size=3),
     st.lists(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=3, max_size=3), min_size=1, max_size=4),
@@ -175,7 +175,7 @@ def test_a_step_of_all_the_way_ends_at_the_average_to_the_last_bit(start, sent):
     assert state_sha256(stepped) == state_sha256(FedIT().aggregate(FedIT().init(begin), 1, replies))
 
 
-@pytest.mark.parametrize("method", averages())
+@pytest.mark.parametrize("method", of_each_kind(averages()))
 def test_with_neither_momentum_nor_rate_a_run_is_the_methods_own_to_the_last_bit(method, small_run):
     own = small_run(f"method={method}", name="own")
     stepped = small_run(f"method={method}", *PLAIN, name="stepped")

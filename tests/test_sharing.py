@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import PAIRS
 
 from fedtune.commands.main import main
 from fedtune.config.schema import DataSpec, ModelSpec
@@ -13,7 +14,16 @@ from fedtune.core.caches import once, sharing
 from fedtune.models.base import pick_device
 from fedtune.models.shared_base import base_for
 
-RUN = ("model=tiny", "rounds=1", "population.clients=2", "train.steps=1", "runtime.threads=1", "evaluate.examples=8")
+RUN = (
+    "model=tiny",
+    f"data.path={PAIRS}",
+    "data.partition=iid",
+    "rounds=1",
+    "population.clients=2",
+    "train.steps=1",
+    "runtime.threads=1",
+    "evaluate.examples=8",
+)
 WORDS = (
     ("method=fedit",),
     ("method=flora",),

@@ -14,14 +14,15 @@ from fedtune.runtime.local import run_local
 def test_a_run_learns_and_its_adapter_answers_in_plain_peft(tmp_path):
     overrides = [
         "population.cohort=4",
-        "rounds=2",
-        "evaluate.examples=48",
+        "rounds=1",
+        "train.lr=4e-3",
+        "evaluate.examples=24",
         "runtime.threads=1",
         f"out={tmp_path / 'run'}",
     ]
     run_local(compose(["experiment=demo", *overrides]))
     summary = summary_of(tmp_path / "run")
-    assert summary["last_eval_loss"] < summary["first_eval_loss"] - 0.3
+    assert summary["last_eval_loss"] < summary["first_eval_loss"] - 0.1
     assert summary["last_eval_accuracy"] > summary["first_eval_accuracy"]
 
     path = summary["base"]["path"]
@@ -31,7 +32,7 @@ def test_a_run_learns_and_its_adapter_answers_in_plain_peft(tmp_path):
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
     def answer(model):
-        tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        tokens = model.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         return tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     before = answer(base)
@@ -42,13 +43,14 @@ def test_a_run_learns_and_its_adapter_answers_in_plain_peft(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "quantization"), [("flora", "nf4"), ("fedex_lora", "int8")])
-def test_methods_that_change_the_base_are_exact_on_a_quantized_one(tmp_path, method, quantization):
+def test_methods_that_change_the_base_are_exact_on_a_quantized_one(tmp_path, method, quantization, short_smollm2):
     overrides = ["population.cohort=3", "rounds=2", "train.steps=2", "evaluate.examples=24", "runtime.threads=1"]
     run_local(
         compose(
             [
                 "experiment=demo",
                 f"method={method}",
+                f"model.path={short_smollm2}",
                 f"model.quantization={quantization}",
                 f"out={tmp_path}/run",
                 *overrides,

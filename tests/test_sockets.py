@@ -14,7 +14,7 @@ import mischief
 import psutil
 import pytest
 from conftest import SMALL, rows, summary_of
-from deployed import PATHS, failures, run
+from deployed import CALMLY, PATHS, failures, run
 from flwr.cli.build import build_fab_from_disk
 
 from fedtune.config.compose import compose
@@ -33,7 +33,9 @@ from simulations.proxy import CountingProxy
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 HERE = Path(__file__).parent
-MEGABYTES = 500
+# Well over the 4 MB that gRPC takes in a message by default, in twenty of the objects of 5 MB that Flower makes of it.
+# More of them show no more; MEGABYTES=500 in the environment makes it half a gigabyte
+MEGABYTES = int(os.environ.get("MEGABYTES", "100"))
 TIMEOUT = 30  # one turn waits for it in vain; the others take a second, and the first one loads the model
 
 
@@ -43,7 +45,7 @@ def fleet(tmp_path_factory):
     of 500 MB locks SQLite for seconds, on a busy machine longer than the five for which Flower 1.41 waits, and a
     SuperNode that asks for messages then ends."""
     targets = "mischief.Mischief,bulky.Bulky,bulky.BulkyClient"
-    environment = {"PYTHONPATH": str(HERE), "MEGABYTES": str(MEGABYTES), "FEDTUNE_TARGETS": targets}
+    environment = {"PYTHONPATH": str(HERE), "MEGABYTES": str(MEGABYTES), "FEDTUNE_TARGETS": targets, **CALMLY}
     folder = tmp_path_factory.mktemp("fleet")
     with Fleet(folder, [], app=HERE.parent, env=environment, database=False) as fleet:
         target = ("127.0.0.1", fleet.superlink.port)
@@ -88,8 +90,9 @@ class Peaks(threading.Thread):
 PARTS = ("flower-superlink", "flwr-serverapp", "flower-supernode", "flwr-clientapp", "fedtune.runtime.worker")
 
 
-def test_half_a_gigabyte_passes_each_way(fleet, tmp_path):
-    """One client is sent 500 MB and sends them back, in 5 MB objects. Each process holds a few copies, not many."""
+def test_a_hundred_megabytes_pass_each_way(fleet, tmp_path):
+    """One client is sent them and sends them back, in 5 MB objects. Each process holds a few copies, not many, beside
+    what it holds at rest."""
     folder = tmp_path / "run"
     peaks = Peaks(fleet)
     peaks.start()
@@ -102,7 +105,7 @@ def test_half_a_gigabyte_passes_each_way(fleet, tmp_path):
     assert int(up["payload_bytes"]) > MEGABYTES * 1_000_000
     print(f"{seconds:.0f} s,", {name: f"{most / 1e9:.2f} GB" for name, most in sorted(peaks.most.items())})
     for name, most in peaks.most.items():
-        assert most < 5e9, name
+        assert most < 1.2e9 + 8e6 * MEGABYTES, name
 
 
 @dataclass(frozen=True)

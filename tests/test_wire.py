@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from conftest import many
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.codecs.raw import Raw
@@ -64,7 +65,7 @@ def test_raw_keeps_nan_infinity_and_a_transposed_tensor():
     )
 
 
-@settings(max_examples=300)
+@many()
 @given(st.binary(max_size=200))
 def test_raw_refuses_random_bytes_by_name(blob):
     try:
@@ -75,7 +76,7 @@ def test_raw_refuses_random_bytes_by_name(blob):
     assert int.from_bytes(blob[:8], "little") <= len(blob) - 8
 
 
-@settings(max_examples=300)
+@many()
 @given(st.integers(0, 10_000), st.integers(0, 7), st.integers(0, 10_000))
 def test_a_flipped_bit_or_a_cut_never_crashes_the_decoder(place, bit, cut):
     blob = bytearray(Raw().encode({"layer.lora_A.weight": torch.ones(3, 5), "b": torch.zeros(2)}, 0))

@@ -4,6 +4,7 @@ Below this module nobody sees Hydra or an untyped config. What came from elsewhe
 config, holds plain values: nothing in it is looked up on this machine.
 """
 
+import copy
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -47,6 +49,7 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+@cache
 def groups() -> list[str]:
     return sorted(path.name for path in CONF.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
 
@@ -282,15 +285,40 @@ def _thaw(node: DictConfig) -> None:
 
 
 def _compose(words: list[str]) -> DictConfig:
-    ConfigStore.instance().store(name="schema", node=_schema())
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed: DictConfig = hydra_compose("config", overrides=words)
-            return composed
+        return _set(words) or _by_hydra(tuple(words))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, words)) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists within lists
         raise ConfigError(f"these settings can't be read: {first_line(error)[:200]}") from error
+
+
+def _by_hydra(words: tuple[str, ...]) -> DictConfig:
+    ConfigStore.instance().store(name="schema", node=_schema())
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed: DictConfig = hydra_compose("config", overrides=list(words))
+        return composed
+
+
+_chosen = cache(_by_hydra)  # a handful of choices; never changed
+
+
+def _set(words: list[str]) -> DictConfig | None:
+    """What Hydra composes, in a quarter of the time: files are chosen and merged once for all words that choose the
+    same, and the other words set their values, as they do in Hydra's last step. None for what is more than setting a
+    value that is there, so that Hydra does it, or says what is wrong with it."""
+    heads = [word.partition("=")[0].partition("@")[0] for word in words]
+    known = frozenset(groups())
+    try:
+        composed = copy.deepcopy(_chosen(tuple(word for word, head in zip(words, heads, strict=True) if head in known)))
+        for word in (word for word, head in zip(words, heads, strict=True) if head not in known):
+            parsed = OverridesParser.create().parse_override(word)
+            if parsed.type != OverrideType.CHANGE or parsed.package or parsed.is_sweep_override():
+                return None
+            OmegaConf.update(composed, parsed.key_or_group, parsed.value(), merge=True)
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError):
+        return None
+    return composed
 
 
 def _to_experiment(composed: Any, overrides: list[str] | None) -> Experiment:

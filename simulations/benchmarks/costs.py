@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 QV, ALL = ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")
 STEPS = 7
 
@@ -57,7 +59,7 @@ def resident(what: str = "VmRSS") -> float:
     return 1024 * float(next(line for line in lines if line.startswith(what)).split()[1])
 
 
-def measure(setting: Setting, threads: int) -> dict[str, float]:
+def measure(setting: Setting, threads: int, base: str = SMOLLM2) -> dict[str, float]:
     """Predicted and measured bytes, and seconds of a step in terms of the doctor's two rates."""
     import bitsandbytes  # noqa: F401 (before the memory is read: it is no part of the model)
     import peft  # noqa: F401
@@ -75,12 +77,13 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     torch.randn(64, 64) @ torch.randn(64, 64)
     before = resident()
-    spec = ModelSpec(name="smollm2", path="HuggingFaceTB/SmolLM2-135M-Instruct", quantization=setting.quantization)
+    spec = ModelSpec(name="smollm2", path=base, quantization=setting.quantization)
     model = LocalModel(
         load_base(spec, torch.device("cpu")), AdapterSpec(rank=setting.rank, targets=list(setting.targets)), 0
     )
     weights = weights_of(model)
-    chosen = [weight for weight in weights if weight.block >= 30 - setting.blocks]
+    blocks = 1 + max(weight.block for weight in weights)
+    chosen = [weight for weight in weights if weight.block >= blocks - setting.blocks]
     model.adapt_only([weight.module for weight in chosen])
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
@@ -109,7 +112,8 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
     )
     data = FederatedData(corpus, (np.arange(rows),), (np.arange(0),), np.arange(0), 0, 0)
     costs = costs_of(model, data, setting.batch, 0)
-    bits = {"none": 16, "nf4": 4, "int8": 8}[setting.quantization]
+    # Without quantization as the base is held: 16 or 32, by what this machine multiplies
+    bits = {"none": max(map(int, costs.base_bytes)), "nf4": 4, "int8": 8}[setting.quantization]
     block = min(weight.block for weight in chosen)
     numbers = sum(setting.rank * (weight.rows + weight.columns) for weight in chosen)
     per_token = sum(costs.input_bytes * weight.columns + costs.inner_bytes * setting.rank for weight in chosen)
@@ -152,18 +156,27 @@ def main() -> None:
         found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
         return found
 
-    speed = apart("rates")
+    report(SETTINGS, options.threads, apart("rates"), lambda place: apart(str(place)))
+
+
+def report(
+    settings: Sequence[Setting],
+    threads: int,
+    speed: Mapping[str, float],
+    measured: Callable[[int], Mapping[str, float]],
+) -> None:
+    """Print what was predicted beside what was `measured` of each setting, at a speed as `rates` has it."""
     console = Console()
     console.print(
-        f"{options.threads} threads: {speed['flop_per_s'] / 1e9:.1f} GFLOP/s, "
+        f"{threads} threads: {speed['flop_per_s'] / 1e9:.1f} GFLOP/s, "
         f"{speed['read_bytes_per_s'] / 1e9:.2f} GB/s of weights"
     )
     table = Table(box=None, header_style="dim")
-    for heading in (*asdict(SETTINGS[0]), "MB", "predicted", "off", "s a step", "predicted", "off"):
+    for heading in (*asdict(settings[0]), "MB", "predicted", "off", "s a step", "predicted", "off"):
         table.add_column(heading, justify="right")
     worst = [0.0, 0.0]
-    for place, setting in enumerate(SETTINGS):
-        found = apart(str(place))
+    for place, setting in enumerate(settings):
+        found = measured(place)
         seconds = found["flop"] / speed["flop_per_s"] + found["read"] / speed["read_bytes_per_s"]
         off = [found["predicted_bytes"] / found["bytes"] - 1, seconds / found["seconds"] - 1]
         worst = [max(a, abs(b)) for a, b in zip(worst, off, strict=True)]

@@ -21,14 +21,14 @@ LINE = re.compile(r"round (\d+), train: training ([\d.]+) s, around it ([\d.]+) 
 ROOT = Path(__file__).parents[2]
 
 
-def measure(stays: bool, words: Sequence[str]) -> list[tuple[int, float, float, float]]:
+def measure(stays: bool, words: Sequence[str], rounds: int = ROUNDS) -> list[tuple[int, float, float, float]]:
     """(round, training, around, start) in seconds, by round."""
     experiment = [
         "population.clients=1",
         "population.cohort=1",
         "train.steps=2",
         "evaluate.every=0",
-        f"rounds={ROUNDS}",
+        f"rounds={rounds}",
         *words,
     ]
     with tempfile.TemporaryDirectory() as folder:

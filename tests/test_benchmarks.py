@@ -1,0 +1,52 @@
+"""Benchmarks and tools of simulations/ that have no file of their own here run from end to end, at a tiny size; their
+figures are for a quiet machine."""
+
+import re
+
+import pytest
+import torch
+from conftest import SMALL, small
+
+from fedtune.runtime.local import run_local
+from simulations import family, picture
+from simulations.benchmarks import costs, worker
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """Those of the other tests stay."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+
+def test_a_picture_is_drawn_of_a_run(shared_run, tmp_path):
+    picture.draw(shared_run(), tmp_path / "new" / "run.svg")
+    assert "held-out" in (tmp_path / "new" / "run.svg").read_text(encoding="utf-8").replace("&#160;", " ")
+
+
+@pytest.mark.slow
+def test_the_family_is_one_table(tmp_path, capsys):
+    run_local(small("rounds=1", out=tmp_path / "fedit"))  # what is finished isn't run again
+    assert family.main(["methods=fedit,flora", f"out={tmp_path}", *SMALL, "rounds=1"]) == 0
+    told = capsys.readouterr()
+    assert "[2/2] flora" in told.err
+    assert "[1/2]" not in told.err
+    assert re.search(r"^\| `fedit` \| \d+\.\d \| \d+\.\d \| ", told.out, re.MULTILINE)
+    assert "| `flora` | " in told.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_costs_are_predicted_beside_what_is_measured(quantization, short_smollm2, capsys):
+    setting = costs.Setting(1, 16, quantization, costs.QV, 1, 4)
+    found = costs.measure(setting, 1, str(short_smollm2))
+    assert all(value > 0 for value in found.values())
+    costs.report([setting], 1, {"flop_per_s": 1e10, "read_bytes_per_s": 1e9}, lambda place: found)
+    assert re.search(r"worst: memory \d+%, time \d+%", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_what_a_worker_saves_is_read_from_its_nodes_log():
+    words = [word for word in SMALL if not word.startswith("population.")]  # it has one device
+    (found,) = worker.measure(True, words, rounds=1)
+    assert found[0] == 1
+    assert all(seconds >= 0 for seconds in found[1:])
