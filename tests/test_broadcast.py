@@ -161,8 +161,8 @@ WORDS = ("codec_down=stc", "codec_down.density=0.02", "train.lr=0.01")
 
 
 def sent_of(folder):
-    party = Workspace(compose([*SMALL, *WORDS]))
-    state = FedIT().init(party.model.layout)
+    workspace = Workspace(compose([*SMALL, *WORDS]))
+    state = FedIT().init(workspace.model.layout)
     return load_checkpoint(folder / "checkpoint" / "state.safetensors", state).sent
 
 
@@ -186,9 +186,9 @@ def test_a_run_sends_absent_clients_the_links_that_they_lack(small_run):
         assert size == size_of_links(sent, since, number)
         last_turn[peer] = number
     assert {1, 2} <= gaps
-    party = Workspace(compose([*SMALL, *WORDS]))
-    party.install(Instruction(sent.told), memory={})
-    found = party.evaluate()
+    workspace = Workspace(compose([*SMALL, *WORDS]))
+    workspace.install(Instruction(sent.told), memory={})
+    found = workspace.evaluate()
     assert found is not None
     assert found.loss == pytest.approx(float(rows(folder, "metrics.csv")[-1]["eval_loss"]), abs=1e-9)
 
@@ -234,15 +234,15 @@ class Shrinking(FedIT):
 
 
 def test_a_round_of_another_shape_is_told_from_the_start_and_the_chain_waits():
-    party = Workspace(compose([*SMALL, *WORDS]))
-    party.strategy = Shrinking()
-    state = party.strategy.init(party.model.layout)
-    first = Downlink(party).next_broadcast(BroadcastChain(), state, 1)
-    second = Downlink(party).next_broadcast(first, state, 2)
+    workspace = Workspace(compose([*SMALL, *WORDS]))
+    workspace.strategy = Shrinking()
+    state = workspace.strategy.init(workspace.model.layout)
+    first = Downlink(workspace).next_broadcast(BroadcastChain(), state, 1)
+    second = Downlink(workspace).next_broadcast(first, state, 2)
     assert (first.number, second.number) == (1, 1)
-    assert Downlink(party).chained(state, 2) is None
-    assert {t.shape[0] for t in Downlink(party).broadcast(second, state, 2).tensors.values()} == {1}
-    assert Downlink(party).next_broadcast(second, state, 3).number == 2
+    assert Downlink(workspace).chained(state, 2) is None
+    assert {t.shape[0] for t in Downlink(workspace).broadcast(second, state, 2).tensors.values()} == {1}
+    assert Downlink(workspace).next_broadcast(second, state, 3).number == 2
 
 
 def test_mixed_ranks_are_told_from_the_start(small_run):

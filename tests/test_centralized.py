@@ -78,17 +78,17 @@ def test_it_trains_on_the_very_rows_that_the_clients_train_on(partition, clients
 
 
 def test_a_round_is_plain_training_on_the_union():
-    party = Workspace(compose([*SMALL, "method=centralized"]))
-    state = party.strategy.init(party.model.layout)
-    peer = ClientInfo(0, party.samples(0))
-    update = local_update(party, RUN, 0, 1, party.strategy.configure(state, 1, peer))
-    after = party.strategy.aggregate(state, 1, [(peer, update)])
-    assert update.examples == peer.samples == len(party.data.train[0])
-    party.model.reset()
+    workspace = Workspace(compose([*SMALL, "method=centralized"]))
+    state = workspace.strategy.init(workspace.model.layout)
+    peer = ClientInfo(0, workspace.samples(0))
+    update = local_update(workspace, RUN, 0, 1, workspace.strategy.configure(state, 1, peer))
+    after = workspace.strategy.aggregate(state, 1, [(peer, update)])
+    assert update.examples == peer.samples == len(workspace.data.train[0])
+    workspace.model.reset()
     key = derive_seed(0, "train", 1, 0)
-    batches = party.data.batches(0, 4, key)
-    fit(party.model, batches, steps=6, lr=1e-3, optimizer="adamw", weight_decay=0.0, max_grad_norm=1.0, key=key)
-    assert all(torch.equal(after.adapter[name], tensor) for name, tensor in party.model.read().items())
+    batches = workspace.data.batches(0, 4, key)
+    fit(workspace.model, batches, steps=6, lr=1e-3, optimizer="adamw", weight_decay=0.0, max_grad_norm=1.0, key=key)
+    assert all(torch.equal(after.adapter[name], tensor) for name, tensor in workspace.model.read().items())
 
 
 def test_a_run_says_that_there_is_one_client_and_resumes(small_run):

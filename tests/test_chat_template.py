@@ -360,8 +360,8 @@ def run_on_rows(tmp_path):
     def made(rows, *words):
         path = write(tmp_path / "rows.jsonl", rows)
         experiment = compose(["model=tiny", f"data.path={path}", "population.clients=2", *words])
-        party = Workspace(experiment)
-        return "\n".join(headline(experiment, party, tmp_path)), summarise(party, "done", 0, {}, "", {})
+        workspace = Workspace(experiment)
+        return "\n".join(headline(experiment, workspace, tmp_path)), summarise(workspace, "done", 0, {}, "", {})
 
     return made
 

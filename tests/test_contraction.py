@@ -172,7 +172,7 @@ def test_multiples_of_the_standard_deviation_are_refused_with_feedback(words, sa
 
 def test_without_feedback_they_are_not():
     words = ["codec=compeft", "codec.alpha=2", "codec_down.feedback=false"]
-    party = Workspace(compose([*SMALL, *words]))
-    assert (party.codec_up.alpha, party.feedback, party.chained) == (2, False, False)
-    party = Workspace(compose([*SMALL, "codec=compeft"]))
-    assert (party.codec_up.feedback, party.codec_down.feedback, party.chained) == (False, True, True)
+    workspace = Workspace(compose([*SMALL, *words]))
+    assert (workspace.codec_up.alpha, workspace.feedback, workspace.chained) == (2, False, False)
+    workspace = Workspace(compose([*SMALL, "codec=compeft"]))
+    assert (workspace.codec_up.feedback, workspace.codec_down.feedback, workspace.chained) == (False, True, True)

@@ -368,9 +368,9 @@ def test_what_has_no_place_is_refused_when_sent(codec, tensor, said):
 
 
 def built(*words):
-    party = Workspace(compose(words))
-    assert party.codec_up == party.codec_down
-    return party.codec_up
+    workspace = Workspace(compose(words))
+    assert workspace.codec_up == workspace.codec_down
+    return workspace.codec_up
 
 
 @pytest.mark.parametrize("name", ["bf16", "int8", "nf4", "signsgd"])

@@ -310,11 +310,11 @@ def test_a_client_without_rows_that_is_asked_says_so(skewed):
 
 
 def test_the_plan_leaves_them_out(skewed):
-    party = Workspace(compose(["model=tiny", *skewed, "population.clients=60", "population=phones"]))
-    planned, trouble = plans(party)
+    workspace = Workspace(compose(["model=tiny", *skewed, "population.clients=60", "population=phones"]))
+    planned, trouble = plans(workspace)
     assert trouble is None
     idle = [one.peer.index for one in planned if one.reason == "has no rows to train on"]
-    assert idle == party.data.idle
+    assert idle == workspace.data.idle
 
 
 def test_a_minimum_of_rows_that_was_asked_for_is_kept_or_refused(skewed):

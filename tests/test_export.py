@@ -54,11 +54,11 @@ def logits(model):
 
 def server_model(folder):
     """The server's own model after a run's last round, made from its checkpoint."""
-    party = Workspace(compose([*summary_of(folder)["command"].split()[2:]]))
-    state = party.strategy.init(party.model.layout)
+    workspace = Workspace(compose([*summary_of(folder)["command"].split()[2:]]))
+    state = workspace.strategy.init(workspace.model.layout)
     checkpoint = load_checkpoint(folder / "checkpoint" / "state.safetensors", state)
-    party.install(Downlink(party).broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={})
-    return party.model.module
+    workspace.install(Downlink(workspace).broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={})
+    return workspace.model.module
 
 
 def served(folder):

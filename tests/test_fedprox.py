@@ -30,9 +30,9 @@ RUN = "0" * 16
 
 
 def turn(*words):
-    party = Workspace(compose([*SMALL, *words]))
-    state = party.strategy.init(party.model.layout)
-    return state, local_update(party, RUN, 0, 1, party.strategy.configure(state, 1, ClientInfo(0, 1)))
+    workspace = Workspace(compose([*SMALL, *words]))
+    state = workspace.strategy.init(workspace.model.layout)
+    return state, local_update(workspace, RUN, 0, 1, workspace.strategy.configure(state, 1, ClientInfo(0, 1)))
 
 
 def distance(state, update):

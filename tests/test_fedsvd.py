@@ -125,10 +125,10 @@ def test_a_start_with_a_product_of_its_own_keeps_it():
 
 
 def test_a_real_turn_trains_b_alone():
-    party = Workspace(compose([*SMALL, "method=fedsvd", "train.weight_decay=0.1"]))
-    state = party.strategy.init(party.model.layout)
-    update = local_update(party, "0" * 16, 1, 1, party.strategy.configure(state, 1, ClientInfo(1, 9)))
-    party.strategy.validate(state, 1, ClientInfo(1, 9), update)
-    for module, held in lora_factors(party.model.adapter()).items():
+    workspace = Workspace(compose([*SMALL, "method=fedsvd", "train.weight_decay=0.1"]))
+    state = workspace.strategy.init(workspace.model.layout)
+    update = local_update(workspace, "0" * 16, 1, 1, workspace.strategy.configure(state, 1, ClientInfo(1, 9)))
+    workspace.strategy.validate(state, 1, ClientInfo(1, 9), update)
+    for module, held in lora_factors(workspace.model.adapter()).items():
         assert torch.equal(held.a, lora_factors(state.adapter)[module].a)
         assert held.b.any()

@@ -112,15 +112,16 @@ def test_equal_ranks_are_sent_one_object():
 
 
 def test_a_real_turn_at_a_rank_and_scaling_of_its_own():
-    party = Workspace(compose([*SMALL, "method=flexlora", "population.ranks=[8,3]"]))
-    state = party.strategy.init(party.model.layout)
+    workspace = Workspace(compose([*SMALL, "method=flexlora", "population.ranks=[8,3]"]))
+    state = workspace.strategy.init(workspace.model.layout)
     peers = [ClientInfo(0, 9, rank=8, scaling=2.0), ClientInfo(1, 9, rank=3, scaling=16 / 3)]
     for number in (1, 2):
         updates = [
-            local_update(party, "0" * 16, p.index, number, party.strategy.configure(state, number, p)) for p in peers
+            local_update(workspace, "0" * 16, p.index, number, workspace.strategy.configure(state, number, p))
+            for p in peers
         ]
         for peer, update in zip(peers, updates, strict=True):
-            party.strategy.validate(state, number, peer, update)
+            workspace.strategy.validate(state, number, peer, update)
             assert update.metrics["scaling"] == peer.scaling
-        state = party.strategy.aggregate(state, number, list(zip(peers, updates, strict=True)))
+        state = workspace.strategy.aggregate(state, number, list(zip(peers, updates, strict=True)))
     assert distance(dense(state.adapter, 2.0), ideal(list(zip(peers, updates, strict=True)))) < 0.2

@@ -63,8 +63,8 @@ def test_three_devices_by_hand(method, devices, small_run, tmp_path):
     table = rows(folder, "clock.csv")
     unit = float(table[0]["compute_seconds"])
     metrics = rows(folder, "metrics.csv")
-    party = Workspace(small(*devices(THREE), *words, out=tmp_path / "again"))
-    states = [party.strategy.init(party.layout)]
+    workspace = Workspace(small(*devices(THREE), *words, out=tmp_path / "again"))
+    states = [workspace.strategy.init(workspace.layout)]
     for number, came in enumerate(expected, 1):
         lines = [row for row in table if int(row["round"]) == number]
         read = [(int(row["client"]), float(row["begun_seconds"]) / unit, int(row["staleness"])) for row in lines]
@@ -79,17 +79,19 @@ def test_three_devices_by_hand(method, devices, small_run, tmp_path):
         replies = []
         for index, _, staleness in came:
             version = number - 1 - staleness
-            peer = ClientInfo(index, party.samples(index), staleness=staleness)
-            told = party.strategy.configure(states[version], version + 1, peer)
-            update = local_update(party, "0" * 16, index, version + 1, told)
+            peer = ClientInfo(index, workspace.samples(index), staleness=staleness)
+            told = workspace.strategy.configure(states[version], version + 1, peer)
+            update = local_update(workspace, "0" * 16, index, version + 1, told)
             replies.append((peer, replace(update, start=told.tensors)))
-        states.append(party.strategy.aggregate(states[-1], number, replies))
+        states.append(workspace.strategy.aggregate(states[-1], number, replies))
     assert summary_of(folder)["state_sha256"] == state_sha256(states[-1])
 
 
 def progress_of(folder, *words):
-    party = Workspace(small(*words, out=folder))
-    return load_checkpoint(folder / "checkpoint" / "state.safetensors", party.strategy.init(party.layout)).progress
+    workspace = Workspace(small(*words, out=folder))
+    return load_checkpoint(
+        folder / "checkpoint" / "state.safetensors", workspace.strategy.init(workspace.layout)
+    ).progress
 
 
 @pytest.mark.parametrize("method", METHODS)

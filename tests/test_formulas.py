@@ -68,8 +68,8 @@ def test_results_of_strangers_hold_no_formula(shared_run, tmp_path):
 
 
 def test_a_plan_holds_no_formula(tmp_path):
-    party = Workspace(small(out=tmp_path))
+    workspace = Workspace(small(out=tmp_path))
     peer = ClientInfo(0, 5, capability=replace(ClientInfo(0, 5).capability, device="=1+1"))
-    (row,) = csv.DictReader(io.StringIO(table_of(party, [Planned(peer, {}, None, "-too small")])))
+    (row,) = csv.DictReader(io.StringIO(table_of(workspace, [Planned(peer, {}, None, "-too small")])))
     assert row["device"] == "'=1+1"
     assert "'-too small" in row.values()

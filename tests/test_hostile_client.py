@@ -31,9 +31,9 @@ HONEST = 6  # more than tell lies that are updates in all but size
 class Told:
     """An honest answer, and the means to make another of it."""
 
-    def __init__(self, content, party):
-        self.codec = party.codec_up
-        self.known = party.model.layout.initial
+    def __init__(self, content, workspace):
+        self.codec = workspace.codec_up
+        self.known = workspace.model.layout.initial
         self.content = content
         self.blob = wire.blob_of(content)
         self.update = wire.unpack_update(content, self.blob, self.codec, self.known)
@@ -201,7 +201,7 @@ class Cast:
 
     def __init__(self, words, lie):
         self.app, self.inner, self.lie = ClientApp(), make_client_app(), lie
-        self.party = Workspace(small(*words, out="unused"))
+        self.workspace = Workspace(small(*words, out="unused"))
         self.heard = None  # the last honest answer to a train message
         self.app.query()(self.inner)
         self.app.train()(self.train)
@@ -213,8 +213,11 @@ class Cast:
             reply = self.inner(message, context)
             self.heard = reply.content
             return reply
-        own = {**self.heard, "metrics": MetricRecord({**self.heard["metrics"], "examples": self.party.samples(index)})}
-        return Message(self.lie(index, Told(RecordDict(own), self.party)), reply_to=message)
+        own = {
+            **self.heard,
+            "metrics": MetricRecord({**self.heard["metrics"], "examples": self.workspace.samples(index)}),
+        }
+        return Message(self.lie(index, Told(RecordDict(own), self.workspace)), reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:
         index = context.node_config["partition-id"]
@@ -233,10 +236,10 @@ def broken(index, told):
 
 
 def state_of(folder, words):
-    party = Workspace(small(*words, out=folder))
+    workspace = Workspace(small(*words, out=folder))
     opened = RunFolder(folder)
     try:
-        return opened.load_checkpoint(party.strategy.init(party.layout)).state
+        return opened.load_checkpoint(workspace.strategy.init(workspace.layout)).state
     finally:
         opened.close()
 

@@ -150,7 +150,7 @@ def test_only_updates_of_the_same_tensors_are_compared():
 
 def recorded(folder, *words):
     """Run it, and return the updates that crossed the wire: by round and peer, what was sent and what it became."""
-    party = Workspace(compose([*SMALL, *words]))
+    workspace = Workspace(compose([*SMALL, *words]))
     found = {}
     app, inner = ClientApp(), make_client_app()
     app.query()(lambda message, context: inner(message, context))
@@ -159,8 +159,8 @@ def recorded(folder, *words):
     @app.train()
     def train(message, context):
         reply = inner(message, context)
-        sent = Downlink(party).decode(message.content, 0, 0)[0].tensors
-        became = wire.unpack_update(reply.content, wire.blob_of(reply.content), party.codec_up, sent).tensors
+        sent = Downlink(workspace).decode(message.content, 0, 0)[0].tensors
+        became = wire.unpack_update(reply.content, wire.blob_of(reply.content), workspace.codec_up, sent).tensors
         found[int(message.metadata.group_id), int(context.node_config["partition-id"])] = sent, became
         return reply
 

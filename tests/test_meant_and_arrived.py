@@ -31,8 +31,8 @@ def start_of(*words):
 
 
 def checkpoint_of(folder, *words):
-    party = Workspace(compose([*SMALL, *words]))
-    state = party.strategy.init(party.layout)
+    workspace = Workspace(compose([*SMALL, *words]))
+    state = workspace.strategy.init(workspace.layout)
     return load_checkpoint(folder / "checkpoint" / "state.safetensors", state)
 
 

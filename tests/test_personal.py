@@ -28,8 +28,8 @@ def test_after_each_round_every_client_is_asked_and_the_ledger_has_it(small_run)
     folder = small_run(*WORDS, rounds=3)
     asked = rows(folder, "clients.csv")
     assert [(row["round"], row["client"]) for row in asked] == [(str(r), str(p)) for r in range(4) for p in range(4)]
-    party = Workspace(compose([*SMALL, *WORDS]))
-    samples = {str(index): party.samples(index) for index in range(4)}
+    workspace = Workspace(compose([*SMALL, *WORDS]))
+    samples = {str(index): workspace.samples(index) for index in range(4)}
     for metric in rows(folder, "metrics.csv"):
         own = [row for row in asked if row["round"] == metric["round"]]
         mean = sum(samples[row["client"]] * float(row["eval_loss"]) for row in own) / sum(samples.values())

@@ -165,7 +165,7 @@ _count = _Count()
 
 def lying(change, words):
     """The real ClientApp, where client 1 answers what `change` makes of its tensors."""
-    app, inner, party = ClientApp(), make_client_app(), Workspace(small(*words, out="unused"))
+    app, inner, workspace = ClientApp(), make_client_app(), Workspace(small(*words, out="unused"))
     app.query()(inner)
     app.evaluate()(inner)
 
@@ -173,7 +173,7 @@ def lying(change, words):
     def train(message: Message, context: Context) -> Message:
         reply = inner(message, context)
         if context.node_config["partition-id"] == 1:
-            reply.content = Told(reply.content, party).each(change)
+            reply.content = Told(reply.content, workspace).each(change)
         return reply
 
     return app

@@ -252,9 +252,9 @@ def test_layers_that_are_switched_off_stay_so():
 
 
 def test_a_partys_costs_are_those_of_its_own_data():
-    party = Workspace(compose([*SMALL, "method=fedpipe"]))
-    rows = np.concatenate(party.data.train)
-    assert party.costs.tokens == max(party.data.corpus.length(row) for row in rows)
-    assert party.layout.costs is party.costs
-    assert party.layout.weights == tuple(weights_of(party.model))
+    workspace = Workspace(compose([*SMALL, "method=fedpipe"]))
+    rows = np.concatenate(workspace.data.train)
+    assert workspace.costs.tokens == max(workspace.data.corpus.length(row) for row in rows)
+    assert workspace.layout.costs is workspace.costs
+    assert workspace.layout.weights == tuple(weights_of(workspace.model))
     assert Workspace(compose([*SMALL, "method=fedit"])).layout.costs is None

@@ -216,12 +216,14 @@ class TestModel:
     @staticmethod
     def served(run):
         """The logits of the server's own model after the last round."""
-        party = Workspace(compose(run.config["overrides"]))
+        workspace = Workspace(compose(run.config["overrides"]))
         checkpoint = load_checkpoint(
-            run.path / "checkpoint" / "state.safetensors", party.strategy.init(party.model.layout)
+            run.path / "checkpoint" / "state.safetensors", workspace.strategy.init(workspace.model.layout)
         )
-        party.install(Downlink(party).broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={})
-        return TestModel.logits(party.model.module)
+        workspace.install(
+            Downlink(workspace).broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={}
+        )
+        return TestModel.logits(workspace.model.module)
 
     @staticmethod
     def logits(model):

@@ -213,13 +213,13 @@ def test_an_update_of_another_form_is_refused_by_name(change, said):
 
 
 def test_on_a_real_model_one_steps_c_i_is_the_gradient():
-    party = Workspace(compose([*SMALL, "method=scaffold", "train.steps=1"]))
-    state = party.strategy.init(party.model.layout)
-    told = party.strategy.configure(state, 1, ClientInfo(2, 1))
-    update = local_update(party, RUN, 2, 1, told)
-    party.install(told, {})
-    batch = next(iter(party.data.batches(2, party.experiment.train.batch_size, derive_seed(0, "train", 1, 2))))
-    gradients = torch.autograd.grad(loss_of(party.model.module, batch), party.model.parameters())
+    workspace = Workspace(compose([*SMALL, "method=scaffold", "train.steps=1"]))
+    state = workspace.strategy.init(workspace.model.layout)
+    told = workspace.strategy.configure(state, 1, ClientInfo(2, 1))
+    update = local_update(workspace, RUN, 2, 1, told)
+    workspace.install(told, {})
+    batch = next(iter(workspace.data.batches(2, workspace.experiment.train.batch_size, derive_seed(0, "train", 1, 2))))
+    gradients = torch.autograd.grad(loss_of(workspace.model.module, batch), workspace.model.parameters())
     assert max(float(g.abs().max()) for g in gradients) > 1e-3
     for name, gradient in zip(state.adapter, gradients, strict=True):
         assert torch.allclose(update.tensors[CHANGE + name], gradient, rtol=0, atol=2e-6)

@@ -200,15 +200,18 @@ def test_a_tensor_that_nobody_trained_stays_to_the_last_bit_and_keeps_its_moment
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_rolora_s_frozen_factor_stays_to_the_last_bit(name):
-    party = Workspace(compose([*SMALL, "method=rolora", f"server_optimizer={name}", "population.cohort=4"]))
-    state = party.strategy.init(party.model.layout)
+    workspace = Workspace(compose([*SMALL, "method=rolora", f"server_optimizer={name}", "population.cohort=4"]))
+    state = workspace.strategy.init(workspace.model.layout)
     for round in range(1, 5):
-        peers = [ClientInfo(index, party.samples(index)) for index in range(2)]
+        peers = [ClientInfo(index, workspace.samples(index)) for index in range(2)]
         replies = [
-            (peer, local_update(party, "0" * 16, peer.index, round, party.strategy.configure(state, round, peer)))
+            (
+                peer,
+                local_update(workspace, "0" * 16, peer.index, round, workspace.strategy.configure(state, round, peer)),
+            )
             for peer in peers
         ]
-        before, state = state, party.strategy.aggregate(state, round, replies)
+        before, state = state, workspace.strategy.aggregate(state, round, replies)
         for tensor_name, tensor in state.base.adapter.items():
             trained = ("lora_B" if round % 2 else "lora_A") in tensor_name
             assert torch.equal(tensor, before.base.adapter[tensor_name]) is not trained

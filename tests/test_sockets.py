@@ -125,9 +125,11 @@ def misplayed(fleet, tmp_path_factory):
     place = tmp_path_factory.mktemp("misplayed")
     folder, greeting, key, log = (place / name for name in ("run", "greeting", "key", "rogue.log"))
     setup = (*mischief.WORDS, "adapter.rank=24", "adapter.targets=[all-linear]", "rounds=4")
-    party = Workspace(compose([*words(folder, 3, *setup)]))
+    workspace = Workspace(compose([*words(folder, 3, *setup)]))
     greeting.write_bytes(
-        content_to_bytes(pack_greeting(ClientInfo(2, party.samples(2)), party.model.layout.sha256, party.data.sha256))
+        content_to_bytes(
+            pack_greeting(ClientInfo(2, workspace.samples(2)), workspace.model.layout.sha256, workspace.data.sha256)
+        )
     )
     fleet.flwr("supernode", "register", str(make_node_key(key)), LINK)
     command = [sys.executable, str(HERE / "rogue.py"), fleet.superlink.address, fleet.authority, key, greeting]

@@ -67,14 +67,14 @@ def main(options: argparse.Namespace) -> int:
     from fedtune.core.files import write_atomically
     from fedtune.workspace.workspace import Workspace
 
-    party = Workspace(compose(options.overrides))
-    planned, trouble = plans(party)
+    workspace = Workspace(compose(options.overrides))
+    planned, trouble = plans(workspace)
     console = Console()
     if not console.is_terminal:  # a file has no edge
         console = Console(width=WIDE)
-    report(party, planned, console)
+    report(workspace, planned, console)
     if options.csv is not None:
-        write_atomically(Path(options.csv).expanduser(), table_of(party, planned).encode())
+        write_atomically(Path(options.csv).expanduser(), table_of(workspace, planned).encode())
         console.print(f"wrote    {options.csv}", soft_wrap=True)
     if trouble is not None:
         raise trouble
@@ -91,7 +91,7 @@ class Planned:
     reason: str = ""
 
 
-def plans(party: Workspace) -> tuple[list[Planned], QuorumError | None]:
+def plans(workspace: Workspace) -> tuple[list[Planned], QuorumError | None]:
     """A plan for each client, by index, and what would stop the first round."""
     from fedtune.config.compatibility import traits_of
     from fedtune.core.protocol import ClientInfo
@@ -100,13 +100,13 @@ def plans(party: Workspace) -> tuple[list[Planned], QuorumError | None]:
     from fedtune.server.virtual_clock import Clock
     from fedtune.training.client_state import home
 
-    experiment, layout = party.experiment, party.model.layout
-    state = party.strategy.init(party.layout)
+    experiment, layout = workspace.experiment, workspace.model.layout
+    state = workspace.strategy.init(workspace.layout)
     peers = {}
     for index in range(experiment.population.clients):
-        peer = ClientInfo(index, party.samples(index), profile_of(index, experiment, home()))
+        peer = ClientInfo(index, workspace.samples(index), profile_of(index, experiment, home()))
         peers[index] = assign_rank(peer, experiment, layout)
-    clock, trouble = Clock(party), None
+    clock, trouble = Clock(workspace), None
     expected: dict[int, Turn] = {}
     try:
         expected = clock.eligible_clients(state, 1, {index: peer for index, peer in peers.items() if peer.samples})
@@ -120,15 +120,15 @@ def plans(party: Workspace) -> tuple[list[Planned], QuorumError | None]:
         if index in clock.excluded:
             found.append(Planned(peer, {}, None, clock.excluded[index]))
             continue
-        told = party.strategy.configure(state, 1, peer)
+        told = workspace.strategy.configure(state, 1, peer)
         turn = expected.get(index) or clock.expected(peer, told)
-        whole = layout.initial if not traits_of(party.strategy).partial else told.tensors
+        whole = layout.initial if not traits_of(workspace.strategy).partial else told.tensors
         ranks = {module: peer.rank or product.rank for module, product in lora_factors(whole).items()}
         found.append(Planned(peer, ranks if layout.is_low_rank else {}, turn))
     return found, trouble
 
 
-def report(party: Workspace, planned: Sequence[Planned], console: Console) -> None:
+def report(workspace: Workspace, planned: Sequence[Planned], console: Console) -> None:
     """The table for people: clients with the same device and the same work share a line."""
     from rich.table import Table
 
@@ -136,8 +136,8 @@ def report(party: Workspace, planned: Sequence[Planned], console: Console) -> No
     from fedtune.core.text import size
     from fedtune.server.progress import method_of
 
-    experiment = party.experiment
-    population, costs = experiment.population, party.costs
+    experiment = workspace.experiment
+    population, costs = experiment.population, workspace.costs
     deadline = population.deadline
     until = "no deadline" if deadline is None else f"{deadline:g} s a round, straggler={population.straggler}"
     console.print(
@@ -168,7 +168,7 @@ def report(party: Workspace, planned: Sequence[Planned], console: Console) -> No
         "seconds",
     ):
         table.add_column(heading, justify="left" if heading in ("device", "seconds") else "right", no_wrap=True)
-    for line in _lines(working, len(party.weights), deadline, longest):
+    for line in _lines(working, len(workspace.weights), deadline, longest):
         table.add_row(*line)
     console.print(table)
     for reason, clients in _by_reason(planned).items():
@@ -181,7 +181,7 @@ def report(party: Workspace, planned: Sequence[Planned], console: Console) -> No
             f"each sends {size(total)} a round on average, and is sent as much",
             highlight=False,
         )
-        if deadline is None and traits_of(party.strategy).plans:
+        if deadline is None and traits_of(workspace.strategy).plans:
             middle = sorted(turn.seconds for _, turn in working)[len(working) // 2]
             console.print(
                 f"hint     without a deadline memory alone limits a plan; half of the clients would be done in "
@@ -190,11 +190,11 @@ def report(party: Workspace, planned: Sequence[Planned], console: Console) -> No
             )
 
 
-def table_of(party: Workspace, planned: Sequence[Planned]) -> str:
+def table_of(workspace: Workspace, planned: Sequence[Planned]) -> str:
     """The plan as CSV, a line for each client."""
     from fedtune.core.csv_cells import guarded
 
-    block_of = {weight.module: weight.block for weight in party.weights}
+    block_of = {weight.module: weight.block for weight in workspace.weights}
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config.schema import FULL
-from fedtune.export.model_folder import check_one_model, party_for, source_of, tuned
+from fedtune.export.model_folder import check_one_model, source_of, tuned, workspace_for
 from fedtune.models.base import load_base
 from fedtune.runs.adapter_files import adapter_files
 
@@ -23,14 +23,14 @@ def tuned_model(path: Path, base: str | None = None) -> tuple[Any, Any]:
     from peft import PeftModel
 
     found = source_of(path)
-    party = party_for(found, base)
-    check_one_model(found, party)
-    local, _ = tuned(found, party)
+    workspace = workspace_for(found, base)
+    check_one_model(found, workspace)
+    local, _ = tuned(found, workspace)
     tokenizer = local.tokenizer
-    if party.experiment.adapter.kind == FULL:
+    if workspace.experiment.adapter.kind == FULL:
         return local.module.eval(), tokenizer
-    files, spec, device = adapter_files(local), party.experiment.model, local.device
-    del local, party  # their base has hooks of ours in it. It goes before a fresh one is read
+    files, spec, device = adapter_files(local), workspace.experiment.model, local.device
+    del local, workspace  # their base has hooks of ours in it. It goes before a fresh one is read
     fresh = load_base(spec, device)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="fedtune-") as folder:
         for name, content in files.items():

@@ -19,9 +19,9 @@ MOST, LARGEST = 2.0**53, 1e100
 # What columns were called in folders of earlier versions
 FORMER = {
     "peer": "client",
-    "framing_bytes": "overhead_bytes",
+    "overhead_bytes": "overhead_bytes",
     "numbers": "trainable_params",
-    "not_counted": "excluded_reason",
+    "excluded_reason": "excluded_reason",
 }
 
 

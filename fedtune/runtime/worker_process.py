@@ -63,8 +63,8 @@ def answer_one(connection: Connection) -> None:
     with end_with_caller(connection, what):
         try:
             owner = device_owner()
-            party = workspace_of(request["run_config"], owner)
-            runtime = party.experiment.runtime
+            workspace = workspace_of(request["run_config"], owner)
+            runtime = workspace.experiment.runtime
             # Loading the base for the first time may take longer than a turn: it is waited for as clients are
             limit = runtime.wait if request["kind"] == MessageType.QUERY else runtime.timeout
             connection.send_bytes(json.dumps({"limit": limit}).encode())

@@ -27,7 +27,7 @@ class View(Protocol):
 
     def loading(self, experiment: Experiment) -> None: ...
 
-    def started(self, experiment: Experiment, party: "Workspace", folder: Path, done: int) -> None: ...
+    def started(self, experiment: Experiment, workspace: "Workspace", folder: Path, done: int) -> None: ...
 
     def round_begins(self, number: int, cohort: int) -> None: ...
 
@@ -58,8 +58,8 @@ class LineView:
     def loading(self, experiment: Experiment) -> None:
         self._say(f"loading {experiment.model.name} and {experiment.data.name} ...")
 
-    def started(self, experiment: Experiment, party: "Workspace", folder: Path, done: int) -> None:
-        for line in headline(experiment, party, folder):
+    def started(self, experiment: Experiment, workspace: "Workspace", folder: Path, done: int) -> None:
+        for line in headline(experiment, workspace, folder):
             self._say(line)
         if done >= 0:
             self._say(f"resumed after round {done}")
@@ -118,9 +118,9 @@ class LiveView:
     def loading(self, experiment: Experiment) -> None:
         self._status.plain = f"loading {experiment.model.name} and {experiment.data.name} ..."
 
-    def started(self, experiment: Experiment, party: "Workspace", folder: Path, done: int) -> None:
+    def started(self, experiment: Experiment, workspace: "Workspace", folder: Path, done: int) -> None:
         self._status.plain = ""
-        first, *rest = headline(experiment, party, folder)
+        first, *rest = headline(experiment, workspace, folder)
         self._console.print(f"[bold]{escape(first)}[/bold]")
         for line in rest:
             self._console.print(escape(line), style="dim", soft_wrap=True)
@@ -213,9 +213,9 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def headline(experiment: Experiment, party: "Workspace", folder: Path) -> list[str]:
+def headline(experiment: Experiment, workspace: "Workspace", folder: Path) -> list[str]:
     """What is about to run, on what."""
-    model, data = party.model, party.data
+    model, data = workspace.model, workspace.data
     held = model.quantization if model.quantization != "none" else str(model.module.dtype)
     return [
         f"{experiment.name}: {method_of(experiment)}, {clients_of(experiment)}, {experiment.rounds} rounds",

@@ -15,7 +15,7 @@ PACKAGES = ("torch", "transformers", "peft", "flwr", "bitsandbytes", "numpy", "s
 
 
 def summarise(
-    party: Workspace, status: str, done: int, totals: Mapping[str, int], state: str, scores: Mapping[str, Any]
+    workspace: Workspace, status: str, done: int, totals: Mapping[str, int], state: str, scores: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The content of summary.json.
 
@@ -25,7 +25,7 @@ def summarise(
         state: the state's sha256.
         scores: what else there is to say about quality and time.
     """
-    experiment, model, data = party.experiment, party.model, party.data
+    experiment, model, data = workspace.experiment, workspace.model, workspace.data
     return {
         "name": experiment.name,
         "method": experiment.method_name,
