@@ -196,7 +196,7 @@ def test_devices_that_are_too_small_are_named_and_left_out(small_run, devices, c
     assert said.count("left out from round 1: client 1, which needs 111.6 MB of memory and has 1.0 MB: ") == 1
     assert said.count("2,688 trainable numbers, a batch of 4, a base in 32 bits (older)") == 1
     assert "from round 2" not in said
-    assert summary_of(folder)["left_out"].keys() == {"1", "2"}
+    assert summary_of(folder)["excluded"].keys() == {"1", "2"}
     assert asked(folder) == {1: {0, 3}, 2: {0, 3}}
     with pytest.raises(QuorumError, match=r"2 of 4 clients can .* asks for 4; client 1 needs 111.6 MB of memory"):
         small_run(*words, "population.quorum=1", name="strict")

@@ -54,12 +54,12 @@ def test_a_run_does_what_the_plan_said(three, tmp_path):
     planned = lines_of(Workspace(small(*words, out=tmp_path / "unused")))
     done = rows(out, "clock.csv")
     assert (
-        [line["client"] for line in planned if not line["left_out"]]
+        [line["client"] for line in planned if not line["excluded"]]
         == [row["client"] for row in done]
         == ["0", "1", "3"]
     )
-    assert "memory" in planned[2]["left_out"]
-    for line, row in zip((line for line in planned if not line["left_out"]), done, strict=True):
+    assert "memory" in planned[2]["excluded"]
+    for line, row in zip((line for line in planned if not line["excluded"]), done, strict=True):
         for name in (
             "device",
             "layers",

@@ -30,7 +30,7 @@ WIDE = 140
 COLUMNS = (
     "client", "device", "samples", "layers", "lowest_block", "ranks", "batch_size", "bits", "steps", "trainable_params",
     "memory_bytes", "limit_bytes", "down_bytes", "up_bytes", "download_seconds", "compute_seconds", "upload_seconds",
-    "left_out",
+    "excluded",
 )  # fmt: skip
 TEXT = """\
 Print what a round would ask of each client and what that takes on its device: layers and ranks, batch, bits of the

@@ -133,7 +133,7 @@ def source_of(path: Path) -> Source:
 
 
 def workspace_for(found: Source, base: str | None, **settings: Any) -> Workspace:
-    """A party of the run's, which has loaded nothing yet: on whatever device is here, in the dtype that `auto` was
+    """A workspace of the run, which has loaded nothing yet: on whatever device is here, in the dtype that `auto` was
     where the run was made.
 
     Args:

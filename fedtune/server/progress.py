@@ -14,8 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.config.schema import FULL, Experiment
-from fedtune.core.text import clock
-from fedtune.core.text import size as size  # fedtune/server/virtual_clock.py has it from here
+from fedtune.core.text import clock, size
 from fedtune.data.row_counts import describe
 
 if TYPE_CHECKING:  # torch comes with it, and a report needs none

@@ -255,5 +255,5 @@ class RoundLoop:
         if error is not None:
             more["error"] = f"{type(error).__name__}: {error}"
         if self._clock.excluded:
-            more["left_out"] = {str(index): reason for index, reason in self._clock.excluded.items()}
+            more["excluded"] = {str(index): reason for index, reason in self._clock.excluded.items()}
         return self._recorder.summarise(self._status, self._totals, more)

@@ -29,6 +29,7 @@ from fedtune.core.errors import CapacityError, QuorumError
 from fedtune.core.optional import PlansAhead
 from fedtune.core.protocol import ClientInfo, DeviceProfile, Instruction, size_of
 from fedtune.core.seeds import bits, derive_seed
+from fedtune.core.text import size
 from fedtune.lowrank.algebra import lora_factors
 from fedtune.planning.client_sampling import PATIENCE, believed, select
 from fedtune.planning.population import server_peer
@@ -230,8 +231,6 @@ class Clock:
             return "can compute forward only, and this method's clients need gradients"
         turn = self.expected(peer, told)
         if turn.memory_bytes > peer.capability.memory_bytes:
-            from fedtune.server.progress import size
-
             return (
                 f"needs {size(int(turn.memory_bytes))} of memory and has {size(int(peer.capability.memory_bytes))}: "
                 f"{turn.trainable_params:,} trainable numbers, a batch of {turn.batch_size}, a base in {turn.bits} bits"

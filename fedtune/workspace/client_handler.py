@@ -12,6 +12,7 @@ from fedtune.config.population import MEASURED
 from fedtune.core.errors import MALFORMED, ClientError, ConfigError, WireError
 from fedtune.core.protocol import UNLIMITED, ClientInfo, DeviceProfile, Instruction, Score, Update, grid
 from fedtune.core.seeds import derive_seed
+from fedtune.core.text import first_line
 from fedtune.device.owner import Owner
 from fedtune.planning.population import profile_of
 from fedtune.training.apply_instruction import BATCH, STEPS
@@ -59,7 +60,7 @@ def handle_message(
         if owner is None:
             raise
         # What a hostile message can make fail is without end, and the reason is the same
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        reason = first_line(error)[:200]
         raise ClientError(f"what the server asks for can't be done here: {type(error).__name__}: {reason}") from error
 
 
