@@ -68,7 +68,7 @@ def name_of(target: str) -> str:
 
 
 def called(made: object) -> str:
-    """`name_of` of its class."""
+    """How what was made is called: `name_of` of its class."""
     return name_of(f"{type(made).__module__}.{type(made).__qualname__}")
 
 

@@ -42,5 +42,5 @@ def is_sharing() -> bool:
 
 
 def cache_folder() -> Path:
-    """$FEDTUNE_CACHE, or the user's cache folder."""
+    """Where caches are kept: $FEDTUNE_CACHE, or the user's cache folder."""
     return Path(os.environ.get("FEDTUNE_CACHE") or platformdirs.user_cache_dir("fedtune"))

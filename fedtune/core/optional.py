@@ -43,7 +43,7 @@ class Residual(Protocol):
 
     @property
     def error(self) -> float:
-        """||recompressed - total||_F / ||total||_F of the last merge; 0 where nothing was cut."""
+        """How far off the last merge is: ||recompressed - total||_F / ||total||_F, 0 where nothing was cut."""
         ...
 
 
