@@ -37,10 +37,9 @@ MORE = {
     "peers": ["evaluate.peers=every", "evaluate.clients=true", "method=fedit"],
     "similarity": ["evaluate.similarity=true", "evaluate.exactness=true", "codec_up=compeft"],
     "feedback": ["codec_up=topk", "codec_up.feedback=true", "codec_down=topk", "codec_down.feedback=true"],
-    "chained": ["codec_down=stc", "codec_down.feedback=true", "method=fedex_lora"],
-    "int8": ["model.quantization=int8", "method=fedex_lora"],
-    "requantize": ["model.quantization=nf4", "model.merge=requantize", "method=flora"],
-    "norms": ["population.max_norm_ratio=2", "population.max_weight=0.4"],
+    "chained": ["codec_down=stc", "codec_down.feedback=true", "method=hetlora", "population.ranks=[8,4]"],
+    "norms": ["population.max_norm_ratio=20", "population.max_weight=0.4"],
+    "refused": ["codec_down=stc", "method=fedex_lora"],
     "server_optimizer": ["server_optimizer=fedadam", "method=fedprox"],
 }
 

@@ -4,11 +4,8 @@ import math
 import re
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import rows, summary_of
-
-import fedtune
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -36,7 +33,6 @@ def test_the_strategy_in_15_lines_plays_two_rounds(small_run, tmp_path, monkeypa
     assert not rows(folder, "failures.csv")
 
 
-@pytest.mark.skipif(not hasattr(fedtune, "run"), reason="the Python API isn't here yet")
 def test_the_run_from_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # those of the other tests stay
