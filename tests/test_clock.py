@@ -393,7 +393,7 @@ def clock(tmp_path_factory):
     st.integers(1, 10**9),
 )
 def test_a_better_device_never_takes_longer(clock, name, given_rates, times, size):
-    told = Instruction(clock._party.model.layout.initial)
+    told = Instruction(clock._workspace.model.layout.initial)
     can = DeviceProfile(**given_rates)
     before = min(getattr(can, name), 1e12)
     worse, better = (replace(can, **{name: rate}) for rate in (before, before * times))
@@ -409,7 +409,7 @@ def test_a_rank_of_zero_is_the_layouts(clock):
 
 
 def test_a_frozen_factor_is_not_counted_as_trained(clock):
-    told = Instruction(clock._party.model.layout.initial)
+    told = Instruction(clock._workspace.model.layout.initial)
     counts = [
         clock.turn(ClientInfo(0, 50), replace(told, settings=more), 0, 0)
         for more in ({"train": "lora_A"}, {"train": "lora_B"})

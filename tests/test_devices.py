@@ -276,7 +276,7 @@ def test_a_client_greets_as_what_it_was_assigned(tmp_path, monkeypatch, devices)
     write_devices(tmp_path / "device.csv", [DeviceProfile("mine", 1e9)])
     experiment = compose(["model=tiny", "population.clients=2", "data.partition=iid", f"population.devices={devices}"])
     node = {"partition-id": 1, "up-bytes-per-s": 9.0}
-    reply = turns.handle_message("query", "0", RecordDict(), {"config": experiment.text()}, node)
+    reply = turns.handle_message("query", "0", RecordDict(), {"config": experiment.text()}, node).content
     layout = turns.workspace_of({"config": experiment.text()}).model.layout.sha256
     peer = wire.unpack_greeting(reply, 2, layout)
     assert peer.capability == replace(profile_of(1, experiment, tmp_path), up_bytes_per_s=9.0)

@@ -208,7 +208,7 @@ def cell(line, column, text):
         ("ledger.csv", without(3), "lines were taken out or changed"),
         ("ledger.csv", lambda lines: lines[:-6], "round 1 is not in it"),
         ("ledger.csv", cell(2, 2, "sideways"), "line 3, direction: expected up or down, got 'sideways'"),
-        ("ledger.csv", cell(2, 1, "\ufeff0"), "line 3, peer: expected a number from 0 up"),
+        ("ledger.csv", cell(2, 1, "\ufeff0"), "line 3, client: expected a number from 0 up"),
         ("ledger.csv", lambda lines: ["\udcff", *lines], "it is no CSV in UTF-8"),
     ],
 )
