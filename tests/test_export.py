@@ -341,7 +341,7 @@ HOSTILE = {
     "code deeper down": (config(TARGET, f"{TARGET}\n    x: [{{_target_: builtins.eval}}]"), "should be a plain value"),
     "a class that takes other words": (config(TARGET, "_target_: strategies.fedit.FedIT"), "can't be made"),
     "a method that is no method": (
-        config("clients.zeroth_order.ZerothOrder", "fedtune.core.protocol.Peer"),
+        config("clients.zeroth_order.ZerothOrder", "fedtune.core.protocol.ClientInfo"),
         "ClientInfo",
     ),
 }

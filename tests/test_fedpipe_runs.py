@@ -19,6 +19,7 @@ from fedtune.training.apply_instruction import SCORES
 from fedtune.wire import messages as wire
 from fedtune.wire.delta_coding import decode, starts_of
 from fedtune.workspace.client_handler import answer, local_update
+from fedtune.workspace.uplink import Uplink
 from fedtune.workspace.workspace import Workspace
 
 RUN = "0" * 16
@@ -193,13 +194,13 @@ def test_what_a_message_leaves_out_waits_for_one_that_has_the_layer(tmp_path):
         tensors = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(modules)}
         told = Instruction(tensors, whole.settings)
         meant = local_update(workspace, RUN, 0, number, told)
-        content = answer(workspace, RUN, 0, number, told)
-        sent = decode(workspace.codec_up, wire.blob_of(content), workspace.known(told))
+        content = answer(workspace, RUN, 0, number, told).content
+        sent = decode(workspace.codec_up, wire.blob_of(content), Uplink(workspace).known(told))
         return meant.tensors, sent, workspace.residuals.load(RUN, 0, number + 1)
 
     meant, sent, first = turn(1, one, other)
     name = name_of(other, "lora_B")
-    assert first.keys() == starts_of(meant, workspace.known(whole)).keys()
+    assert first.keys() == starts_of(meant, Uplink(workspace).known(whole)).keys()
     torch.testing.assert_close(first[name], meant[name] - sent[name])
     assert first[name].any()
     _, _, second = turn(2, one)
