@@ -19,10 +19,10 @@ from fedtune.data.sources import load_examples
 from fedtune.data.tokenisation import tokenise
 from fedtune.evaluation.lm_eval_harness import check_installed, run_tasks
 from fedtune.evaluation.scoring import FIGURES, Score, mean_score
-from fedtune.export.model_folder import check_one_model, party_for, source_of, tuned
+from fedtune.export.model_folder import check_one_model, source_of, tuned, workspace_for
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.model_checks import check_tokens
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Party
 
 COLUMNS = ("loss", "accuracy", "exact match", "ROUGE-L", "choices")  # of FIGURES
 
@@ -71,18 +71,18 @@ def evaluate(request: Request) -> EvaluationReport:
         spec = replace(spec, generate=request.generate)
     if request.limit is not None:
         spec = replace(spec, examples=request.limit)
-    party = party_for(found, request.base, evaluate=spec)
-    check_one_model(found, party)
-    local, number = tuned(found, party)
+    workspace = workspace_for(found, request.base, evaluate=spec)
+    check_one_model(found, workspace)
+    local, number = tuned(found, workspace)
     if request.data is not None:
-        party.data = _whole(party, request.data)
+        workspace.data = _whole(workspace, request.data)
     else:
-        party.data.check_same(found.data, f"{request.run} can't be scored on what it held out")
-    heldout = party.evaluate()
-    clients = _by_client(party) if request.clients else {}
+        workspace.data.check_same(found.data, f"{request.run} can't be scored on what it held out")
+    heldout = workspace.evaluate()
+    clients = _by_client(workspace) if request.clients else {}
     if heldout is None and not clients and not request.tasks:
         raise DataError("the run held nothing out for the server (data.heldout=0): give --data, --clients or --tasks")
-    samples = {index: party.samples(index) for index in clients}
+    samples = {index: workspace.samples(index) for index in clients}
     tasks = _tasks(request, local, spec.batch_size) if request.tasks else {}
     verdict = EvaluationReport(number, heldout, clients, mean_score(samples, clients), tasks)
     _show(verdict, f"{found.experiment.name}: method={found.experiment.method_name} after round {number}")
@@ -92,19 +92,19 @@ def evaluate(request: Request) -> EvaluationReport:
     return verdict
 
 
-def _whole(party: Party, path: str) -> FederatedData:
+def _whole(workspace: Party, path: str) -> FederatedData:
     """A file's examples, all held out, with the columns named as for the run's own."""
-    spec = replace(party.data_spec, path=path, subset=None)
-    corpus, kept = tokenise(examples := load_examples(spec), party.model.tokenizer, spec)
+    spec = replace(workspace.data_spec, path=path, subset=None)
+    corpus, kept = tokenise(examples := load_examples(spec), workspace.model.tokenizer, spec)
     for line in describe(corpus.counts, spec):
         print(line)
-    data = FederatedData(corpus, (), (), np.arange(len(corpus)), party.model.pad, len(examples) - len(kept))
-    check_tokens(data.corpus, party.model.base)
+    data = FederatedData(corpus, (), (), np.arange(len(corpus)), workspace.model.pad, len(examples) - len(kept))
+    check_tokens(data.corpus, workspace.model.base)
     return data
 
 
-def _by_client(party: Party) -> dict[int, Score]:
-    scores = {index: party.evaluate_on(index) for index in range(len(party.data.heldout))}
+def _by_client(workspace: Party) -> dict[int, Score]:
+    scores = {index: workspace.evaluate_on(index) for index in range(len(workspace.data.heldout))}
     found = {index: score for index, score in scores.items() if score is not None}
     if not found:
         raise DataError("no client of the run holds anything out (data.client_heldout=0): leave --clients out")

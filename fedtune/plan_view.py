@@ -25,7 +25,7 @@ from fedtune.planning.population import assign_rank, profile_of
 from fedtune.server.progress import method_of, size
 from fedtune.server.virtual_clock import Clock, Turn
 from fedtune.training.client_state import home
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Party
 
 BAR = 12  # characters
 WIDE = 140
@@ -56,28 +56,28 @@ def plan(overrides: Sequence[str], out: str | None) -> None:
         FedtuneError: if the experiment can't be set up.
         QuorumError: if nobody can take part; the plan is printed all the same.
     """
-    party = Party(compose(overrides))
-    planned, trouble = plans(party)
+    workspace = Party(compose(overrides))
+    planned, trouble = plans(workspace)
     console = Console()
     if not console.is_terminal:  # a file has no edge
         console = Console(width=WIDE)
-    report(party, planned, console)
+    report(workspace, planned, console)
     if out is not None:
-        write_atomically(Path(out).expanduser(), table_of(party, planned).encode())
+        write_atomically(Path(out).expanduser(), table_of(workspace, planned).encode())
         console.print(f"wrote    {out}", soft_wrap=True)
     if trouble is not None:
         raise trouble
 
 
-def plans(party: Party) -> tuple[list[Planned], QuorumError | None]:
+def plans(workspace: Party) -> tuple[list[Planned], QuorumError | None]:
     """A plan for each client, by index, and what would stop the first round."""
-    experiment, layout = party.experiment, party.model.layout
-    state = party.strategy.init(party.layout)
+    experiment, layout = workspace.experiment, workspace.model.layout
+    state = workspace.strategy.init(workspace.layout)
     peers = {}
     for index in range(experiment.population.clients):
-        peer = ClientInfo(index, party.samples(index), profile_of(index, experiment, home()))
+        peer = ClientInfo(index, workspace.samples(index), profile_of(index, experiment, home()))
         peers[index] = assign_rank(peer, experiment, layout)
-    clock, trouble = Clock(party), None
+    clock, trouble = Clock(workspace), None
     expected: dict[int, Turn] = {}
     try:
         expected = clock.eligible_clients(state, 1, {index: peer for index, peer in peers.items() if peer.samples})
@@ -91,18 +91,18 @@ def plans(party: Party) -> tuple[list[Planned], QuorumError | None]:
         if index in clock.excluded:
             found.append(Planned(peer, {}, None, clock.excluded[index]))
             continue
-        told = party.strategy.configure(state, 1, peer)
+        told = workspace.strategy.configure(state, 1, peer)
         turn = expected.get(index) or clock.expected(peer, told)
-        whole = layout.initial if not traits_of(party.strategy).partial else told.tensors
+        whole = layout.initial if not traits_of(workspace.strategy).partial else told.tensors
         ranks = {module: peer.rank or product.rank for module, product in lora_factors(whole).items()}
         found.append(Planned(peer, ranks if layout.is_low_rank else {}, turn))
     return found, trouble
 
 
-def report(party: Party, planned: Sequence[Planned], console: Console) -> None:
+def report(workspace: Party, planned: Sequence[Planned], console: Console) -> None:
     """The table for people: clients with the same device and the same work share a line."""
-    experiment = party.experiment
-    population, costs = experiment.population, party.costs
+    experiment = workspace.experiment
+    population, costs = experiment.population, workspace.costs
     deadline = population.deadline
     until = "no deadline" if deadline is None else f"{deadline:g} s a round, straggler={population.straggler}"
     console.print(
@@ -133,7 +133,7 @@ def report(party: Party, planned: Sequence[Planned], console: Console) -> None:
         "seconds",
     ):
         table.add_column(heading, justify="left" if heading in ("device", "seconds") else "right", no_wrap=True)
-    for line in _lines(working, len(party.weights), deadline, longest):
+    for line in _lines(working, len(workspace.weights), deadline, longest):
         table.add_row(*line)
     console.print(table)
     for reason, clients in _by_reason(planned).items():
@@ -146,7 +146,7 @@ def report(party: Party, planned: Sequence[Planned], console: Console) -> None:
             f"each sends {size(int(total))} a round on average, and is sent as much",
             highlight=False,
         )
-        if deadline is None and traits_of(party.strategy).plans:
+        if deadline is None and traits_of(workspace.strategy).plans:
             middle = sorted(turn.seconds for _, turn in working)[len(working) // 2]
             console.print(
                 f"hint     without a deadline memory alone limits a plan; half of the clients would be done in "
@@ -155,9 +155,9 @@ def report(party: Party, planned: Sequence[Planned], console: Console) -> None:
             )
 
 
-def table_of(party: Party, planned: Sequence[Planned]) -> str:
+def table_of(workspace: Party, planned: Sequence[Planned]) -> str:
     """The plan as CSV, a line for each client."""
-    block_of = {weight.module: weight.block for weight in party.weights}
+    block_of = {weight.module: weight.block for weight in workspace.weights}
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import CONFIGS, made, saved
 from conftest import run_on, small, summary_of
+from fedtune.workspace.workspace import Party
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Gemma3Config, LlavaConfig, PreTrainedTokenizerFast, Qwen2VLConfig
@@ -27,7 +28,6 @@ from fedtune.runs.adapter_files import adapter_files
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.training.first_order import fit, loss_of
-from fedtune.workspace.party import Party
 
 CPU = torch.device("cpu")
 FUSED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")

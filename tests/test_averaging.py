@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from fedtune.workspace.workspace import Party
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, dense, factors, layout, reply
@@ -24,7 +25,6 @@ from fedtune.core.protocol import ClientInfo, Instruction, Update, same_instruct
 from fedtune.lowrank.algebra import lora_factors
 from fedtune.lowrank.averaging import average, for_peer, truncate_rank
 from fedtune.training.apply_instruction import install
-from fedtune.workspace.party import Party
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 LIKE = {A: torch.zeros(2, 2), B: torch.zeros(3, 2)}

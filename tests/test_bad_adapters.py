@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import of_each_kind, run_on, summary_of, traits_of_method
+from fedtune.workspace.workspace import Party
 from flwr.app import MetricRecord
 from flwr.clientapp import ClientApp
 
@@ -16,7 +17,6 @@ from fedtune.core.protocol import Update
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
 from fedtune.wire import messages as wire
-from fedtune.workspace.party import Party
 
 FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples
 NOWHERE = "model.path=/nowhere/at/all"  # loading it is another error

@@ -8,6 +8,7 @@ import mischief
 import pytest
 import torch
 from conftest import SMALL, many, rows, summary_of
+from fedtune.workspace.workspace import Party
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +24,6 @@ from fedtune.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.runtime.local import run_local
 from fedtune.training.client_state import Memory
 from fedtune.wire.broadcast_chain import BroadcastChain, hear
-from fedtune.workspace.party import Party
 from strategies.fedit import FedIT
 
 RUN = "0123456789abcdef"
@@ -160,8 +160,8 @@ WORDS = ("codec_down=stc", "codec_down.density=0.02", "train.lr=0.01")
 
 
 def sent_of(folder):
-    party = Party(compose([*SMALL, *WORDS]))
-    state = FedIT().init(party.model.layout)
+    workspace = Party(compose([*SMALL, *WORDS]))
+    state = FedIT().init(workspace.model.layout)
     return load_checkpoint(folder / "checkpoint" / "state.safetensors", state).sent
 
 
@@ -185,9 +185,9 @@ def test_a_run_sends_absent_clients_the_links_that_they_lack(small_run):
         assert size == size_of_links(sent, since, number)
         last_turn[peer] = number
     assert {1, 2} <= gaps
-    party = Party(compose([*SMALL, *WORDS]))
-    party.install(Instruction(sent.told), memory={})
-    found = party.evaluate()
+    workspace = Party(compose([*SMALL, *WORDS]))
+    workspace.install(Instruction(sent.told), memory={})
+    found = workspace.evaluate()
     assert found is not None
     assert found.loss == pytest.approx(float(rows(folder, "metrics.csv")[-1]["eval_loss"]), abs=1e-9)
 
@@ -233,15 +233,15 @@ class Shrinking(FedIT):
 
 
 def test_a_round_of_another_shape_is_told_from_the_start_and_the_chain_waits():
-    party = Party(compose([*SMALL, *WORDS]))
-    party.strategy = Shrinking()
-    state = party.strategy.init(party.model.layout)
-    first = party.announce(BroadcastChain(), state, 1)
-    second = party.announce(first, state, 2)
+    workspace = Party(compose([*SMALL, *WORDS]))
+    workspace.strategy = Shrinking()
+    state = workspace.strategy.init(workspace.model.layout)
+    first = workspace.announce(BroadcastChain(), state, 1)
+    second = workspace.announce(first, state, 2)
     assert (first.number, second.number) == (1, 1)
-    assert party.announced(state, 2) is None
-    assert {t.shape[0] for t in party.broadcast(second, state, 2).tensors.values()} == {1}
-    assert party.announce(second, state, 3).number == 2
+    assert workspace.announced(state, 2) is None
+    assert {t.shape[0] for t in workspace.broadcast(second, state, 2).tensors.values()} == {1}
+    assert workspace.announce(second, state, 3).number == 2
 
 
 def test_mixed_ranks_are_told_from_the_start(small_run):

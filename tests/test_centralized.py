@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, summary_of
+from fedtune.workspace.workspace import Party
 
 from fedtune.config.compose import compose, from_run_config, load
 from fedtune.config.population import PopulationSpec
@@ -19,7 +20,6 @@ from fedtune.data.federated_data import load_data
 from fedtune.models.tiny import tiny_tokenizer
 from fedtune.runtime.local import run_local
 from fedtune.training.first_order import fit
-from fedtune.workspace.party import Party
 
 RUN = "0" * 16
 
@@ -77,17 +77,17 @@ def test_it_trains_on_the_very_rows_that_the_clients_train_on(partition, clients
 
 
 def test_a_round_is_plain_training_on_the_union():
-    party = Party(compose([*SMALL, "method=centralized"]))
-    state = party.strategy.init(party.model.layout)
-    peer = ClientInfo(0, party.samples(0))
-    update = party.turn(RUN, 0, 1, party.strategy.configure(state, 1, peer))
-    after = party.strategy.aggregate(state, 1, [(peer, update)])
-    assert update.examples == peer.samples == len(party.data.train[0])
-    party.model.reset()
+    workspace = Party(compose([*SMALL, "method=centralized"]))
+    state = workspace.strategy.init(workspace.model.layout)
+    peer = ClientInfo(0, workspace.samples(0))
+    update = workspace.turn(RUN, 0, 1, workspace.strategy.configure(state, 1, peer))
+    after = workspace.strategy.aggregate(state, 1, [(peer, update)])
+    assert update.examples == peer.samples == len(workspace.data.train[0])
+    workspace.model.reset()
     key = derive_seed(0, "train", 1, 0)
-    batches = party.data.batches(0, 4, key)
-    fit(party.model, batches, steps=6, lr=1e-3, optimizer="adamw", weight_decay=0.0, max_grad_norm=1.0, key=key)
-    assert all(torch.equal(after.adapter[name], tensor) for name, tensor in party.model.read().items())
+    batches = workspace.data.batches(0, 4, key)
+    fit(workspace.model, batches, steps=6, lr=1e-3, optimizer="adamw", weight_decay=0.0, max_grad_norm=1.0, key=key)
+    assert all(torch.equal(after.adapter[name], tensor) for name, tensor in workspace.model.read().items())
 
 
 def test_a_run_says_that_there_is_one_client_and_resumes(small_run):

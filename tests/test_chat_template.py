@@ -354,14 +354,15 @@ def test_the_console_and_the_summary_say_so(tmp_path, run_on_rows):
 @pytest.fixture
 def run_on_rows(tmp_path):
     """A run's headline and summary, on these rows."""
+    from fedtune.workspace.workspace import Party
+
     from fedtune.server.summary import summarise
-    from fedtune.workspace.party import Party
 
     def made(rows, *words):
         path = write(tmp_path / "rows.jsonl", rows)
         experiment = compose(["model=tiny", f"data.path={path}", "population.clients=2", *words])
-        party = Party(experiment)
-        return "\n".join(headline(experiment, party, tmp_path)), summarise(party, "done", 0, {}, "", {})
+        workspace = Party(experiment)
+        return "\n".join(headline(experiment, workspace, tmp_path)), summarise(workspace, "done", 0, {}, "", {})
 
     return made
 

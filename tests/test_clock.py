@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 from conftest import rows, run_on, small, summary_of
+from fedtune.workspace.workspace import Party
 from flwr.common.serde import message_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,7 +44,6 @@ from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.server.virtual_clock import Clock
-from fedtune.workspace.party import Party
 from strategies.fedit import FedIT
 
 THREE = "fast,1e9,,1e6,1e6,,,\nmid,5e8,1e9,1e6,2e6,,,\nslow,1e8,,1e5,1e5,,,\n"
@@ -64,12 +64,12 @@ class Weighing(CapturingGrid):
         self.contents.setdefault(place, []).append(len(proto.SerializeToString()))
 
 
-def by_hand(party, rates, steps, down, up):
+def by_hand(workspace, rates, steps, down, up):
     """Seconds down, of the steps and up, and bytes of memory."""
-    c, batch, numbers, rank = party.costs, 4, 2688, party.experiment.adapter.rank
+    c, batch, numbers, rank = workspace.costs, 4, 2688, workspace.experiment.adapter.rank
     flop = batch * (c.forward_flop + c.backward_flop[0] + 6 * c.typical_tokens * numbers)
     compute = steps * (flop / rates[0] + c.read_bytes[0] / rates[1])
-    per_token = sum(c.input_bytes * weight.columns + c.inner_bytes * rank for weight in party.weights)
+    per_token = sum(c.input_bytes * weight.columns + c.inner_bytes * rank for weight in workspace.weights)
     memory = c.base_bytes["32"] + c.fixed_bytes + batch * (c.saved_bytes[0] + c.head_bytes + c.tokens * per_token)
     return down / rates[3], compute, up / rates[2], memory + 16 * numbers
 
@@ -84,7 +84,7 @@ def test_three_devices_by_hand(straggler, tmp_path, devices):
     late = () if straggler == "wait" else (f"population.straggler={straggler}", f"population.deadline={DEADLINE}")
     words = devices(THREE, "train.steps=4", "rounds=2", *late)
     grid = run_on(Weighing, make_client_app(), folder, *words)
-    party, clock, seconds = Party(small(*words, out=folder)), clock_of(folder), 0.0
+    workspace, clock, seconds = Party(small(*words, out=folder)), clock_of(folder), 0.0
     booked = {
         (int(row["round"]), int(row["peer"]), row["direction"]): row
         for row in rows(folder, "ledger.csv")
@@ -101,7 +101,7 @@ def test_three_devices_by_hand(straggler, tmp_path, devices):
                 assert int(row[f"{way}_bytes"]) == size
                 assert 0 < int(booked[number, index, way]["wire_bytes"]) - size < 150  # the addresses
             cut = straggler == "partial" and index == 2
-            expected = by_hand(party, RATES[index], 2 if cut else 4, down, up)
+            expected = by_hand(workspace, RATES[index], 2 if cut else 4, down, up)
             got = [float(row[key]) for key in ("download_seconds", "compute_seconds", "upload_seconds", "memory_bytes")]
             assert got == pytest.approx(list(expected), rel=1e-12)
             assert (row["device"], row["steps"], row["numbers"]) == (name, "2" if cut else "4", "2688")
@@ -239,10 +239,10 @@ def test_forward_only_devices_take_part_where_no_gradient_is_needed(small_run, d
     assert "client 1, which can compute forward only" in capsys.readouterr().out
     folder = small_run(*words, *SEEDED, name="seeded")
     assert asked(folder) == {1: {0, 1}, 2: {0, 1}}
-    row, party = clock_of(folder)[1, 1], Party(small(*words, *SEEDED, out=folder))
-    c = party.costs  # 2 steps of 2 passes, and 10 bytes a weight
+    row, workspace = clock_of(folder)[1, 1], Party(small(*words, *SEEDED, out=folder))
+    c = workspace.costs  # 2 steps of 2 passes, and 10 bytes a weight
     assert float(row["compute_seconds"]) == pytest.approx(2 * 2 * 4 * c.forward_flop / 1e9, rel=1e-12)
-    memory = c.base_bytes["32"] + c.fixed_bytes + 4 * c.head_bytes + 10 * party.model.trainable
+    memory = c.base_bytes["32"] + c.fixed_bytes + 4 * c.head_bytes + 10 * workspace.model.trainable
     assert float(row["memory_bytes"]) == pytest.approx(memory, rel=1e-12)
 
 

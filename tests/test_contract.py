@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import of_each_kind, rows, run_on, small, summary_of, traits_of_method
+from fedtune.workspace.workspace import Party
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
@@ -30,7 +31,6 @@ from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.wire import messages as wire
-from fedtune.workspace.party import Party
 
 METHODS = choices("method")
 # One whose server averages, one that stacks, one along seeded directions, a personal one and an asynchronous one
@@ -334,12 +334,14 @@ def first_updates(tmp_path_factory):
 
     @cache
     def make(method):
-        party = party_of(method, tmp_path_factory.mktemp("first"))
-        state = party.strategy.init(party.layout)
-        peers = [ClientInfo(index, party.samples(index)) for index in range(party.experiment.population.clients)]
-        updates = [party.turn(RUN, peer.index, 1, party.strategy.configure(state, 1, peer)) for peer in peers]
+        workspace = party_of(method, tmp_path_factory.mktemp("first"))
+        state = workspace.strategy.init(workspace.layout)
+        peers = [
+            ClientInfo(index, workspace.samples(index)) for index in range(workspace.experiment.population.clients)
+        ]
+        updates = [workspace.turn(RUN, peer.index, 1, workspace.strategy.configure(state, 1, peer)) for peer in peers]
         replies = list(zip(peers, updates, strict=True))
-        return party.strategy, state, replies, hashes(state, replies)
+        return workspace.strategy, state, replies, hashes(state, replies)
 
     return make
 
@@ -358,17 +360,19 @@ def test_identical_clients_are_a_fixed_point(method, first_updates):
     together = strategy.aggregate(state, 1, [(ClientInfo(index, peer.samples), update) for index in range(7)])
     if traits_of(strategy).averages:
         assert state_sha256(alone.adapter) == state_sha256(together.adapter)
-    party = party_of(method)
-    one, seven = (change_of(party, strategy.configure(after, 2, ClientInfo(SERVER, 1))) for after in (alone, together))
+    workspace = party_of(method)
+    one, seven = (
+        change_of(workspace, strategy.configure(after, 2, ClientInfo(SERVER, 1))) for after in (alone, together)
+    )
     assert one.keys() == seven.keys()
     for module, matrix in one.items():
         torch.testing.assert_close(seven[module], matrix, rtol=0, atol=1e-6 * float(matrix.abs().max()) + 1e-12)
 
 
-def change_of(party, instruction):
+def change_of(workspace, instruction):
     """What a client that installs this adds to the base, layer by layer, as whole matrices."""
-    party.install(instruction, {})
-    model = party.model
+    workspace.install(instruction, {})
+    model = workspace.model
     if not model.layout.is_low_rank:
         return {name: tensor.double() - model.layout.initial[name].double() for name, tensor in model.adapter().items()}
     change = {
@@ -403,10 +407,10 @@ def test_aggregating_changes_neither_the_old_state_nor_the_updates(method, first
 def test_a_turn_leaves_no_trace_in_the_next(method, first_updates, tmp_path):
     """A client's update is the same whether it goes first or after all others."""
     _, _, forward, _ = first_updates(method)
-    party = party_of(method, tmp_path)
-    state = party.strategy.init(party.layout)
+    workspace = party_of(method, tmp_path)
+    state = workspace.strategy.init(workspace.layout)
     backward = {
-        index: party.turn(RUN, index, 1, party.strategy.configure(state, 1, ClientInfo(index, 1)))
-        for index in reversed(range(party.experiment.population.clients))
+        index: workspace.turn(RUN, index, 1, workspace.strategy.configure(state, 1, ClientInfo(index, 1)))
+        for index in reversed(range(workspace.experiment.population.clients))
     }
     assert all(state_sha256(update) == state_sha256(backward[peer.index]) for peer, update in forward)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 from conftest import SMALL, many
+from fedtune.workspace.workspace import Party
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -22,7 +23,6 @@ from fedtune.config.compose import CONF, choices, compose
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import is_lossless
 from fedtune.wire.delta_coding import build_codec
-from fedtune.workspace.party import Party
 
 SPARSE = [{"density": 0.05}, {"density": 0.5}, {"density": 1}]
 OPTIONS = {
@@ -172,7 +172,7 @@ def test_multiples_of_the_standard_deviation_are_refused_with_feedback(words, sa
 
 def test_without_feedback_they_are_not():
     words = ["codec=compeft", "codec.alpha=2", "codec_down.feedback=false"]
-    party = Party(compose([*SMALL, *words]))
-    assert (party.codec_up.alpha, party.feedback, party.chained) == (2, False, False)
-    party = Party(compose([*SMALL, "codec=compeft"]))
-    assert (party.codec_up.feedback, party.codec_down.feedback, party.chained) == (False, True, True)
+    workspace = Party(compose([*SMALL, *words]))
+    assert (workspace.codec_up.alpha, workspace.feedback, workspace.chained) == (2, False, False)
+    workspace = Party(compose([*SMALL, "codec=compeft"]))
+    assert (workspace.codec_up.feedback, workspace.codec_down.feedback, workspace.chained) == (False, True, True)

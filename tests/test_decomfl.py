@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import rows, summary_of
+from fedtune.workspace.workspace import Party
 
 from clients.shared_directions import seeds_of
 from fedtune.config.compose import compose
@@ -20,7 +21,6 @@ from fedtune.core.protocol import ClientInfo, Instruction, Layout, Update
 from fedtune.lowrank.residual import FROM, VERSION
 from fedtune.random_directions.hash_noise import values
 from fedtune.training.zeroth_order import Rules
-from fedtune.workspace.party import Party
 from strategies.decomfl import DeComFL, State
 from strategies.mezo import MeZO
 
@@ -76,9 +76,9 @@ def test_what_a_stranger_may_send_is_refused_by_name(given, told):
         METHOD.validate(METHOD.init(NOWHERE), 1, ClientInfo(0, 9), given)
 
 
-def bits(party):
-    party.model.seeded.render()
-    return party.model.read()
+def bits(workspace):
+    workspace.model.seeded.render()
+    return workspace.model.read()
 
 
 def same(one, other):
@@ -100,9 +100,9 @@ def test_always_there_is_away_and_rebuilt_is_the_server(tmp_path):
             assert len(asked.tensors["slopes"]) == 5
             replies.append((ClientInfo(1, 9), late.turn(RUN, 1, round, asked)))
         state = method.aggregate(state, round, replies)
-    for party, index, held in ((steady, 0, 5), (late, 1, 5), (server, 0, 0)):
-        memory = {} if party is server else party.memory.recall(RUN, index, 7)
-        party.install(method.configure(state, 7, ClientInfo(index, 9, base_version=held)), memory)
+    for workspace, index, held in ((steady, 0, 5), (late, 1, 5), (server, 0, 0)):
+        memory = {} if workspace is server else workspace.memory.recall(RUN, index, 7)
+        workspace.install(method.configure(state, 7, ClientInfo(index, 9, base_version=held)), memory)
     assert same(bits(steady), bits(late))
     assert same(bits(steady), bits(server))
     # And all are the formula: w0 - lr sum g z
@@ -118,13 +118,13 @@ def test_always_there_is_away_and_rebuilt_is_the_server(tmp_path):
 
 
 def test_slopes_that_go_on_from_elsewhere_are_refused(tmp_path):
-    party = Party(compose([*WORDS, f"out={tmp_path}/x"]))
+    workspace = Party(compose([*WORDS, f"out={tmp_path}/x"]))
     told = METHOD.configure(State(torch.ones(3, 2, 2).int()), 4, ClientInfo(0, 9, base_version=2))
     with pytest.raises(ClientError, match="go on from round 2; this client knows 0 rounds"):
-        party.install(told, {})
+        workspace.install(told, {})
     short = Instruction({"slopes": torch.ones(2, 2, 2).int()}, {**told.settings, FROM: 0})
     with pytest.raises(ClientError, match="of 2 rounds, expected 3"):
-        party.install(short, {})
+        workspace.install(short, {})
 
 
 def test_the_ledger_shows_what_catching_up_costs(small_run):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 from conftest import many
+from fedtune.workspace.workspace import Party
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +23,6 @@ from fedtune.codecs.nf4 import MIDPOINTS, TABLE, Nf4
 from fedtune.codecs.signsgd import SignSGD
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
-from fedtune.workspace.party import Party
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -368,9 +368,9 @@ def test_what_has_no_place_is_refused_when_sent(codec, tensor, said):
 
 
 def built(*words):
-    party = Party(compose(words))
-    assert party.codec_up == party.codec_down
-    return party.codec_up
+    workspace = Party(compose(words))
+    assert workspace.codec_up == workspace.codec_down
+    return workspace.codec_up
 
 
 @pytest.mark.parametrize("name", ["bf16", "int8", "nf4", "signsgd"])

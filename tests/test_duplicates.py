@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import rows, small, summary_of
+from fedtune.workspace.workspace import Party
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +23,6 @@ from fedtune.models.shared_base import sharing
 from fedtune.models.tiny import tiny_tokenizer
 from fedtune.plan_view import plans
 from fedtune.runtime.local import run_local
-from fedtune.workspace.party import Party
 
 TOKENIZER = tiny_tokenizer()
 
@@ -310,11 +310,11 @@ def test_a_client_without_rows_that_is_asked_says_so(skewed):
 
 
 def test_the_plan_leaves_them_out(skewed):
-    party = Party(compose(["model=tiny", *skewed, "population.clients=60", "population=phones"]))
-    planned, trouble = plans(party)
+    workspace = Party(compose(["model=tiny", *skewed, "population.clients=60", "population=phones"]))
+    planned, trouble = plans(workspace)
     assert trouble is None
     idle = [one.peer.index for one in planned if one.reason == "has no rows to train on"]
-    assert idle == party.data.idle
+    assert idle == workspace.data.idle
 
 
 def test_a_minimum_of_rows_that_was_asked_for_is_kept_or_refused(skewed):

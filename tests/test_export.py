@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import rows, setting, summary_of
+from fedtune.workspace.workspace import Party
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,7 +33,6 @@ from fedtune.models.tiny import tiny_model, tiny_tokenizer
 from fedtune.runs.adapter_files import adapter_files
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runs.model_file import KEY, LONGEST, dump, read
-from fedtune.workspace.party import Party
 
 K = 64
 SEEDED = (
@@ -53,11 +53,11 @@ def logits(model):
 
 def server_model(folder):
     """The server's own model after a run's last round, made from its checkpoint."""
-    party = Party(compose([*summary_of(folder)["command"].split()[2:]]))
-    state = party.strategy.init(party.model.layout)
+    workspace = Party(compose([*summary_of(folder)["command"].split()[2:]]))
+    state = workspace.strategy.init(workspace.model.layout)
     checkpoint = load_checkpoint(folder / "checkpoint" / "state.safetensors", state)
-    party.install(party.broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={})
-    return party.model.module
+    workspace.install(workspace.broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={})
+    return workspace.model.module
 
 
 def served(folder):

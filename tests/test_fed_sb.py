@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
+from fedtune.workspace.workspace import Party
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, SHAPES, dense, distance, layout
@@ -23,7 +24,6 @@ from fedtune.models.base import load_base, pick_device
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.training.first_order import loss_of
 from fedtune.training.frozen_basis import expanded, left_basis, training_core, zero_core
-from fedtune.workspace.party import Party
 from strategies.fed_sb import FedSB
 
 RUN = "0" * 16
@@ -94,27 +94,27 @@ def test_a_base_that_needs_its_b_and_a_is_refused():
         FedSB().init(moved)
 
 
-def party_with(*overrides):
+def workspace_with(*overrides):
     return Party(compose([*SMALL, "method=fed_sb", FEW, *overrides]))
 
 
-def some_core(party, scale=0.05):
+def some_core(workspace, scale=0.05):
     draw = torch.Generator().manual_seed(1)
-    return {name: scale * torch.randn(t.shape, generator=draw) for name, t in zero_core(party.model.layout).items()}
+    return {name: scale * torch.randn(t.shape, generator=draw) for name, t in zero_core(workspace.model.layout).items()}
 
 
 def test_a_step_of_gradient_descent_is_that_of_the_paper():
     """Against plain LoRA on the same batch, where autograd knows nothing of R: with lora_B = B0 and lora_A = R A0,
     dL/dlora_A = s B0^T G, whence dL/dR = dL/dlora_A A0^T."""
     lr = 0.5
-    party = party_with("train.optimizer=sgd", f"train.lr={lr}", "train.max_grad_norm=0", "train.steps=1")
-    model, core = party.model, some_core(party)
+    workspace = workspace_with("train.optimizer=sgd", f"train.lr={lr}", "train.max_grad_norm=0", "train.steps=1")
+    model, core = workspace.model, some_core(workspace)
     told = FedSB().configure(FedSB().init(model.layout), 1, ClientInfo(0, 1))
     told = Instruction(core, told.settings)
-    update = party.turn(RUN, 0, 1, told)
+    update = workspace.turn(RUN, 0, 1, told)
     after = update.tensors
-    party.install(told, {})
-    batch = next(iter(party.data.batches(0, party.experiment.train.batch_size, derive_seed(0, "train", 1, 0))))
+    workspace.install(told, {})
+    batch = next(iter(workspace.data.batches(0, workspace.experiment.train.batch_size, derive_seed(0, "train", 1, 0))))
     loss_of(model.module, batch).backward()
     for module, product in lora_factors(model.layout.initial).items():
         name = name_of(module, "lora_A")
@@ -125,16 +125,16 @@ def test_a_step_of_gradient_descent_is_that_of_the_paper():
 
 
 def test_r_leaves_zero_in_the_first_round():
-    party = party_with()
-    told = party.strategy.configure(party.strategy.init(party.model.layout), 1, ClientInfo(0, 1))
+    workspace = workspace_with()
+    told = workspace.strategy.configure(workspace.strategy.init(workspace.model.layout), 1, ClientInfo(0, 1))
     assert not any(tensor.any() for tensor in told.tensors.values())
-    update = party.turn(RUN, 0, 1, told)
+    update = workspace.turn(RUN, 0, 1, told)
     assert all(tensor.any() for tensor in update.tensors.values())
 
 
-def held_by(party):
+def held_by(workspace):
     """Everything that a turn could leave behind."""
-    model = party.model
+    model = workspace.model
     layers = [model.module.get_submodule(slot.module).lora_A["default"] for slot in model.layout.slots]
     return (
         state_sha256(model.adapter()),
@@ -147,40 +147,40 @@ def held_by(party):
 
 @pytest.mark.parametrize("raises", [False, True])
 def test_nothing_is_left_on_the_model_after_a_turn(raises, monkeypatch):
-    party = party_with()
-    fresh = held_by(party)
-    told = party.strategy.configure(party.strategy.init(party.model.layout), 1, ClientInfo(0, 1))
-    told = Instruction(some_core(party), told.settings)
+    workspace = workspace_with()
+    fresh = held_by(workspace)
+    told = workspace.strategy.configure(workspace.strategy.init(workspace.model.layout), 1, ClientInfo(0, 1))
+    told = Instruction(some_core(workspace), told.settings)
     if raises:
         monkeypatch.setattr("clients.first_order.fit", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            party.turn(RUN, 0, 1, told)
+            workspace.turn(RUN, 0, 1, told)
     else:
-        party.turn(RUN, 0, 1, told)
-    assert held_by(party)[1] == fresh[1]
-    party.model.reset()
-    assert held_by(party) == fresh
-    party.model.install(party.model.layout.initial)
-    assert party.model.read().keys() == party.model.layout.initial.keys()
+        workspace.turn(RUN, 0, 1, told)
+    assert held_by(workspace)[1] == fresh[1]
+    workspace.model.reset()
+    assert held_by(workspace) == fresh
+    workspace.model.install(workspace.model.layout.initial)
+    assert workspace.model.read().keys() == workspace.model.layout.initial.keys()
 
 
 def test_a_core_that_is_not_whole_leaves_nothing_behind_either():
-    party = party_with()
-    fresh, core = held_by(party), some_core(party)
+    workspace = workspace_with()
+    fresh, core = held_by(workspace), some_core(workspace)
     core.pop(sorted(core)[-1])
-    with pytest.raises(KeyError), training_core(party.model, core):
+    with pytest.raises(KeyError), training_core(workspace.model, core):
         pass
-    party.model.reset()
-    assert held_by(party) == fresh
+    workspace.model.reset()
+    assert held_by(workspace) == fresh
 
 
 def test_after_training_the_model_is_the_plain_adapter_of_the_core_that_was_trained():
-    party = party_with()
-    told = party.strategy.configure(party.strategy.init(party.model.layout), 1, ClientInfo(0, 1))
-    update = party.turn(RUN, 0, 1, told)
-    after = party.model.adapter()
-    party.install(Instruction(update.tensors, told.settings), {})
-    torch.testing.assert_close(after, party.model.adapter(), rtol=1e-5, atol=1e-7)
+    workspace = workspace_with()
+    told = workspace.strategy.configure(workspace.strategy.init(workspace.model.layout), 1, ClientInfo(0, 1))
+    update = workspace.turn(RUN, 0, 1, told)
+    after = workspace.model.adapter()
+    workspace.install(Instruction(update.tensors, told.settings), {})
+    torch.testing.assert_close(after, workspace.model.adapter(), rtol=1e-5, atol=1e-7)
 
 
 def test_the_exported_adapter_is_a_plain_lora_with_the_evaluated_weights(small_run):
@@ -188,13 +188,13 @@ def test_the_exported_adapter_is_a_plain_lora_with_the_evaluated_weights(small_r
     from peft import PeftModel
 
     folder = small_run("method=fed_sb", FEW, "train.lr=1e-2")
-    party = party_with("train.lr=1e-2")
-    plain = load_base(party.experiment.model, pick_device("cpu")).model
+    workspace = workspace_with("train.lr=1e-2")
+    plain = load_base(workspace.experiment.model, pick_device("cpu")).model
     module = PeftModel.from_pretrained(plain, str(folder / "adapter")).eval()
-    party.model.module = module
+    workspace.model.module = module
     last = (folder / "metrics.csv").read_text().splitlines()
     loss = float(last[-1].split(",")[last[0].split(",").index("eval_loss")])
-    assert party.evaluate().loss == pytest.approx(loss, rel=1e-6)
+    assert workspace.evaluate().loss == pytest.approx(loss, rel=1e-6)
     summary = json.loads((folder / "summary.json").read_text())
     assert loss < summary["first_eval_loss"]
 

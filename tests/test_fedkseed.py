@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import rows, summary_of
+from fedtune.workspace.workspace import Party
 
 from clients.zeroth_order import drawn
 from fedtune.codecs.packed import Packed
@@ -22,7 +23,6 @@ from fedtune.random_directions.hash_noise import values
 from fedtune.random_directions.weights import pool
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.training.zeroth_order import Rules
-from fedtune.workspace.party import Party
 from strategies import fedkseed_pro
 from strategies.fedkseed import FedKSeed, State
 from strategies.fedkseed_pro import FedKSeedPro, probabilities
@@ -174,14 +174,16 @@ def test_the_server_holds_what_the_formula_says(small_run):
     """w0 - lr sum_j G_j z_j in numpy, from the checkpoint alone, against what the server evaluated and exported."""
     folder = small_run("method=fedkseed", *SEEDED, STEPS, DIRECTIONS)
     experiment = compose([*summary_overrides(folder)])
-    party = Party(experiment)
-    state = load_checkpoint(folder / "checkpoint/state.safetensors", party.strategy.init(party.model.layout)).state
-    party.install(party.strategy.configure(state, 3, ClientInfo(SERVER, 1)), {})
-    rules = party.strategy.rules
+    workspace = Party(experiment)
+    state = load_checkpoint(
+        folder / "checkpoint/state.safetensors", workspace.strategy.init(workspace.model.layout)
+    ).state
+    workspace.install(workspace.strategy.configure(state, 3, ClientInfo(SERVER, 1)), {})
+    rules = workspace.strategy.rules
     slopes = state.slopes.round() * rules.space.quantum
     assert slopes.abs().max() > 0
-    for name, held in party.model.read().items():
-        expected = party.model.layout.initial[name].double()
+    for name, held in workspace.model.read().items():
+        expected = workspace.model.layout.initial[name].double()
         for seed, slope in zip(pool(rules.pool_seed, 64), slopes.tolist(), strict=True):
             expected = expected - rules.lr * slope * values(seed, name, held.shape).double()
         assert torch.allclose(held.double(), expected, rtol=0, atol=1e-6)
@@ -198,16 +200,16 @@ def test_a_client_that_steps_alone_ends_where_the_replay_does(small_run, tmp_pat
     experiment = compose(
         ["model=tiny", "method=fedkseed", *SEEDED, STEPS, DIRECTIONS, "population.clients=1", f"out={tmp_path}/x"]
     )
-    party = Party(experiment)
-    method, layout = party.strategy, party.model.layout
+    workspace = Party(experiment)
+    method, layout = workspace.strategy, workspace.model.layout
     state = method.init(layout)
     for round in (1, 2):
-        update = party.turn("0" * 16, 0, round, method.configure(state, round, peer(0)))
-        party.model.seeded.render()
-        trained = party.model.read()
+        update = workspace.turn("0" * 16, 0, round, method.configure(state, round, peer(0)))
+        workspace.model.seeded.render()
+        trained = workspace.model.read()
         state = method.aggregate(state, round, [(peer(0), update)])
-        party.install(method.configure(state, round + 1, peer(0)), {})
-        replayed = party.model.read()
+        workspace.install(method.configure(state, round + 1, peer(0)), {})
+        replayed = workspace.model.read()
         assert all(torch.equal(trained[name], replayed[name]) for name in trained)
         assert any((trained[name] != layout.initial[name]).any() for name in trained)
 

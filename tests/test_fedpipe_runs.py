@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import rows, run_on, small, summary_of
+from fedtune.workspace.workspace import Party
 from flwr.clientapp import ClientApp
 
 from fedtune.codecs.raw import Raw
@@ -18,7 +19,6 @@ from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.training.apply_instruction import SCORES
 from fedtune.wire import messages as wire
 from fedtune.wire.delta_coding import decode, starts_of
-from fedtune.workspace.party import Party
 
 RUN = "0" * 16
 WORDS = ("method=fedpipe", "method.strategy.refresh=2", "population.cohort=4", "evaluate.exactness=true")
@@ -45,8 +45,8 @@ def devices(tmp_path_factory):
     return folder / "devices.csv"
 
 
-def peers(party, devices):
-    return [ClientInfo(k, party.samples(k), can) for k, can in enumerate(read_devices(devices))]
+def peers(workspace, devices):
+    return [ClientInfo(k, workspace.samples(k), can) for k, can in enumerate(read_devices(devices))]
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def test_devices_take_what_they_have_room_for(played):
 def test_bytes_are_those_of_the_layers_and_of_the_scores(played, devices, tmp_path):
     """4 sum_j r_j (in + out), 4 more a layer in a scoring round, and safetensors' own header."""
     words, folder = played
-    party = Party(small(*words, out=tmp_path))
-    state = party.strategy.init(party.layout)
-    for peer in peers(party, devices):
-        told = party.strategy.configure(state, 1, peer).tensors
+    workspace = Party(small(*words, out=tmp_path))
+    state = workspace.strategy.init(workspace.layout)
+    for peer in peers(workspace, devices):
+        told = workspace.strategy.configure(state, 1, peer).tensors
         layers = lora_factors(told)
         numbers = sum(layer.rank * (layer.b.shape[0] + layer.a.shape[1]) for layer in layers.values())
         assert payload(folder, 1, "down")[peer.index] == 4 * numbers + header(told)
@@ -183,22 +183,22 @@ def test_what_a_message_leaves_out_waits_for_one_that_has_the_layer(tmp_path):
     """Turn 1 trains two layers, turn 2 one of them, turn 3 both: what was left out of the other in turn 1 is in what
     turn 3 means to send. What was left out of a score, nothing, is kept nowhere."""
     words = ("method=fedpipe", "codec_up=topk", "codec_up.density=0.05", "codec_up.feedback=true")
-    party = Party(small(*words, out=tmp_path / "run"))
-    state = party.strategy.init(party.layout)
-    whole = party.strategy.configure(state, 1, ClientInfo(0, 9))
+    workspace = Party(small(*words, out=tmp_path / "run"))
+    state = workspace.strategy.init(workspace.layout)
+    whole = workspace.strategy.configure(state, 1, ClientInfo(0, 9))
     one, other = sorted(lora_factors(state.adapter))[:2]
 
     def turn(number, *modules):
         tensors = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(modules)}
         told = Instruction(tensors, whole.settings)
-        meant = party.turn(RUN, 0, number, told)
-        content = party.answer(RUN, 0, number, told)
-        sent = decode(party.codec_up, wire.blob_of(content), party.known(told))
-        return meant.tensors, sent, party.residuals.load(RUN, 0, number + 1)
+        meant = workspace.turn(RUN, 0, number, told)
+        content = workspace.answer(RUN, 0, number, told)
+        sent = decode(workspace.codec_up, wire.blob_of(content), workspace.known(told))
+        return meant.tensors, sent, workspace.residuals.load(RUN, 0, number + 1)
 
     meant, sent, first = turn(1, one, other)
     name = name_of(other, "lora_B")
-    assert first.keys() == starts_of(meant, party.known(whole)).keys()
+    assert first.keys() == starts_of(meant, workspace.known(whole)).keys()
     torch.testing.assert_close(first[name], meant[name] - sent[name])
     assert first[name].any()
     _, _, second = turn(2, one)
@@ -211,12 +211,12 @@ def test_what_a_message_leaves_out_waits_for_one_that_has_the_layer(tmp_path):
 def test_a_rank_that_changes_starts_anew(tmp_path):
     """What was left out of components that are no longer the same has no place to go."""
     words = ("method=fedpipe", "codec_up=topk", "codec_up.density=0.05", "codec_up.feedback=true")
-    party = Party(small(*words, out=tmp_path / "run"))
-    state = party.strategy.init(party.layout)
+    workspace = Party(small(*words, out=tmp_path / "run"))
+    state = workspace.strategy.init(workspace.layout)
     for number, rank in ((1, 8), (2, 2), (3, 8)):
-        told = party.strategy.configure(state, number, ClientInfo(0, 9, DeviceProfile(max_rank=float(rank))))
-        party.answer(RUN, 0, number, told)
-        kept = lora_factors(party.residuals.load(RUN, 0, number + 1))
+        told = workspace.strategy.configure(state, number, ClientInfo(0, 9, DeviceProfile(max_rank=float(rank))))
+        workspace.answer(RUN, 0, number, told)
+        kept = lora_factors(workspace.residuals.load(RUN, 0, number + 1))
         assert {product.rank for product in kept.values()} == {rank}
 
 
@@ -258,16 +258,16 @@ def test_a_lying_client_is_a_row_and_changes_nothing(change, said, tmp_path):
 
 def test_the_server_evaluates_all_layers(tmp_path):
     """After a turn of one layer at one rank the server's model has them all, at the largest."""
-    party = Party(small("method=fedpipe", out=tmp_path / "run"))
-    state = party.strategy.init(party.layout)
-    tight = DeviceProfile(memory_bytes=party.costs.base_bytes["32"] + party.costs.fixed_bytes + 2.2e5)
-    told = party.strategy.configure(state, 1, ClientInfo(0, 9, tight))
+    workspace = Party(small("method=fedpipe", out=tmp_path / "run"))
+    state = workspace.strategy.init(workspace.layout)
+    tight = DeviceProfile(memory_bytes=workspace.costs.base_bytes["32"] + workspace.costs.fixed_bytes + 2.2e5)
+    told = workspace.strategy.configure(state, 1, ClientInfo(0, 9, tight))
     assert 0 < len(lora_factors(told.tensors)) < 4
-    party.turn(RUN, 0, 1, told)
+    workspace.turn(RUN, 0, 1, told)
     moved = {name: tensor + 0.1 for name, tensor in state.adapter.items()}
-    party.install(party.strategy.configure(replace(state, adapter=moved), 2, ClientInfo(SERVER, 1)), {})
-    assert all(torch.equal(party.model.adapter()[name], tensor) for name, tensor in moved.items())
-    score = party.evaluate()
+    workspace.install(workspace.strategy.configure(replace(state, adapter=moved), 2, ClientInfo(SERVER, 1)), {})
+    assert all(torch.equal(workspace.model.adapter()[name], tensor) for name, tensor in moved.items())
+    score = workspace.evaluate()
     fresh = Party(small("method=fedpipe", out=tmp_path / "run"))
     fresh.model.install(moved)
     assert fresh.evaluate() == score

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, summary_of
+from fedtune.workspace.workspace import Party
 from toy import SHAPES, A, B, Endless, Toy, drawn, quadratic
 
 from clients.first_order import FirstOrder, proximal
 from fedtune.config.compose import compose
 from fedtune.core.protocol import ClientInfo, Instruction, Update
 from fedtune.runs.checkpoint import state_sha256
-from fedtune.workspace.party import Party
 from strategies.fedit import FedIT
 from strategies.fedit import State as FedITState
 from strategies.fedprox import FedProx, State
@@ -29,9 +29,9 @@ RUN = "0" * 16
 
 
 def turn(*words):
-    party = Party(compose([*SMALL, *words]))
-    state = party.strategy.init(party.model.layout)
-    return state, party.turn(RUN, 0, 1, party.strategy.configure(state, 1, ClientInfo(0, 1)))
+    workspace = Party(compose([*SMALL, *words]))
+    state = workspace.strategy.init(workspace.model.layout)
+    return state, workspace.turn(RUN, 0, 1, workspace.strategy.configure(state, 1, ClientInfo(0, 1)))
 
 
 def distance(state, update):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, summary_of
+from fedtune.workspace.workspace import Party
 from layers import layout, reply
 
 from fedtune.config.compose import compose
@@ -16,7 +17,6 @@ from fedtune.core.errors import WireError
 from fedtune.core.protocol import SERVER, ClientInfo
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
-from fedtune.workspace.party import Party
 from strategies.fedsa_lora import FedSALoRA
 
 RUN = "0" * 16
@@ -43,60 +43,60 @@ def test_an_update_with_b_in_it_is_refused():
         method.validate(method.init(layout()), 1, *reply(0))
 
 
-def party_in(folder):
+def workspace_in(folder):
     return Party(compose([*SMALL, "method=fedsa_lora", FEW, f"out={folder}"]))
 
 
-def bs(party):
-    return {name: tensor for name, tensor in party.model.adapter().items() if "lora_B" in name}
+def bs(workspace):
+    return {name: tensor for name, tensor in workspace.model.adapter().items() if "lora_B" in name}
 
 
 def test_each_client_finds_its_own_b_again_and_nobody_elses(tmp_path):
-    party = party_in(tmp_path)
-    state = party.strategy.init(party.model.layout)
+    workspace = workspace_in(tmp_path)
+    state = workspace.strategy.init(workspace.model.layout)
     left = {}
     for index in (0, 1):
-        told = party.strategy.configure(state, 1, ClientInfo(index, 1))
-        update = party.turn(RUN, index, 1, told)
+        told = workspace.strategy.configure(state, 1, ClientInfo(index, 1))
+        update = workspace.turn(RUN, index, 1, told)
         assert all("lora_A" in name for name in update.tensors)
-        left[index] = bs(party)
+        left[index] = bs(workspace)
         assert all(tensor.any() for tensor in left[index].values())
     assert not any(torch.equal(left[0][name], left[1][name]) for name in left[0])
-    told = party.strategy.configure(state, 2, ClientInfo(0, 1))
+    told = workspace.strategy.configure(state, 2, ClientInfo(0, 1))
     for index in (1, 0):
-        party.install(told, party.memory.recall(RUN, index, 2))
-        held = bs(party)
+        workspace.install(told, workspace.memory.recall(RUN, index, 2))
+        held = bs(workspace)
         assert all(torch.equal(held[name], tensor) for name, tensor in left[index].items())
     for run, index in ((RUN, 2), ("1" * 16, 0)):  # a client, and a run, that did not train yet
-        party.install(told, party.memory.recall(run, index, 2))
-        assert not any(tensor.any() for tensor in bs(party).values())
-    party.install(party.strategy.configure(state, 2, ClientInfo(SERVER, 1)), {})
-    assert not any(tensor.any() for tensor in bs(party).values())
+        workspace.install(told, workspace.memory.recall(run, index, 2))
+        assert not any(tensor.any() for tensor in bs(workspace).values())
+    workspace.install(workspace.strategy.configure(state, 2, ClientInfo(SERVER, 1)), {})
+    assert not any(tensor.any() for tensor in bs(workspace).values())
 
 
 def test_a_second_turn_goes_on_from_the_b_of_the_first(tmp_path):
     """The same turn without the memory has another result, and one whose memory came through the disk has the same."""
-    party, again = party_in(tmp_path / "one"), party_in(tmp_path / "again")
-    state = party.strategy.init(party.model.layout)
-    told = party.strategy.configure(state, 1, ClientInfo(0, 1))
-    for each in (party, again):
+    workspace, again = workspace_in(tmp_path / "one"), workspace_in(tmp_path / "again")
+    state = workspace.strategy.init(workspace.model.layout)
+    told = workspace.strategy.configure(state, 1, ClientInfo(0, 1))
+    for each in (workspace, again):
         each.turn(RUN, 0, 1, told)
     forgetful = again.turn("1" * 16, 0, 2, told)
     remembering = again.turn(RUN, 0, 2, told)
-    fresh = party_in(tmp_path / "one").turn(RUN, 0, 2, told)
+    fresh = workspace_in(tmp_path / "one").turn(RUN, 0, 2, told)
     assert state_sha256(fresh.tensors) == state_sha256(remembering.tensors) != state_sha256(forgetful.tensors)
 
 
 def test_a_turn_that_fails_leaves_the_b_from_before(tmp_path, monkeypatch):
-    party = party_in(tmp_path)
-    state = party.strategy.init(party.model.layout)
-    told = party.strategy.configure(state, 1, ClientInfo(0, 1))
-    party.turn(RUN, 0, 1, told)
-    before = state_sha256(party.memory.recall(RUN, 0, 2))
+    workspace = workspace_in(tmp_path)
+    state = workspace.strategy.init(workspace.model.layout)
+    told = workspace.strategy.configure(state, 1, ClientInfo(0, 1))
+    workspace.turn(RUN, 0, 1, told)
+    before = state_sha256(workspace.memory.recall(RUN, 0, 2))
     monkeypatch.setattr("clients.first_order.fit", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        party.turn(RUN, 0, 2, told)
-    assert state_sha256(party.memory.recall(RUN, 0, 3)) == before
+        workspace.turn(RUN, 0, 2, told)
+    assert state_sha256(workspace.memory.recall(RUN, 0, 3)) == before
 
 
 def test_a_run_with_partial_cohorts_resumes_to_the_same_models(small_run):

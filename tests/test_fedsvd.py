@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from fedtune.workspace.workspace import Party
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, dense, distance, ideal, layout, reply
@@ -12,7 +13,6 @@ from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, WireError
 from fedtune.core.protocol import ClientInfo
 from fedtune.lowrank.algebra import lora_factors
-from fedtune.workspace.party import Party
 from strategies.fedsvd import FedSVD
 
 NARROW = {"one": (5, 6), "two": (2, 7)}  # rank 4 of the second is more than its 2 outputs
@@ -124,10 +124,10 @@ def test_a_start_with_a_product_of_its_own_keeps_it():
 
 
 def test_a_real_turn_trains_b_alone():
-    party = Party(compose([*SMALL, "method=fedsvd", "train.weight_decay=0.1"]))
-    state = party.strategy.init(party.model.layout)
-    update = party.turn("0" * 16, 1, 1, party.strategy.configure(state, 1, ClientInfo(1, 9)))
-    party.strategy.validate(state, 1, ClientInfo(1, 9), update)
-    for module, held in lora_factors(party.model.adapter()).items():
+    workspace = Party(compose([*SMALL, "method=fedsvd", "train.weight_decay=0.1"]))
+    state = workspace.strategy.init(workspace.model.layout)
+    update = workspace.turn("0" * 16, 1, 1, workspace.strategy.configure(state, 1, ClientInfo(1, 9)))
+    workspace.strategy.validate(state, 1, ClientInfo(1, 9), update)
+    for module, held in lora_factors(workspace.model.adapter()).items():
         assert torch.equal(held.a, lora_factors(state.adapter)[module].a)
         assert held.b.any()

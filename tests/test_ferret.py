@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, rows, summary_of
+from fedtune.workspace.workspace import Party
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -41,7 +42,6 @@ from fedtune.training.projection import (
     records_of,
     seeds_of,
 )
-from fedtune.workspace.party import Party
 from strategies.ferret import SHARE, Ferret, State
 
 RUN = "0" * 16
@@ -255,7 +255,7 @@ def test_wrong_settings_are_named():
         Ferret(Projection(5)).init(layout([4, 4, 4]))
 
 
-def party(tmp_path, *words):
+def workspace(tmp_path, *words):
     return Party(compose([*SMALL, *WORDS, f"out={tmp_path}", *words]))
 
 
@@ -288,13 +288,13 @@ def same(one, other):
 def test_who_was_away_holds_the_same_bits_as_who_was_there(tmp_path):
     """Client 0 takes part in all of three rounds, client 1 in the first alone; then both are told of all, as is the
     server, which remembers nothing. A process of its own holds the same."""
-    one = party(tmp_path / "one")
+    one = workspace(tmp_path / "one")
     states = play(one, 3, lambda number: (0, 1) if number == 1 else (0, 2))
     method = one.strategy
     assert [len(state.turn) for state in states] == [0, 2, 4, 6]
     found = []
     for index, known in ((0, 4), (1, 0), (1, 0)):
-        process = one if len(found) < 2 else party(tmp_path / "other")
+        process = one if len(found) < 2 else workspace(tmp_path / "other")
         memory = one.memory.recall(RUN, index, 9)
         assert base_version(memory) == known
         told = method.configure(states[3], 4, ClientInfo(index, 1, base_version=known))
@@ -310,7 +310,7 @@ def test_who_was_away_holds_the_same_bits_as_who_was_there(tmp_path):
 
 def test_a_turn_leaves_nothing_behind(tmp_path):
     """What clients answer doesn't depend on whose steps the model has taken before."""
-    one, other = party(tmp_path / "one"), party(tmp_path / "other")
+    one, other = workspace(tmp_path / "one"), workspace(tmp_path / "other")
     state = play(one, 1, lambda number: (0, 1))[-1]
     told = [one.strategy.configure(state, 2, ClientInfo(index, 1)) for index in (2, 3)]
     one.turn(RUN, 2, 2, told[0])
@@ -321,7 +321,7 @@ def test_a_turn_leaves_nothing_behind(tmp_path):
 
 def test_bytes_each_way(tmp_path):
     """Up 4 (K + L); down 4 (K + L + 2) for each answer that is new. K = 256, and L = 8 by the rule on blocks."""
-    one = party(tmp_path)
+    one = workspace(tmp_path)
     states = play(one, 1, lambda number: (0, 1))
     update = one.turn(RUN, 2, 2, one.strategy.configure(states[1], 2, ClientInfo(2, 1)))
     assert sum(tensor.nbytes for tensor in update.tensors.values()) == 4 * (256 + 8)
@@ -330,7 +330,7 @@ def test_bytes_each_way(tmp_path):
 
 
 def test_a_client_that_is_told_of_the_wrong_rounds_says_so(tmp_path):
-    one = party(tmp_path)
+    one = workspace(tmp_path)
     model = SimpleNamespace(layout=one.model.layout, seeded=one.model.seeded)
     state = State(*(torch.cat([tensor] * 2) for tensor in vars(one_answer(one)).values()))
     told = one.strategy.configure(state, 2, ClientInfo(0, 1, base_version=1))

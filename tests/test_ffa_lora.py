@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
+from fedtune.workspace.workspace import Party
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, dense, distance, ideal, layout, reply
@@ -13,7 +14,6 @@ from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import ClientInfo, Instruction
 from fedtune.lowrank.algebra import lora_factors
-from fedtune.workspace.party import Party
 from strategies.ffa_lora import FFALoRA
 
 RUN = "0" * 16
@@ -54,39 +54,41 @@ def test_bytes_are_those_of_b_alone(rank):
         method.validate(state, 1, peer, reply(0, rank)[1])
 
 
-def party_with(*overrides):
+def workspace_with(*overrides):
     return Party(compose([*SMALL, "method=ffa_lora", FEW, "train.weight_decay=0.1", *overrides]))
 
 
 @pytest.mark.parametrize("overrides", [(), ("population.ranks=[8,3]", "population.scaling=per_rank")])
 def test_a_does_not_move_in_a_real_turn(overrides):
     """Frozen after the adapters were attached, and not dragged along by weight decay."""
-    party = party_with(*overrides)
-    start = lora_factors(party.model.layout.initial)
+    workspace = workspace_with(*overrides)
+    start = lora_factors(workspace.model.layout.initial)
     assert all(product.a.any() for product in start.values())
-    state = party.strategy.init(party.model.layout)
-    peer = ClientInfo(1, party.samples(1), rank=3, scaling=4.0) if overrides else ClientInfo(1, party.samples(1))
-    update = party.turn(RUN, 1, 1, party.strategy.configure(state, 1, peer))
-    party.strategy.validate(state, 1, peer, update)
-    for module, held in lora_factors(party.model.adapter()).items():
+    state = workspace.strategy.init(workspace.model.layout)
+    peer = (
+        ClientInfo(1, workspace.samples(1), rank=3, scaling=4.0) if overrides else ClientInfo(1, workspace.samples(1))
+    )
+    update = workspace.turn(RUN, 1, 1, workspace.strategy.configure(state, 1, peer))
+    workspace.strategy.validate(state, 1, peer, update)
+    for module, held in lora_factors(workspace.model.adapter()).items():
         assert torch.equal(held.a, start[module].a[: held.rank])
         assert held.rank == (3 if overrides else 8)
         assert held.b.any()
 
 
 def test_every_party_has_the_same_a():
-    one, other = (lora_factors(party_with().model.layout.initial) for _ in range(2))
+    one, other = (lora_factors(workspace_with().model.layout.initial) for _ in range(2))
     assert all(torch.equal(one[module].a, other[module].a) for module in one)
-    differently = lora_factors(party_with("seed=1").model.layout.initial)
+    differently = lora_factors(workspace_with("seed=1").model.layout.initial)
     assert not any(torch.equal(one[module].a, differently[module].a) for module in one)
 
 
 def test_the_next_client_can_train_all_again():
-    party = party_with()
-    state = party.strategy.init(party.model.layout)
-    party.turn(RUN, 0, 1, party.strategy.configure(state, 1, ClientInfo(0, 1)))
-    party.install(Instruction({}), {})
-    assert party.model.trained().keys() == party.model.layout.initial.keys()
+    workspace = workspace_with()
+    state = workspace.strategy.init(workspace.model.layout)
+    workspace.turn(RUN, 0, 1, workspace.strategy.configure(state, 1, ClientInfo(0, 1)))
+    workspace.install(Instruction({}), {})
+    assert workspace.model.trained().keys() == workspace.model.layout.initial.keys()
 
 
 def test_the_runs_own_meter_says_exact(small_run):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from fedtune.workspace.workspace import Party
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import RANK, SCALING, dense, distance, factors, ideal, layout, reply
@@ -12,7 +13,6 @@ from fedtune.config.compose import compose
 from fedtune.core.errors import WireError
 from fedtune.core.protocol import ClientInfo, Update
 from fedtune.lowrank.algebra import lora_factors
-from fedtune.workspace.party import Party
 from strategies.flexlora import FlexLoRA
 
 CLIENTS = st.lists(st.tuples(st.integers(1, RANK), st.sampled_from([0.5, 1.0, 3.0]), st.integers(1, 99)), min_size=1)
@@ -111,13 +111,15 @@ def test_equal_ranks_are_sent_one_object():
 
 
 def test_a_real_turn_at_a_rank_and_scaling_of_its_own():
-    party = Party(compose([*SMALL, "method=flexlora", "population.ranks=[8,3]"]))
-    state = party.strategy.init(party.model.layout)
+    workspace = Party(compose([*SMALL, "method=flexlora", "population.ranks=[8,3]"]))
+    state = workspace.strategy.init(workspace.model.layout)
     peers = [ClientInfo(0, 9, rank=8, scaling=2.0), ClientInfo(1, 9, rank=3, scaling=16 / 3)]
     for number in (1, 2):
-        updates = [party.turn("0" * 16, p.index, number, party.strategy.configure(state, number, p)) for p in peers]
+        updates = [
+            workspace.turn("0" * 16, p.index, number, workspace.strategy.configure(state, number, p)) for p in peers
+        ]
         for peer, update in zip(peers, updates, strict=True):
-            party.strategy.validate(state, number, peer, update)
+            workspace.strategy.validate(state, number, peer, update)
             assert update.metrics["scaling"] == peer.scaling
-        state = party.strategy.aggregate(state, number, list(zip(peers, updates, strict=True)))
+        state = workspace.strategy.aggregate(state, number, list(zip(peers, updates, strict=True)))
     assert distance(dense(state.adapter, 2.0), ideal(list(zip(peers, updates, strict=True)))) < 0.2

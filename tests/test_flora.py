@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from fedtune.workspace.workspace import Party
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, SHAPES, dense, distance, factors, ideal, layout, reply
@@ -22,7 +23,6 @@ from fedtune.lowrank.algebra import lora_factors
 from fedtune.lowrank.residual import from_residual
 from fedtune.lowrank.stacking import State, stacked
 from fedtune.runs.checkpoint import state_sha256
-from fedtune.workspace.party import Party
 from strategies.flora import FLoRA
 from strategies.florist import FLoRIST
 from strategies.full_delta import FullDelta
@@ -235,18 +235,20 @@ def test_an_energy_that_is_no_fraction_is_refused(energy):
 
 
 def turn(*overrides, peer=None, round=1):
-    party = Party(compose([*SMALL, *overrides]))
+    workspace = Party(compose([*SMALL, *overrides]))
     peer = peer or ClientInfo(1, 9)
-    state = party.strategy.init(party.model.layout)
-    return party, party.turn(RUN, peer.index, round, party.strategy.configure(state, round, peer))
+    state = workspace.strategy.init(workspace.model.layout)
+    return workspace, workspace.turn(RUN, peer.index, round, workspace.strategy.configure(state, round, peer))
 
 
 def test_a_client_begins_anew_with_a_rank_and_a_draw_of_its_own():
     ranks = "population.ranks=[8,3]"
-    party, mine = turn("method=flora", ranks, peer=ClientInfo(1, 9, rank=3, scaling=5.0))
+    workspace, mine = turn("method=flora", ranks, peer=ClientInfo(1, 9, rank=3, scaling=5.0))
     assert {product.rank for product in lora_factors(mine.tensors).values()} == {3}
     assert mine.metrics["scaling"] == 5.0
-    party.strategy.validate(party.strategy.init(party.model.layout), 1, ClientInfo(1, 9, rank=3, scaling=5.0), mine)
+    workspace.strategy.validate(
+        workspace.strategy.init(workspace.model.layout), 1, ClientInfo(1, 9, rank=3, scaling=5.0), mine
+    )
     _, again = turn("method=flora", ranks, peer=ClientInfo(1, 9, rank=3, scaling=5.0))
     _, other = turn("method=flora", ranks, peer=ClientInfo(0, 9, rank=3, scaling=5.0))
     _, later = turn("method=flora", ranks, peer=ClientInfo(1, 9, rank=3, scaling=5.0), round=2)
@@ -271,8 +273,8 @@ def test_a_is_drawn_by_the_clients_key():
 def test_the_control_sends_what_flora_sends_multiplied_out(scaling):
     peer = ClientInfo(1, 9, rank=3, scaling=scaling)
     _, short = turn("method=flora", "population.ranks=[8,3]", peer=peer)
-    party, long = turn("method=full_delta", "population.ranks=[8,3]", peer=peer)
-    assert isinstance(party.client, Fresh)
+    workspace, long = turn("method=full_delta", "population.ranks=[8,3]", peer=peer)
+    assert isinstance(workspace.client, Fresh)
     found = {name.removesuffix(".delta"): matrix for name, matrix in long.tensors.items()}
     assert distance(found, dense(short.tensors, scaling)) < 1e-6
     assert all(matrix.any() for matrix in found.values())

@@ -28,6 +28,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import rows, run_on, small, summary_of
+from fedtune.workspace.workspace import Party
 from test_clock import bytes_of, unit, without_real_seconds
 from test_contract import tampering_app
 
@@ -35,7 +36,6 @@ from fedtune.core.errors import ConfigError, QuorumError
 from fedtune.core.protocol import ClientInfo
 from fedtune.runs.checkpoint import load_checkpoint, state_sha256
 from fedtune.runtime.local import LocalGrid, run_local
-from fedtune.workspace.party import Party
 
 SLOWER = (1, 2.7, 4.2)
 THREE = "".join(f"{name},{1e9 / times!r},,,,,,\n" for name, times in zip(("fast", "mid", "slow"), SLOWER, strict=True))
@@ -62,8 +62,8 @@ def test_three_devices_by_hand(method, devices, small_run, tmp_path):
     table = rows(folder, "clock.csv")
     unit = float(table[0]["compute_seconds"])
     metrics = rows(folder, "metrics.csv")
-    party = Party(small(*devices(THREE), *words, out=tmp_path / "again"))
-    states = [party.strategy.init(party.layout)]
+    workspace = Party(small(*devices(THREE), *words, out=tmp_path / "again"))
+    states = [workspace.strategy.init(workspace.layout)]
     for number, came in enumerate(expected, 1):
         lines = [row for row in table if int(row["round"]) == number]
         read = [(int(row["peer"]), float(row["begun_seconds"]) / unit, int(row["staleness"])) for row in lines]
@@ -78,17 +78,19 @@ def test_three_devices_by_hand(method, devices, small_run, tmp_path):
         replies = []
         for index, _, staleness in came:
             version = number - 1 - staleness
-            peer = ClientInfo(index, party.samples(index), staleness=staleness)
-            told = party.strategy.configure(states[version], version + 1, peer)
-            update = party.turn("0" * 16, index, version + 1, told)
+            peer = ClientInfo(index, workspace.samples(index), staleness=staleness)
+            told = workspace.strategy.configure(states[version], version + 1, peer)
+            update = workspace.turn("0" * 16, index, version + 1, told)
             replies.append((peer, replace(update, start=told.tensors)))
-        states.append(party.strategy.aggregate(states[-1], number, replies))
+        states.append(workspace.strategy.aggregate(states[-1], number, replies))
     assert summary_of(folder)["state_sha256"] == state_sha256(states[-1])
 
 
 def progress_of(folder, *words):
-    party = Party(small(*words, out=folder))
-    return load_checkpoint(folder / "checkpoint" / "state.safetensors", party.strategy.init(party.layout)).progress
+    workspace = Party(small(*words, out=folder))
+    return load_checkpoint(
+        folder / "checkpoint" / "state.safetensors", workspace.strategy.init(workspace.layout)
+    ).progress
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from fedtune.workspace.workspace import Party
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -32,7 +33,6 @@ from fedtune.core.seeds import derive_seed
 from fedtune.runtime.local import LocalGrid, run_local, server_context
 from fedtune.server.flower_strategy import as_flower_strategy
 from fedtune.wire import messages as wire
-from fedtune.workspace.party import Party
 from strategies.fedit import FedIT, State
 from strategies.krum import Krum
 
@@ -117,26 +117,30 @@ def test_a_robust_method_works_too():
     assert level(start(as_flower_strategy(Krum()), state_dict_app(lie), clients=4, num_rounds=1)) in (1, 2, 3)
 
 
-def party_app(words):
+def app_and_workspace(words):
     """fedtune's own clients, one message at a time, as the docstring of `as_flower_strategy` shows."""
-    app, party = ClientApp(), Party(compose(words))
+    app, workspace = ClientApp(), Party(compose(words))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         index, round = context.node_config["partition-id"], message.content["config"]["server-round"]
-        update = party.turn("0" * 16, index, round, wire.unpack_instruction(message.content, party.codec_down)[0])
+        update = workspace.turn(
+            "0" * 16, index, round, wire.unpack_instruction(message.content, workspace.codec_down)[0]
+        )
         update = replace(update, metrics={**update.metrics, "partition-id": index})
-        return Message(wire.pack_update(update, party.codec_up, derive_seed(0, "up", round, index)), reply_to=message)
+        return Message(
+            wire.pack_update(update, workspace.codec_up, derive_seed(0, "up", round, index)), reply_to=message
+        )
 
-    return app, party
+    return app, workspace
 
 
 def test_with_a_codec_it_is_our_own_engine_to_the_last_bit(tmp_path):
     words = [*SMALL, "population.cohort=4", "rounds=2"]
     run_local(compose([*words, f"out={tmp_path / 'run'}"]))
     expected = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
-    app, party = party_app(words)
-    layout = party.model.layout
+    app, workspace = app_and_workspace(words)
+    layout = workspace.model.layout
     strategy = as_flower_strategy(FedIT(), Raw(), layout=layout, fraction_evaluate=0.0)
     result = start(strategy, app, clients=4, arrays=ArrayRecord(layout.initial))
     got = result.arrays.to_torch_state_dict()

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pyarrow.parquet as parquet
 import pytest
 from conftest import small
+from fedtune.workspace.workspace import Party
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,6 @@ from fedtune.core.csv_cells import guarded, unguarded
 from fedtune.core.protocol import ClientInfo
 from fedtune.plan_view import Planned, table_of
 from fedtune.report.comparison import load, write_results
-from fedtune.workspace.party import Party
 
 FORMULAS = ("=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "'=1", "''@x")
 BEGINNINGS = tuple("=+-@\t\r\n")
@@ -68,8 +68,8 @@ def test_results_of_strangers_hold_no_formula(shared_run, tmp_path):
 
 
 def test_a_plan_holds_no_formula(tmp_path):
-    party = Party(small(out=tmp_path))
+    workspace = Party(small(out=tmp_path))
     peer = ClientInfo(0, 5, capability=replace(ClientInfo(0, 5).capability, device="=1+1"))
-    (row,) = csv.DictReader(io.StringIO(table_of(party, [Planned(peer, {}, None, "-too small")])))
+    (row,) = csv.DictReader(io.StringIO(table_of(workspace, [Planned(peer, {}, None, "-too small")])))
     assert row["device"] == "'=1+1"
     assert "'-too small" in row.values()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, of_each_kind, rows, strategy_of, summary_of, traits_of_method
+from fedtune.workspace.workspace import Party
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -22,7 +23,6 @@ from fedtune.runtime.local import run_local
 from fedtune.server.progress import closing
 from fedtune.training.first_order import fit
 from fedtune.wire.messages import pack_greeting, unpack_greeting
-from fedtune.workspace.party import Party
 from strategies.fedit import FedIT
 
 CPU = torch.device("cpu")

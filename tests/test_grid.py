@@ -220,7 +220,7 @@ def test_a_message_to_nobody_is_answered_with_an_error():
 
 def test_what_a_client_does_to_its_instruction_reaches_nobody_else(tmp_path):
     """Every client is handed tensors and settings of its own, whatever it does to them."""
-    from fedtune.workspace.party import Party
+    from fedtune.workspace.workspace import Party
 
     run(LocalGrid, tmp_path / "plain")
     original = Party.turn

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, summary_of
+from fedtune.workspace.workspace import Party
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, dense, factors, layout, reply
@@ -30,7 +31,6 @@ from fedtune.core.protocol import SERVER, ClientInfo, Layout, Slot, Update
 from fedtune.lowrank.algebra import lora_factors, name_of
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.local import run_local
-from fedtune.workspace.party import Party
 from strategies.hetlora import HetLoRA, State, _weights, rank_of
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
@@ -143,19 +143,19 @@ def test_a_tail_of_zeros_has_no_gradient_rather_than_nan():
     assert adapter[A].grad.isfinite().all()
 
 
-def party_with(*overrides):
+def workspace_with(*overrides):
     return Party(compose([*SMALL, "method=hetlora", FEW, "adapter.rank=4", *overrides]))
 
 
-def turn(party, state, **hyper):
+def turn(workspace, state, **hyper):
     """Client 0's second round; with gamma 1/2 its tail is the last two of four components."""
     method = HetLoRA(gamma=0.5, **hyper)
-    return party.turn(RUN, 0, 2, method.configure(state, 2, ClientInfo(0, party.samples(0))))
+    return workspace.turn(RUN, 0, 2, method.configure(state, 2, ClientInfo(0, workspace.samples(0))))
 
 
-def with_a_tail(party):
+def with_a_tail(workspace):
     """The start, but for B, which is normal and small."""
-    state = HetLoRA().init(party.model.layout)
+    state = HetLoRA().init(workspace.model.layout)
     draw = torch.Generator().manual_seed(0)
     filled = {
         name: t if "lora_A" in name else 0.02 * torch.randn(t.shape, generator=draw)
@@ -165,14 +165,14 @@ def with_a_tail(party):
 
 
 def test_a_client_whose_tail_shrank_gives_it_up_and_one_whose_tail_grew_does_not():
-    party = party_with("train.steps=4")
-    method, peer, state = HetLoRA(gamma=0.5), ClientInfo(0, party.samples(0)), with_a_tail(party)
-    shrank = turn(party, state, lam=100.0)
+    workspace = workspace_with("train.steps=4")
+    method, peer, state = HetLoRA(gamma=0.5), ClientInfo(0, workspace.samples(0)), with_a_tail(workspace)
+    shrank = turn(workspace, state, lam=100.0)
     assert shrank.metrics["rank"] == 2
     assert {p.rank for p in lora_factors(shrank.tensors).values()} == {2}
     method.validate(state, 2, peer, shrank)
-    start = method.init(party.model.layout)
-    grew = turn(party, start, lam=0.0)  # from B = 0 there is no other way
+    start = method.init(workspace.model.layout)
+    grew = turn(workspace, start, lam=0.0)  # from B = 0 there is no other way
     assert grew.metrics["rank"] == 4
     assert {p.rank for p in lora_factors(grew.tensors).values()} == {4}
     method.validate(start, 2, peer, grew)
@@ -183,11 +183,11 @@ def test_the_penaltys_gradient_reaches_the_factors():
     -lr lam ||A[t:]|| B[:, t:] / ||B[:, t:]|| in the tail of B, and nothing in front of it. A regulariser computed on
     `.data` would make no difference."""
     lr, lam = 0.01, 3.0
-    party = party_with("train.optimizer=sgd", f"train.lr={lr}", "train.max_grad_norm=0", "train.steps=1")
-    state, after = with_a_tail(party), {}
+    workspace = workspace_with("train.optimizer=sgd", f"train.lr={lr}", "train.max_grad_norm=0", "train.steps=1")
+    state, after = with_a_tail(workspace), {}
     for strength in (0.0, lam):
-        turn(party, state, lam=strength)
-        after[strength] = lora_factors(party.model.adapter())
+        turn(workspace, state, lam=strength)
+        after[strength] = lora_factors(workspace.model.adapter())
     for module, before in lora_factors(state.adapter).items():
         b, a = before.b[:, 2:].double(), before.a[2:].double()
         moved = (after[lam][module].b - after[0.0][module].b).double()
@@ -198,9 +198,9 @@ def test_the_penaltys_gradient_reaches_the_factors():
 
 
 def test_at_the_least_rank_nothing_is_penalised_or_pruned():
-    party = party_with()
-    state = with_a_tail(party)
-    without, with_ = (turn(party, state, lam=lam, r_min=4) for lam in (0.0, 100.0))
+    workspace = workspace_with()
+    state = with_a_tail(workspace)
+    without, with_ = (turn(workspace, state, lam=lam, r_min=4) for lam in (0.0, 100.0))
     assert without.metrics["rank"] == with_.metrics["rank"] == 4
     assert all(torch.equal(tensor, with_.tensors[name]) for name, tensor in without.tensors.items())
 

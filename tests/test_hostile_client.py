@@ -11,6 +11,7 @@ from functools import cache
 import pytest
 import torch
 from conftest import rows, run_on, small, summary_of
+from fedtune.workspace.workspace import Party
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -21,7 +22,6 @@ from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.server.plausibility import not_finite
 from fedtune.wire import messages as wire
-from fedtune.workspace.party import Party
 
 LONG = "A" * 300_000
 SCREEN = "\x1b[2J\x1b]0;all is well\x07\r"  # clears a terminal, names its window, and writes over the line
@@ -31,9 +31,9 @@ HONEST = 6  # more than tell lies that are updates in all but size
 class Told:
     """An honest answer, and the means to make another of it."""
 
-    def __init__(self, content, party):
-        self.codec = party.codec_up
-        self.known = party.model.layout.initial
+    def __init__(self, content, workspace):
+        self.codec = workspace.codec_up
+        self.known = workspace.model.layout.initial
         self.content = content
         self.blob = wire.blob_of(content)
         self.update = wire.unpack_update(content, self.blob, self.codec, self.known)
@@ -201,7 +201,7 @@ class Cast:
 
     def __init__(self, words, lie):
         self.app, self.inner, self.lie = ClientApp(), make_client_app(), lie
-        self.party = Party(small(*words, out="unused"))
+        self.workspace = Party(small(*words, out="unused"))
         self.heard = None  # the last honest answer to a train message
         self.app.query()(self.inner)
         self.app.train()(self.train)
@@ -213,8 +213,11 @@ class Cast:
             reply = self.inner(message, context)
             self.heard = reply.content
             return reply
-        own = {**self.heard, "metrics": MetricRecord({**self.heard["metrics"], "examples": self.party.samples(index)})}
-        return Message(self.lie(index, Told(RecordDict(own), self.party)), reply_to=message)
+        own = {
+            **self.heard,
+            "metrics": MetricRecord({**self.heard["metrics"], "examples": self.workspace.samples(index)}),
+        }
+        return Message(self.lie(index, Told(RecordDict(own), self.workspace)), reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:
         index = context.node_config["partition-id"]
@@ -233,10 +236,10 @@ def broken(index, told):
 
 
 def state_of(folder, words):
-    party = Party(small(*words, out=folder))
+    workspace = Party(small(*words, out=folder))
     opened = RunFolder(folder)
     try:
-        return opened.load_checkpoint(party.strategy.init(party.layout)).state
+        return opened.load_checkpoint(workspace.strategy.init(workspace.layout)).state
     finally:
         opened.close()
 

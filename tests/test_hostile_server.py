@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import PAIRS, SMALL
+from fedtune.workspace.workspace import party_of
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from fedtune.codecs.packed import Packed
@@ -24,7 +25,6 @@ from fedtune.device.privacy import for_the_server
 from fedtune.runtime.app import make_device_app
 from fedtune.wire import messages as wire
 from fedtune.wire.flower_private import assume_identity
-from fedtune.workspace.party import party_of
 
 SECRET = "hunter2-of-this-device"
 RUN = "0" * 16

@@ -7,6 +7,7 @@ average is the client's own update. That is the oracle here, to the last bit.
 import pytest
 import torch
 from conftest import SMALL, rows, summary_of
+from fedtune.workspace.workspace import Party
 from safetensors.torch import load_file
 
 from fedtune.config.compose import compose
@@ -15,7 +16,6 @@ from fedtune.core.protocol import SERVER, ClientInfo, Update
 from fedtune.lowrank.algebra import lora_factors
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
-from fedtune.workspace.party import Party
 from strategies.local_only import LocalOnly, State
 
 RUN = "0" * 16
@@ -31,12 +31,12 @@ def test_each_client_ends_where_it_would_have_ended_alone(small_run, tmp_path):
     held = kept(folder, 3)
     assert sorted(held) == [0, 1, 2, 3]
     for index, adapter in held.items():
-        party = Party(compose([*SMALL, "method=fedit", f"out={tmp_path / 'alone'}"]))
-        state = party.strategy.init(party.model.layout)
+        workspace = Party(compose([*SMALL, "method=fedit", f"out={tmp_path / 'alone'}"]))
+        state = workspace.strategy.init(workspace.model.layout)
         for round in (1, 2, 3):
-            peer = ClientInfo(index, party.samples(index))
-            update = party.turn(RUN, index, round, party.strategy.configure(state, round, peer))
-            state = party.strategy.aggregate(state, round, [(peer, update)])
+            peer = ClientInfo(index, workspace.samples(index))
+            update = workspace.turn(RUN, index, round, workspace.strategy.configure(state, round, peer))
+            state = workspace.strategy.aggregate(state, round, [(peer, update)])
         assert state_sha256(state.adapter) == state_sha256(adapter)
     assert len({state_sha256(adapter) for adapter in held.values()}) == 4
 
@@ -94,12 +94,12 @@ def test_every_client_has_the_rank_that_it_was_given(small_run, scaling):
 
 
 def test_nothing_is_sent_and_anything_that_comes_is_refused():
-    party = Party(compose([*SMALL, "method=local_only"]))
-    method, state = LocalOnly(), LocalOnly().init(party.model.layout)
+    workspace = Party(compose([*SMALL, "method=local_only"]))
+    method, state = LocalOnly(), LocalOnly().init(workspace.model.layout)
     assert method.configure(state, 1, ClientInfo(0, 1)).tensors == {}
     method.validate(state, 1, ClientInfo(0, 1), Update({}, 1))
     with pytest.raises(WireError, match="'x' was not asked for"):
         method.validate(state, 1, ClientInfo(0, 1), Update({"x": torch.zeros(1)}, 1))
     assert method.aggregate(state, 1, [(ClientInfo(0, 1), Update({}, 1))]) == State(state.start)
-    party.install(method.configure(state, 1, ClientInfo(SERVER, 1)), {})
-    assert state_sha256(party.model.adapter()) == state_sha256(party.model.layout.initial)
+    workspace.install(method.configure(state, 1, ClientInfo(SERVER, 1)), {})
+    assert state_sha256(workspace.model.adapter()) == state_sha256(workspace.model.layout.initial)

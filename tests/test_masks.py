@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, rows, run_on, summary_of
+from fedtune.workspace.workspace import Party
 from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +29,6 @@ from fedtune.server.sign_masks import cosine, dot, masks_of, similarity, weighte
 from fedtune.server.update_similarity import every_two, signs_of
 from fedtune.wire import messages as wire
 from fedtune.wire.delta_coding import decode, encode
-from fedtune.workspace.party import Party
 
 WORDS = ("evaluate.similarity=true", "population.cohort=3", "train.lr=0.01")
 
@@ -177,7 +177,7 @@ def test_only_updates_of_the_same_tensors_are_compared():
 
 def recorded(folder, *words):
     """Run it, and return the updates that crossed the wire: by round and peer, what was sent and what it became."""
-    party = Party(compose([*SMALL, *words]))
+    workspace = Party(compose([*SMALL, *words]))
     found = {}
     app, inner = ClientApp(), make_client_app()
     app.query()(lambda message, context: inner(message, context))
@@ -186,8 +186,8 @@ def recorded(folder, *words):
     @app.train()
     def train(message, context):
         reply = inner(message, context)
-        sent = party.hear(message.content, 0, 0)[0].tensors
-        became = wire.unpack_update(reply.content, wire.blob_of(reply.content), party.codec_up, sent).tensors
+        sent = workspace.hear(message.content, 0, 0)[0].tensors
+        became = wire.unpack_update(reply.content, wire.blob_of(reply.content), workspace.codec_up, sent).tensors
         found[int(message.metadata.group_id), int(context.node_config["partition-id"])] = sent, became
         return reply
 

@@ -9,6 +9,7 @@ import moving
 import pytest
 import torch
 from conftest import SMALL, of_each_kind, rows, small, traits_of_method
+from fedtune.workspace.workspace import Party
 from moving import move
 
 from fedtune.config.compose import choices, compose
@@ -16,7 +17,6 @@ from fedtune.core.errors import ConfigError
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.local import run_local
 from fedtune.training.client_state import Memory
-from fedtune.workspace.party import Party
 
 TOLD_LOSSILY = of_each_kind(
     name for name in choices("method") if name != "local_only" and traits_of_method(name).lossy_down
@@ -31,8 +31,8 @@ def start_of(*words):
 
 
 def checkpoint_of(folder, *words):
-    party = Party(compose([*SMALL, *words]))
-    state = party.strategy.init(party.layout)
+    workspace = Party(compose([*SMALL, *words]))
+    state = workspace.strategy.init(workspace.layout)
     return load_checkpoint(folder / "checkpoint" / "state.safetensors", state)
 
 

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from conftest import rows, run_on, small, summary_of
+from fedtune.workspace.workspace import Party
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from layers import distance
@@ -22,7 +23,6 @@ from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.wire import messages as wire
-from fedtune.workspace.party import Party
 from strategies.fedex_lora import FedExLoRA
 from strategies.flora import FLoRA
 
@@ -166,8 +166,8 @@ def test_flora_is_the_full_delta_oracle(ranks, tmp_path):
         folder = tmp_path / method
         experiment = small("rounds=4", f"method={method}", *sgd, *ranks, out=folder)
         run_local(experiment)
-        party = Party(experiment)
-        template = party.strategy.init(party.model.layout)
+        workspace = Party(experiment)
+        template = workspace.strategy.init(workspace.model.layout)
         state = load_checkpoint(folder / "checkpoint/state.safetensors", template).state
         if method == "flora":
             found[method] = {m: p.b.double() @ p.a.double() for m, p in from_residual(state.merged.total).items()}
@@ -193,13 +193,13 @@ def test_the_exported_adapter_is_the_model_that_was_scored(tmp_path):
     folder = tmp_path / "run"
     experiment = small("rounds=3", "method=fedex_lora", out=folder)
     run_local(experiment)
-    party = Party(experiment)
-    template = party.strategy.init(party.model.layout)
+    workspace = Party(experiment)
+    template = workspace.strategy.init(workspace.model.layout)
     state = load_checkpoint(folder / "checkpoint/state.safetensors", template).state
-    party.install(party.strategy.configure(state, 4, ClientInfo(SERVER, 1)), {})
+    workspace.install(workspace.strategy.configure(state, 4, ClientInfo(SERVER, 1)), {})
     exported = PeftModel.from_pretrained(tiny_model(), folder / "adapter")
     tokens = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         torch.testing.assert_close(
-            exported(input_ids=tokens).logits, party.model.module(input_ids=tokens).logits, rtol=1e-4, atol=1e-5
+            exported(input_ids=tokens).logits, workspace.model.module(input_ids=tokens).logits, rtol=1e-4, atol=1e-5
         )

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL
+from fedtune.workspace.workspace import Party
 
 from fedtune.config.compose import compose
 from fedtune.lowrank.algebra import lora_factors
-from fedtune.workspace.party import Party
 
 HEADER = 128
 FEW = f"data.path={Path(__file__).with_name('pairs.jsonl')}"  # few and short examples

@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import SMALL, rows, run_on, summary_of
+from fedtune.workspace.workspace import Party
 from flwr.clientapp import ClientApp
 
 from fedtune.config.compose import compose
@@ -10,7 +11,6 @@ from fedtune.evaluation.scoring import Score, mean_score
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.wire import messages as wire
-from fedtune.workspace.party import Party
 
 WORDS = ("method=fedsa_lora", "population.cohort=2")
 
@@ -27,8 +27,8 @@ def test_after_each_round_every_client_is_asked_and_the_ledger_has_it(small_run)
     folder = small_run(*WORDS, rounds=3)
     asked = rows(folder, "clients.csv")
     assert [(row["round"], row["peer"]) for row in asked] == [(str(r), str(p)) for r in range(4) for p in range(4)]
-    party = Party(compose([*SMALL, *WORDS]))
-    samples = {str(index): party.samples(index) for index in range(4)}
+    workspace = Party(compose([*SMALL, *WORDS]))
+    samples = {str(index): workspace.samples(index) for index in range(4)}
     for metric in rows(folder, "metrics.csv"):
         own = [row for row in asked if row["round"] == metric["round"]]
         mean = sum(samples[row["peer"]] * float(row["eval_loss"]) for row in own) / sum(samples.values())

@@ -5,6 +5,7 @@ import io
 
 import pytest
 from conftest import rows, small
+from fedtune.workspace.workspace import Party
 
 from fedtune.cli import main
 from fedtune.config.devices import write_devices
@@ -12,7 +13,6 @@ from fedtune.core.errors import QuorumError
 from fedtune.core.protocol import DeviceProfile
 from fedtune.plan_view import COLUMNS, plans, table_of
 from fedtune.runtime.local import run_local
-from fedtune.workspace.party import Party
 
 MB = 1e6
 
@@ -33,21 +33,21 @@ def three(tmp_path):
     return f"population.devices={path}"
 
 
-def lines_of(party):
-    planned, trouble = plans(party)
+def lines_of(workspace):
+    planned, trouble = plans(workspace)
     assert trouble is None
-    return list(csv.DictReader(io.StringIO(table_of(party, planned))))
+    return list(csv.DictReader(io.StringIO(table_of(workspace, planned))))
 
 
 def test_a_run_does_what_the_plan_said(three, tmp_path):
     """Client by client: layers, batch, numbers, memory and the seconds of its steps are those of clock.csv, and who is
     left out of one is left out of the other. Bytes differ by the messages' framing alone."""
     words, out = (three, "method=fedpipe", "population.cohort=4", "rounds=1"), tmp_path / "run"
-    party = Party(small(*words, out=tmp_path / "unused"))
-    steps = party.experiment.train.steps
+    workspace = Party(small(*words, out=tmp_path / "unused"))
+    steps = workspace.experiment.train.steps
     whole, top = (
-        party.costs.compute(1, 32, steps, block, numbers, 1e7, float("inf")) + 8 * numbers / 1e4
-        for block, numbers in ((0, party.model.trainable), (1, party.model.trainable / 2))
+        workspace.costs.compute(1, 32, steps, block, numbers, 1e7, float("inf")) + 8 * numbers / 1e4
+        for block, numbers in ((0, workspace.model.trainable), (1, workspace.model.trainable / 2))
     )
     words = (*words, f"population.deadline={(whole + top) / 2}")  # the slow one can't do both blocks in that time
     run_local(small(*words, out=out))

@@ -14,6 +14,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import rows, run_on, small, summary_of
+from fedtune.workspace.workspace import Party
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from hypothesis import example, given
@@ -34,7 +35,6 @@ from fedtune.server.plausibility import (
 )
 from fedtune.wire import messages as wire
 from fedtune.wire.http_overhead import KEY_BYTES, Link, Objects, _pushed, _remembered
-from fedtune.workspace.party import Party
 
 COUNTS = st.lists(st.integers(1, 10**9), min_size=1, max_size=20)
 
@@ -165,7 +165,7 @@ _count = _Count()
 
 def lying(change, words):
     """The real ClientApp, where client 1 answers what `change` makes of its tensors."""
-    app, inner, party = ClientApp(), make_client_app(), Party(small(*words, out="unused"))
+    app, inner, workspace = ClientApp(), make_client_app(), Party(small(*words, out="unused"))
     app.query()(inner)
     app.evaluate()(inner)
 
@@ -173,7 +173,7 @@ def lying(change, words):
     def train(message: Message, context: Context) -> Message:
         reply = inner(message, context)
         if context.node_config["partition-id"] == 1:
-            reply.content = Told(reply.content, party).each(change)
+            reply.content = Told(reply.content, workspace).each(change)
         return reply
 
     return app

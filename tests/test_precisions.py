@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import rows, run_on, small, summary_of
+from fedtune.workspace.workspace import Party
 from safetensors.torch import load_file
 from test_probe import llama
 
@@ -16,7 +17,6 @@ from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
 from fedtune.training.apply_instruction import BATCH, BITS, SCORES
-from fedtune.workspace.party import Party
 
 RUN = "0" * 16
 
@@ -36,9 +36,9 @@ def party_of(base, out, *more):
     return Party(small(*words(base, *more), out=out))
 
 
-def told(party, state, bits, modules=None):
+def told(workspace, state, bits, modules=None):
     """What a client without limits is told, in these bits, as far as these layers go."""
-    whole = party.strategy.configure(state, 1, ClientInfo(0, 9))
+    whole = workspace.strategy.configure(state, 1, ClientInfo(0, 9))
     tensors = {name: tensor for name, tensor in whole.tensors.items() if not modules or name.startswith(tuple(modules))}
     return Instruction(tensors, {**whole.settings, BITS: bits})
 
@@ -57,12 +57,12 @@ def loaded(monkeypatch):
 
 
 def test_each_precision_is_loaded_once_and_shared(base, tmp_path, loaded):
-    party = party_of(base, tmp_path)
-    state = party.strategy.init(party.layout)
+    workspace = party_of(base, tmp_path)
+    state = workspace.strategy.init(workspace.layout)
     turns = [(0, 16), (1, 4), (2, 8), (3, 16), (0, 4), (1, 8)]
-    models = [party.model_for(told(party, state, bits)) for _, bits in turns]
+    models = [workspace.model_for(told(workspace, state, bits)) for _, bits in turns]
     assert loaded == ["none", "nf4", "int8"]
-    assert models[0] is models[3] is party.model
+    assert models[0] is models[3] is workspace.model
     assert models[1] is models[4]
     assert models[2] is models[5]
     assert len({id(model) for model in models}) == 3
@@ -70,54 +70,54 @@ def test_each_precision_is_loaded_once_and_shared(base, tmp_path, loaded):
     assert models[2].module.get_base_model().is_loaded_in_8bit
     assert len({model.layout.sha256 for model in models}) == 1
     for model in models[1:]:
-        assert all(torch.equal(model.layout.initial[n], t) for n, t in party.model.layout.initial.items())
+        assert all(torch.equal(model.layout.initial[n], t) for n, t in workspace.model.layout.initial.items())
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_the_right_layers_move_on_a_base_in_any_bits(base, tmp_path, bits):
     """The answer has these layers alone, all of them other than they were; the run's own model is as it was."""
-    party = party_of(base, tmp_path)
-    state = party.strategy.init(party.layout)
+    workspace = party_of(base, tmp_path)
+    state = workspace.strategy.init(workspace.layout)
     chosen = sorted(lora_factors(state.adapter))[1:3]
-    instruction = told(party, state, bits, chosen)
-    update = party.turn(RUN, 0, 1, instruction)
+    instruction = told(workspace, state, bits, chosen)
+    update = workspace.turn(RUN, 0, 1, instruction)
     assert sorted(lora_factors(update.tensors)) == chosen
     for module, product in lora_factors(update.tensors).items():
         assert product.b.any(), module
     assert (update.tensors[SCORES] > 0).all()
     assert update.tensors[SCORES].shape == (2,)
-    again = party.turn(RUN, 0, 1, instruction)
+    again = workspace.turn(RUN, 0, 1, instruction)
     assert state_sha256(again) == state_sha256(update)
     other = party_of(base, tmp_path).turn(RUN, 0, 1, instruction)
     assert state_sha256(other) == state_sha256(update)
 
 
 def test_the_base_in_other_bits_is_another_base(base, tmp_path):
-    party = party_of(base, tmp_path)
-    state = party.strategy.init(party.layout)
-    found = {state_sha256(party.turn(RUN, 0, 1, told(party, state, bits))) for bits in (4, 8, 16)}
+    workspace = party_of(base, tmp_path)
+    state = workspace.strategy.init(workspace.layout)
+    found = {state_sha256(workspace.turn(RUN, 0, 1, told(workspace, state, bits))) for bits in (4, 8, 16)}
     assert len(found) == 3
 
 
 def test_what_is_evaluated_is_on_the_runs_own_base(base, tmp_path):
     """After a turn in 4 bits, the server's model is in 16; with model.quantization=nf4 it is in 4."""
     for quantization, own in (("none", 16), ("nf4", 4)):
-        party = party_of(base, tmp_path, f"model.quantization={quantization}")
-        assert party.bits == own
-        state = party.strategy.init(party.layout)
-        party.turn(RUN, 0, 1, told(party, state, 4))
-        party.turn(RUN, 0, 1, told(party, state, 16))
-        heard = party.strategy.configure(state, 2, ClientInfo(SERVER, 1))
-        assert party.install(heard, {}) is party.model
-        assert party.model_for(told(party, state, own)) is party.model
-        assert bool(getattr(party.model.module.get_base_model(), "is_loaded_in_4bit", False)) == (own == 4)
-        assert sorted(party.costs.base_bytes, key=int) == ["4", "8", "16"]
+        workspace = party_of(base, tmp_path, f"model.quantization={quantization}")
+        assert workspace.bits == own
+        state = workspace.strategy.init(workspace.layout)
+        workspace.turn(RUN, 0, 1, told(workspace, state, 4))
+        workspace.turn(RUN, 0, 1, told(workspace, state, 16))
+        heard = workspace.strategy.configure(state, 2, ClientInfo(SERVER, 1))
+        assert workspace.install(heard, {}) is workspace.model
+        assert workspace.model_for(told(workspace, state, own)) is workspace.model
+        assert bool(getattr(workspace.model.module.get_base_model(), "is_loaded_in_4bit", False)) == (own == 4)
+        assert sorted(workspace.costs.base_bytes, key=int) == ["4", "8", "16"]
 
 
 def test_bits_that_a_base_has_not_got_are_refused(base, tmp_path):
-    party = party_of(base, tmp_path)
+    workspace = party_of(base, tmp_path)
     with pytest.raises(ModelError, match="can't be held in 3 bits; it can in 4, 8, 16"):
-        party.model_for(Instruction({}, {BITS: 3}))
+        workspace.model_for(Instruction({}, {BITS: 3}))
     tiny = Party(small("method=fedpipe", out=tmp_path))
     assert tiny.bits == 32
     with pytest.raises(ModelError, match="can't be held in 4 bits; it can in 32"):
@@ -125,13 +125,15 @@ def test_bits_that_a_base_has_not_got_are_refused(base, tmp_path):
 
 
 def test_a_turn_is_in_batches_and_steps_of_its_own(base, tmp_path, monkeypatch):
-    party = Party(small("method=fedpipe", "train.batch_size=4", out=tmp_path))
+    workspace = Party(small("method=fedpipe", "train.batch_size=4", out=tmp_path))
     sizes = []
-    batches = party.data.__class__.batches
-    monkeypatch.setattr(party.data.__class__, "batches", lambda *given: (sizes.append(given[2]), batches(*given))[1])
-    state = party.strategy.init(party.layout)
-    instruction = told(party, state, 32)
-    party.turn(RUN, 0, 1, Instruction(instruction.tensors, {**instruction.settings, BATCH: 2}))
+    batches = workspace.data.__class__.batches
+    monkeypatch.setattr(
+        workspace.data.__class__, "batches", lambda *given: (sizes.append(given[2]), batches(*given))[1]
+    )
+    state = workspace.strategy.init(workspace.layout)
+    instruction = told(workspace, state, 32)
+    workspace.turn(RUN, 0, 1, Instruction(instruction.tensors, {**instruction.settings, BATCH: 2}))
     assert sizes == [2]
 
 
@@ -139,8 +141,8 @@ def test_one_round_in_three_precisions(base, tmp_path):
     """Devices with just the room for all layers at a batch of one, on a base in 16, in 8 and in 4 bits; in the first of
     them the batch of two that another base would make room for doesn't fit. Played twice, it is the same to the last
     bit, and what is exported has all layers."""
-    party = party_of(base, tmp_path / "unused")
-    costs, weights = party.costs, party.weights
+    workspace = party_of(base, tmp_path / "unused")
+    costs, weights = workspace.costs, workspace.weights
     numbers = sum(8 * (weight.rows + weight.columns) for weight in weights)
     per_token = sum(costs.input_bytes * weight.columns + costs.inner_bytes * 8 for weight in weights)
     limits = [float(costs.memory(1, bits, 0, numbers, per_token, 24)) for bits in (16, 8, 4)]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, summary_of
+from fedtune.workspace.workspace import Party
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import SCALING, dense, distance, ideal, layout, reply
@@ -27,7 +28,6 @@ from fedtune.lowrank.averaging import for_peer
 from fedtune.lowrank.residual import FROM, VERSION, base_version
 from fedtune.runs.checkpoint import state_sha256
 from fedtune.runtime.local import run_local
-from fedtune.workspace.party import Party
 from strategies.rolora import RoLoRA, active
 
 RUN = "0" * 16
@@ -101,34 +101,34 @@ def test_all_who_lack_the_same_are_handed_the_same_tensors():
     assert all(tensor is other.tensors[name] for name, tensor in one.tensors.items())
 
 
-def party_with(*overrides):
+def workspace_with(*overrides):
     return Party(compose([*SMALL, "method=rolora", FEW, *overrides]))
 
 
 @cache
 def some_states():
     """A model, and seven states of it, each with the factor of its round changed."""
-    party = party_with()
-    states = [party.strategy.init(party.model.layout)]
+    workspace = workspace_with()
+    states = [workspace.strategy.init(workspace.model.layout)]
     for number in range(1, 7):
         changed = {n: t + number if active(number) in n else t for n, t in states[-1].adapter.items()}
         last = states[-1].changed | {active(number): number}
         states.append(replace(states[-1], adapter=changed, changed=last))
-    return party, states
+    return workspace, states
 
 
 @given(st.lists(st.sets(st.integers(0, 1), min_size=1), min_size=3, max_size=6))
 def test_after_any_absences_a_client_holds_the_same_as_the_server(cohorts):
     """Two clients that only receive: whatever rounds they sat out, they hold what the server holds."""
-    party, states = some_states()
+    workspace, states = some_states()
     memories, versions = [{}, {}], [0, 0]
     for number, cohort in enumerate(cohorts, 1):
         for index in sorted(cohort):
-            told = party.strategy.configure(
+            told = workspace.strategy.configure(
                 states[number - 1], number, ClientInfo(index, 1, base_version=versions[index])
             )
-            party.install(told, memories[index])
-            held = party.model.adapter()
+            workspace.install(told, memories[index])
+            held = workspace.model.adapter()
             assert all(torch.equal(held[name], tensor) for name, tensor in states[number - 1].adapter.items())
             versions[index] = int(told.settings[VERSION])
             assert base_version(memories[index]) == versions[index]
@@ -137,28 +137,28 @@ def test_after_any_absences_a_client_holds_the_same_as_the_server(cohorts):
 def test_what_it_is_spared_does_not_change_what_a_client_trains(tmp_path):
     """Through real turns: a client that was there in rounds 1 to 4 and one that wasn't in 2 and 3 train the same in
     round 4 as they would on the whole adapter."""
-    party, states = party_with(f"out={tmp_path}"), some_states()[1]
-    strategy, versions = party.strategy, {0: 0, 1: 0}
+    workspace, states = workspace_with(f"out={tmp_path}"), some_states()[1]
+    strategy, versions = workspace.strategy, {0: 0, 1: 0}
     for number in (1, 2, 3, 4):
         for index in (0, 1) if number in (1, 4) else (0,):
-            peer = ClientInfo(index, party.samples(index), base_version=versions[index])
+            peer = ClientInfo(index, workspace.samples(index), base_version=versions[index])
             told = strategy.configure(states[number - 1], number, peer)
-            update = party.turn(RUN, index, number, told)
+            update = workspace.turn(RUN, index, number, told)
             strategy.validate(states[number - 1], number, peer, update)
             frozen = {n: t for n, t in states[number - 1].adapter.items() if active(number) not in n}
-            held = party.model.adapter()
+            held = workspace.model.adapter()
             assert all(torch.equal(held[name], tensor) for name, tensor in frozen.items())
             versions[index] = int(told.settings[VERSION])
-            assert party.holds(RUN, index, number + 1)[0] == versions[index]
+            assert workspace.holds(RUN, index, number + 1)[0] == versions[index]
             whole = strategy.configure(states[number - 1], number, replace(peer, base_version=0))
-            assert state_sha256(party.turn("1" * 16, index, number, whole)) == state_sha256(update)
+            assert state_sha256(workspace.turn("1" * 16, index, number, whole)) == state_sha256(update)
 
 
 def test_merges_on_something_else_are_refused_by_the_client(tmp_path):
-    party, states = party_with(f"out={tmp_path}"), some_states()[1]
-    told = party.strategy.configure(states[4], 5, ClientInfo(0, 1, base_version=3))
+    workspace, states = workspace_with(f"out={tmp_path}"), some_states()[1]
+    told = workspace.strategy.configure(states[4], 5, ClientInfo(0, 1, base_version=3))
     with pytest.raises(ClientError, match=r"build on version 3 .*; this client holds 0"):
-        party.turn(RUN, 0, 5, told)
+        workspace.turn(RUN, 0, 5, told)
 
 
 WHOLE = "method.strategy._target_=remembering_nothing.Whole"

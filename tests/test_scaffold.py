@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, run_on, summary_of
+from fedtune.workspace.workspace import Party
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 from toy import SHAPES, A, B, Endless, Toy, drawn, quadratic
@@ -31,7 +32,6 @@ from fedtune.runtime.local import LocalGrid, server_context
 from fedtune.server.round_loop import Server
 from fedtune.training.control_variates import CHANGE, CONTROL, settle, tag
 from fedtune.training.first_order import loss_of
-from fedtune.workspace.party import Party
 from strategies.scaffold import Scaffold, State
 
 RUN = "0" * 16
@@ -212,13 +212,13 @@ def test_an_update_of_another_form_is_refused_by_name(change, said):
 
 
 def test_on_a_real_model_one_steps_c_i_is_the_gradient():
-    party = Party(compose([*SMALL, "method=scaffold", "train.steps=1"]))
-    state = party.strategy.init(party.model.layout)
-    told = party.strategy.configure(state, 1, ClientInfo(2, 1))
-    update = party.turn(RUN, 2, 1, told)
-    party.install(told, {})
-    batch = next(iter(party.data.batches(2, party.experiment.train.batch_size, derive_seed(0, "train", 1, 2))))
-    gradients = torch.autograd.grad(loss_of(party.model.module, batch), party.model.parameters())
+    workspace = Party(compose([*SMALL, "method=scaffold", "train.steps=1"]))
+    state = workspace.strategy.init(workspace.model.layout)
+    told = workspace.strategy.configure(state, 1, ClientInfo(2, 1))
+    update = workspace.turn(RUN, 2, 1, told)
+    workspace.install(told, {})
+    batch = next(iter(workspace.data.batches(2, workspace.experiment.train.batch_size, derive_seed(0, "train", 1, 2))))
+    gradients = torch.autograd.grad(loss_of(workspace.model.module, batch), workspace.model.parameters())
     assert max(float(g.abs().max()) for g in gradients) > 1e-3
     for name, gradient in zip(state.adapter, gradients, strict=True):
         assert torch.allclose(update.tensors[CHANGE + name], gradient, rtol=0, atol=2e-6)

@@ -36,6 +36,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SMALL, many, of_each_kind, summary_of, traits_of_method
+from fedtune.workspace.workspace import Party
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flwr_strategies
 from flwr.supercore.task_identity import TaskIdentity
@@ -47,7 +48,6 @@ from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import ClientInfo, Layout, Slot, Traits, Update
 from fedtune.runs.checkpoint import flatten, state_sha256, unflatten
 from fedtune.runtime.local import run_local
-from fedtune.workspace.party import Party
 from strategies.fedadagrad import FedAdagrad
 from strategies.fedadam import FedAdam
 from strategies.fedavgm import FedAvgM
@@ -199,15 +199,15 @@ def test_a_tensor_that_nobody_trained_stays_to_the_last_bit_and_keeps_its_moment
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_rolora_s_frozen_factor_stays_to_the_last_bit(name):
-    party = Party(compose([*SMALL, "method=rolora", f"server_optimizer={name}", "population.cohort=4"]))
-    state = party.strategy.init(party.model.layout)
+    workspace = Party(compose([*SMALL, "method=rolora", f"server_optimizer={name}", "population.cohort=4"]))
+    state = workspace.strategy.init(workspace.model.layout)
     for round in range(1, 5):
-        peers = [ClientInfo(index, party.samples(index)) for index in range(2)]
+        peers = [ClientInfo(index, workspace.samples(index)) for index in range(2)]
         replies = [
-            (peer, party.turn("0" * 16, peer.index, round, party.strategy.configure(state, round, peer)))
+            (peer, workspace.turn("0" * 16, peer.index, round, workspace.strategy.configure(state, round, peer)))
             for peer in peers
         ]
-        before, state = state, party.strategy.aggregate(state, round, replies)
+        before, state = state, workspace.strategy.aggregate(state, round, replies)
         for tensor_name, tensor in state.base.adapter.items():
             trained = ("lora_B" if round % 2 else "lora_A") in tensor_name
             assert torch.equal(tensor, before.base.adapter[tensor_name]) is not trained

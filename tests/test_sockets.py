@@ -15,6 +15,7 @@ import psutil
 import pytest
 from conftest import SMALL, rows, summary_of
 from deployed import CALMLY, PATHS, failures, run
+from fedtune.workspace.workspace import Party
 from flwr.cli.build import build_fab_from_disk
 
 from fedtune.config.compose import compose
@@ -23,7 +24,6 @@ from fedtune.runtime.local import run_local
 from fedtune.wire.flower_private import Run, content_to_bytes
 from fedtune.wire.http_overhead import Link
 from fedtune.wire.messages import pack_greeting
-from fedtune.workspace.party import Party
 from simulations.fleet import Fleet, Site
 from simulations.fleet.credentials import make_node_key
 from simulations.fleet.processes import wait_until
@@ -125,9 +125,11 @@ def misplayed(fleet, tmp_path_factory):
     place = tmp_path_factory.mktemp("misplayed")
     folder, greeting, key, log = (place / name for name in ("run", "greeting", "key", "rogue.log"))
     setup = (*mischief.WORDS, "adapter.rank=24", "adapter.targets=[all-linear]", "rounds=4")
-    party = Party(compose([*words(folder, 3, *setup)]))
+    workspace = Party(compose([*words(folder, 3, *setup)]))
     greeting.write_bytes(
-        content_to_bytes(pack_greeting(ClientInfo(2, party.samples(2)), party.model.layout.sha256, party.data.sha256))
+        content_to_bytes(
+            pack_greeting(ClientInfo(2, workspace.samples(2)), workspace.model.layout.sha256, workspace.data.sha256)
+        )
     )
     fleet.flwr("supernode", "register", str(make_node_key(key)), LINK)
     command = [sys.executable, str(HERE / "rogue.py"), fleet.superlink.address, fleet.authority, key, greeting]

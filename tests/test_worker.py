@@ -16,6 +16,7 @@ import mischief
 import psutil
 import pytest
 from conftest import PAIRS, SMALL
+from fedtune.workspace.workspace import party_of
 from flwr.app import Context, Message, RecordDict
 
 from fedtune.codecs.raw import Raw
@@ -26,7 +27,6 @@ from fedtune.runtime import worker
 from fedtune.runtime.worker import ask, place_of
 from fedtune.wire import messages as wire
 from fedtune.wire.flower_private import assume_identity
-from fedtune.workspace.party import party_of
 
 NODE = 4711
 RUN = "0" * 16

@@ -31,7 +31,7 @@ from fedtune.models.base import Base, Origin, load_base, pick_device
 from fedtune.runs.adapter_files import adapter_files
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runs.model_file import NAME, TunedModel, malformed, read
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Party
 
 ROUNDING = {torch.float32: 1e-3}  # of the logits' spread, that merging and another order of sums may change
 COARSE = 0.25  # in 16 bits, over all layers: 0.075 in SmolLM2's 210 of them
@@ -73,17 +73,17 @@ def export(source: str, out: str, base: str | None = None) -> Exported:
     """
     target = new_folder(out)
     found = source_of(Path(source).expanduser())
-    party = party_for(found, base)
-    experiment = party.experiment
-    _check_exportable(found, party)
-    local, number = tuned(found, party)
+    workspace = workspace_for(found, base)
+    experiment = workspace.experiment
+    _check_exportable(found, workspace)
+    local, number = tuned(found, workspace)
     _check_weights(local)
     model, tokenizer, origin, device = local.module, local.tokenizer, local.origin, local.device
     expected = _predictions(model, device)
     files = adapter_files(local)
     kept: dict[str, str] = {}
     adapted = {slot.module.removeprefix("base_model.model.") for slot in local.layout.slots}
-    del local, party
+    del local, workspace
     if experiment.adapter.kind != FULL:
         del model  # this base has adapters in it. It goes before a fresh one is read
         fresh = _base(found, experiment)
@@ -133,7 +133,7 @@ def source_of(path: Path) -> Source:
         ) from error
 
 
-def party_for(found: Source, base: str | None, **settings: Any) -> Party:
+def workspace_for(found: Source, base: str | None, **settings: Any) -> Party:
     """A party of the run's, which has loaded nothing yet: on whatever device is here, in the dtype that `auto` was
     where the run was made.
 
@@ -149,11 +149,11 @@ def party_for(found: Source, base: str | None, **settings: Any) -> Party:
         return Party(replace(found.experiment, model=spec, runtime=runtime, **settings), user())
 
 
-def check_one_model(found: Source, party: Party) -> None:
+def check_one_model(found: Source, workspace: Party) -> None:
     """Raises:
     ExportError: if the run left parts of the model with its clients.
     """
-    if traits_of(party.strategy).personal:
+    if traits_of(workspace.strategy).personal:
         raise ExportError(
             f"method={found.experiment.method_name} leaves a part of the model with each client: there are as many "
             "models as clients, and what the server has of them is not one. What each is worth is in the run's "
@@ -161,13 +161,13 @@ def check_one_model(found: Source, party: Party) -> None:
         )
 
 
-def _check_exportable(found: Source, party: Party) -> None:
+def _check_exportable(found: Source, workspace: Party) -> None:
     """Raises:
     ExportError: if there is no one model, or none that can be written as the base's weights.
     """
     experiment = found.experiment
     kind, quantization = experiment.adapter.kind, experiment.model.quantization
-    check_one_model(found, party)
+    check_one_model(found, workspace)
     if kind in PROMPTS:
         raise ExportError(
             f"adapter={kind} adds virtual tokens and changes no weight, so it can't be merged into the base: load the "
@@ -191,25 +191,25 @@ def _check_weights(local: LocalModel) -> None:
         )
 
 
-def tuned(found: Source, party: Party) -> tuple[LocalModel, int]:
+def tuned(found: Source, workspace: Party) -> tuple[LocalModel, int]:
     """The model, and the last round that is in it.
 
     Raises:
         FedtuneError: if it can't be made here.
     """
-    base = _base(found, party.experiment)
+    base = _base(found, workspace.experiment)
     with malformed(found.path):
-        party.take(base)
+        workspace.take(base)
         if found.file is not None:
-            party.install(found.file.instruction, memory={})
-            return party.model, found.file.round
-    checkpoint = load_checkpoint(_state(found.path), party.strategy.init(party.model.layout))
+            workspace.install(found.file.instruction, memory={})
+            return workspace.model, found.file.round
+    checkpoint = load_checkpoint(_state(found.path), workspace.strategy.init(workspace.model.layout))
     if checkpoint.config_sha256 != found.experiment.sha256:
         raise ExportError(
             f"{found.path} was run with other settings than its config.yaml has now: put back what was changed"
         )
-    party.install(party.broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={})
-    return party.model, checkpoint.round
+    workspace.install(workspace.broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1), memory={})
+    return workspace.model, checkpoint.round
 
 
 def _base(found: Source, experiment: Experiment) -> Base:

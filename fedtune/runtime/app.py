@@ -76,7 +76,7 @@ def make_server_app(
     def main(grid: Grid, context: Context) -> None:
         from fedtune.device.owner import user
         from fedtune.server.round_loop import run
-        from fedtune.workspace.party import party_of
+        from fedtune.workspace.workspace import party_of
 
         run_config = {"config": config} if config else context.run_config
         folder = resume or str(context.run_config.get("resume", "")) or None

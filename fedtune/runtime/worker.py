@@ -96,7 +96,7 @@ def _ask(message: Message, context: Context) -> RecordDict:
     if node_config.get("worker", True) is False:
         from fedtune.device.owner import device_owner
         from fedtune.workspace.client_handler import take_turn
-        from fedtune.workspace.party import party_of
+        from fedtune.workspace.workspace import party_of
 
         owner = device_owner()
         content = take_turn(at.message_type, at.group_id, message.content, run_config, node_config, owner)

@@ -55,7 +55,7 @@ def answer_one(connection: Connection) -> None:
     """Read a request, do the work, and send its answer or the error's text."""
     from fedtune.device.owner import device_owner
     from fedtune.workspace.client_handler import take_turn
-    from fedtune.workspace.party import party_of
+    from fedtune.workspace.workspace import party_of
 
     request = json.loads(connection.recv_bytes(MAX_REQUEST))
     content = content_from_bytes(connection.recv_bytes())
@@ -63,8 +63,8 @@ def answer_one(connection: Connection) -> None:
     with end_with_caller(connection, what):
         try:
             owner = device_owner()
-            party = party_of(request["run_config"], owner)
-            runtime = party.experiment.runtime
+            workspace = party_of(request["run_config"], owner)
+            runtime = workspace.experiment.runtime
             # Loading the base for the first time may take longer than a turn: it is waited for as clients are
             limit = runtime.wait if request["kind"] == MessageType.QUERY else runtime.timeout
             connection.send_bytes(json.dumps({"limit": limit}).encode())
@@ -76,7 +76,7 @@ def answer_one(connection: Connection) -> None:
             say(f"{what}: {said}")
             connection.send_bytes(json.dumps({"error": said}).encode())
             return
-    training = party.training_seconds if request["kind"] == "train" else 0.0
+    training = workspace.training_seconds if request["kind"] == "train" else 0.0
     connection.send_bytes(json.dumps({"training": training}).encode())
     connection.send_bytes(content_to_bytes(done))
     say(f"{what}: answered")

@@ -135,8 +135,8 @@ class AsynchronousServer(Server):
         seconds = max(self.clock.progress.seconds, ended["end"])
         self.clock.progress = replace(self.clock.progress, seconds=seconds, pending=pending)
         told, blob = ended["told"], ended["blob"].numpy().tobytes()
-        known = self.party.known(Instruction(told))
-        tensors = decode(self.party.codec_up, blob, known)
+        known = self.workspace.known(Instruction(told))
+        tensors = decode(self.workspace.codec_up, blob, known)
         update = Update(tensors, ended["examples"], ended["metrics"])
         staleness = played.number - 1 - ended["version"]
         out = self.aggregator.implausible(played.norms | norms, {index: told}).get(index, "")

@@ -25,7 +25,7 @@ from fedtune.wire.broadcast_chain import BroadcastChain
 from fedtune.wire.delta_coding import left_out
 from fedtune.wire.flower_private import content_bytes
 from fedtune.wire.transport import Reply, Transport
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Party
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class Talk:
         sent: the last broadcast, where broadcasts build on one another.
     """
 
-    def __init__(self, exchange: Transport, party: Party, view: View):
+    def __init__(self, exchange: Transport, workspace: Party, view: View):
         self.exchange = exchange
-        self.party = party
-        self.experiment = party.experiment
-        self.strategy = party.strategy
+        self.workspace = workspace
+        self.experiment = workspace.experiment
+        self.strategy = workspace.strategy
         self.view = view
-        self.clock = Clock(party)
+        self.clock = Clock(workspace)
         self.ledger = Ledger()
         # In a simulation the server divided the data itself; a device may have its own
         self.knows_samples = self.experiment.runtime.name != "flower"
-        known = party.samples if self.knows_samples else None
-        layout, data = party.model.layout, party.data.sha256
+        known = workspace.samples if self.knows_samples else None
+        layout, data = workspace.model.layout, workspace.data.sha256
         self.roster = ClientRegistry(exchange, self.experiment, layout, self._book, view.note, data, known)
         self.state: Any = None
         self.sent = BroadcastChain()
@@ -71,7 +71,7 @@ class Talk:
     @property
     def idle(self) -> set[int]:
         """The clients without training data: by their own word, and before they came by the division."""
-        known, peers = set(self.party.data.idle), self.roster.peers
+        known, peers = set(self.workspace.data.idle), self.roster.peers
         return {index for index in known | peers.keys() if not (peers[index].samples if index in peers else 0)}
 
     @property
@@ -106,7 +106,7 @@ class Talk:
         """A message for each client, booked. Clients that are sent the same tensors and settings share one content."""
         packed: list[_Packed] = []
         key = derive_seed(self.experiment.seed, "down", number)
-        announced = self.party.announced(self.state, number)
+        announced = self.workspace.announced(self.state, number)
         for index in cohort:
             begun = time.perf_counter()
             peer = self.roster.peers[index]
@@ -125,9 +125,9 @@ class Talk:
                 None,
             )
             if known is None:
-                content, heard = self.party.tell(instruction, key, self.roster.run, last, since)
-                lost = {} if is_lossless(self.party.codec_down) else left_out(instruction.tensors, heard.tensors)
-                exact = is_lossless(self.party.codec_up) and is_lossless(self.party.codec_down)
+                content, heard = self.workspace.tell(instruction, key, self.roster.run, last, since)
+                lost = {} if is_lossless(self.workspace.codec_down) else left_out(instruction.tensors, heard.tensors)
+                exact = is_lossless(self.workspace.codec_up) and is_lossless(self.workspace.codec_down)
                 if exact and not self.keeps_told:
                     # Nothing of it is needed with the answer
                     heard = Instruction({}, heard.settings)
@@ -153,10 +153,10 @@ class Talk:
             blob = wire.blob_of(content)
             payload = len(blob)
             told = asked.heard
-            known = self.party.known(told)
-            update = wire.unpack_update(content, blob, self.party.codec_up, known)
+            known = self.workspace.known(told)
+            update = wire.unpack_update(content, blob, self.workspace.codec_up, known)
             check_examples(update, peer, self.knows_samples)
-            check_scaling(update, float(told.settings.get(SCALING, self.party.model.layout.scaling)))
+            check_scaling(update, float(told.settings.get(SCALING, self.workspace.model.layout.scaling)))
             self.strategy.validate(self.state, played.number, peer, update)
             size = wire.update_bytes(blob, update)
             self._check_time(index, asked, size, played)
@@ -194,8 +194,8 @@ class Talk:
         played.count(index, update)
         if self.experiment.evaluate.similarity:
             start = told if traits_of(self.strategy).lossy_up else None
-            known = self.party.known(Instruction(told))
-            played.signs[index] = signs_of(update.tensors, blob, self.party.codec_up, start, known)
+            known = self.workspace.known(Instruction(told))
+            played.signs[index] = signs_of(update.tensors, blob, self.workspace.codec_up, start, known)
 
     def _leave_out(self, index: int, played: Round, reason: str) -> None:
         """Take back an update that was counted and can't be believed: the round goes on as if it had been refused."""

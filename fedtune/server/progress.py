@@ -17,7 +17,7 @@ from fedtune.config.schema import FULL, Experiment
 from fedtune.data.row_counts import describe
 
 if TYPE_CHECKING:  # torch comes with it, and a report needs none
-    from fedtune.workspace.party import Party
+    from fedtune.workspace.workspace import Party
 
 
 class View(Protocol):
@@ -25,7 +25,7 @@ class View(Protocol):
 
     def loading(self, experiment: Experiment) -> None: ...
 
-    def started(self, experiment: Experiment, party: "Party", folder: Path, done: int) -> None: ...
+    def started(self, experiment: Experiment, workspace: "Party", folder: Path, done: int) -> None: ...
 
     def round_begins(self, number: int, cohort: int) -> None: ...
 
@@ -56,8 +56,8 @@ class LineView:
     def loading(self, experiment: Experiment) -> None:
         self._say(f"loading {experiment.model.name} and {experiment.data.name} ...")
 
-    def started(self, experiment: Experiment, party: "Party", folder: Path, done: int) -> None:
-        for line in headline(experiment, party, folder):
+    def started(self, experiment: Experiment, workspace: "Party", folder: Path, done: int) -> None:
+        for line in headline(experiment, workspace, folder):
             self._say(line)
         if done >= 0:
             self._say(f"resumed after round {done}")
@@ -116,9 +116,9 @@ class LiveView:
     def loading(self, experiment: Experiment) -> None:
         self._status.plain = f"loading {experiment.model.name} and {experiment.data.name} ..."
 
-    def started(self, experiment: Experiment, party: "Party", folder: Path, done: int) -> None:
+    def started(self, experiment: Experiment, workspace: "Party", folder: Path, done: int) -> None:
         self._status.plain = ""
-        first, *rest = headline(experiment, party, folder)
+        first, *rest = headline(experiment, workspace, folder)
         self._console.print(f"[bold]{escape(first)}[/bold]")
         for line in rest:
             self._console.print(escape(line), style="dim", soft_wrap=True)
@@ -211,9 +211,9 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def headline(experiment: Experiment, party: "Party", folder: Path) -> list[str]:
+def headline(experiment: Experiment, workspace: "Party", folder: Path) -> list[str]:
     """What is about to run, on what."""
-    model, data = party.model, party.data
+    model, data = workspace.model, workspace.data
     held = model.quantization if model.quantization != "none" else str(model.module.dtype)
     return [
         f"{experiment.name}: {method_of(experiment)}, {clients_of(experiment)}, {experiment.rounds} rounds",

@@ -42,10 +42,10 @@ from fedtune.server.update_similarity import every_two
 from fedtune.server.virtual_clock import Turn
 from fedtune.wire import messages as wire
 from fedtune.wire.transport import Transport
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Party
 
 
-def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None = None) -> None:
+def run(grid: Grid, workspace: Party, resume: str | None = None, stop: Event | None = None) -> None:
     """Run an experiment to its last round, or go on with the one in `resume`, and leave a run folder behind.
 
     Args:
@@ -56,8 +56,8 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
     """
     from fedtune.server.asynchronous import AsynchronousServer
 
-    experiment = party.experiment
-    check_client(experiment, party.strategy, party.client)
+    experiment = workspace.experiment
+    check_client(experiment, workspace.strategy, workspace.client)
     if resume is None and experiment.out is not None:
         check_vacant(experiment.out)
     view = make_view()
@@ -65,16 +65,16 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
         tracking = Tracking(experiment.tracker, view.note)
         view.loading(experiment)
         # Loaded before the folder is made: a wrong path leaves no half-made run behind
-        party.model, party.data  # noqa: B018
+        workspace.model, workspace.data  # noqa: B018
         # What is loaded stays until the end. Unfrozen, every full collection walks it: a pause of 0.4 s
         gc.collect()
         gc.freeze()
         folder = RunFolder.open(resume) if resume else RunFolder.create(experiment.out, experiment.name)
         if experiment.runtime.name == "flower":  # whoever reads the log is in another folder
             folder.path = folder.path.resolve()
-        kind = AsynchronousServer if traits_of(party.strategy).asynchronous else Server
+        kind = AsynchronousServer if traits_of(workspace.strategy).asynchronous else Server
         try:
-            kind(Transport(grid, stop), party, folder, view, tracking).run()
+            kind(Transport(grid, stop), workspace, folder, view, tracking).run()
         finally:
             folder.close()
     finally:
@@ -85,11 +85,11 @@ def run(grid: Grid, party: Party, resume: str | None = None, stop: Event | None 
 class Server(Talk):
     """One run of one experiment: the state that lasts between rounds, and the steps of a round."""
 
-    def __init__(self, exchange: Transport, party: Party, folder: RunFolder, view: View, tracking: Tracking):
-        super().__init__(exchange, party, view)
+    def __init__(self, exchange: Transport, workspace: Party, folder: RunFolder, view: View, tracking: Tracking):
+        super().__init__(exchange, workspace, view)
         self.folder = folder
         self.tracking = tracking
-        self.me = server_peer(self.experiment, party.model.layout)
+        self.me = server_peer(self.experiment, workspace.model.layout)
         self.aggregator = Aggregator(self.experiment, self.strategy, view.note, self._leave_out)
         self.adapter_config = b""  # as last written
         self.named: dict[int, str] = {}  # who was said to be left out, and why
@@ -108,8 +108,8 @@ class Server(Talk):
         self._restore()
         self.folder.write_config(replace(self.experiment, out=str(self.folder.path)))
         self._summarise()
-        self.view.started(self.experiment, self.party, self.folder.path, self.done)
-        for note in self.party.notes:
+        self.view.started(self.experiment, self.workspace, self.folder.path, self.done)
+        for note in self.workspace.notes:
             self.view.note(note)
         self.tracking.begin(self.experiment, self.folder.path, self.folder.metrics(), self.done)
         try:
@@ -151,7 +151,7 @@ class Server(Talk):
 
     def _restore(self) -> None:
         """Take up the last checkpoint, if there is one."""
-        self.state = self.strategy.init(self.party.layout)
+        self.state = self.strategy.init(self.workspace.layout)
         checkpoint = self.folder.load_checkpoint(self.state)
         if checkpoint is not None:
             if checkpoint.config_sha256 != self.experiment.sha256:
@@ -165,7 +165,7 @@ class Server(Talk):
                     )
                     + ", or start a new run with another out="
                 )
-            self.party.data.check_same(checkpoint.data, f"{self.folder.path} can't go on")
+            self.workspace.data.check_same(checkpoint.data, f"{self.folder.path} can't go on")
             self.state, self.done, self.run_id = checkpoint.state, checkpoint.round, checkpoint.run
             self.sent, self.clock.progress = checkpoint.sent, checkpoint.progress
             self.state_sha256 = state_sha256(self.state)
@@ -187,10 +187,10 @@ class Server(Talk):
         cohort = self.clock.cohort(number, able, self.cohort_size, self.roster.peers, expected)
         asked = [index for index in cohort if index in present]
         self.view.round_begins(number, len(cohort))
-        with closing(Replies(self.party.codec_up, self.folder.path)) as replies:
+        with closing(Replies(self.workspace.codec_up, self.folder.path)) as replies:
 
             def take(peer: ClientInfo, update: Update, blob: bytes, asked: Asked) -> None:
-                replies.add(peer, update, blob, self.party.known(asked.heard), asked.lost)
+                replies.add(peer, update, blob, self.workspace.known(asked.heard), asked.lost)
                 self._count(peer.index, update, blob, asked.heard.tensors, played)
 
             for index in cohort:
@@ -276,7 +276,7 @@ class Server(Talk):
         number, before = played.number, self.state
         self.state, weighed = self.aggregator.aggregate(before, played, replies, check)
         if self.experiment.evaluate.exactness:
-            layout = self.party.model.layout
+            layout = self.workspace.model.layout
             played.error = aggregation_error(layout, self.strategy, number, before, self.state, weighed, self.me)
 
     def _finish_round(self, played: Round) -> None:
@@ -285,13 +285,13 @@ class Server(Talk):
         self.view.evaluating()
         begun = time.monotonic()
         number, every = played.number, self.experiment.evaluate.every
-        self.sent = self.party.announce(self.sent, self.state, number + 1)
-        heard = self.party.broadcast(self.sent, self.state, number + 1)
-        self.party.install(heard, memory={})
+        self.sent = self.workspace.announce(self.sent, self.state, number + 1)
+        heard = self.workspace.broadcast(self.sent, self.state, number + 1)
+        self.workspace.install(heard, memory={})
         personal = traits_of(self.strategy).personal
-        found, rounding = None, self.party.model.base_delta.rounding
+        found, rounding = None, self.workspace.model.base_delta.rounding
         if every and number % every == 0:
-            found = self._examine(number, heard) if personal else self.party.evaluate()
+            found = self._examine(number, heard) if personal else self.workspace.evaluate()
         self.seconds = self.seconds + played.seconds if played.virtual_seconds is None else played.virtual_seconds
         self.loss = self.loss if found is None else found.loss
         if self._asks_peers(number) and not personal:
@@ -327,7 +327,7 @@ class Server(Talk):
         self.folder.append_clock(number, played.turns)
         self.folder.append_similarity(number, every_two(played.signs))
         self.folder.append_metrics(row)
-        files = adapter_files(self.party.model)
+        files = adapter_files(self.workspace.model)
         for name, content in files.items() if number == 0 else ():
             self.folder.write_adapter(name, content, "start")
         if (config := files.get(ADAPTER_CONFIG, b"")) == self.adapter_config:  # it changes with the ranks alone
@@ -335,8 +335,8 @@ class Server(Talk):
         for name, content in files.items():
             self.folder.write_adapter(name, content)
         self.adapter_config = config
-        if self.party.model.is_seeded:
-            model = self.party.model
+        if self.workspace.model.is_seeded:
+            model = self.workspace.model
             self.folder.write_model(dump(TunedModel(self.experiment, heard, model.origin, model.dtype, number)))
         self._save(number)
         self.done, self.state_sha256 = number, state_sha256(self.state)
@@ -349,7 +349,7 @@ class Server(Talk):
         # Who has said since what it keeps is known
         unsure = [i for i in progress.state_unknown if i in peers and not (peers[i].heard or peers[i].base_version)]
         self.clock.progress = replace(progress, state_unknown=unsure)
-        kept = (self.run_id, self.sent, self.clock.progress, self.party.data.identity)
+        kept = (self.run_id, self.sent, self.clock.progress, self.workspace.data.identity)
         self.folder.save_checkpoint(Checkpoint(number, self.experiment.sha256, self.state, *kept))
 
     def _is_last(self, number: int) -> bool:
@@ -381,7 +381,7 @@ class Server(Talk):
                 part = "failed"
                 self.view.note(f"client {index} could not be evaluated: {error}")
             self._book_arrival(number, index, part, arrival)
-        self.party.install(heard, memory={})  # clients in this process had the model meanwhile
+        self.workspace.install(heard, memory={})  # clients in this process had the model meanwhile
         self.folder.append_clients(number, scores)
         counted = self.aggregator.weights([self.roster.peers[index].samples for index in scores])
         return mean_score(dict(zip(scores, counted, strict=True)), scores)
@@ -396,6 +396,6 @@ class Server(Talk):
             scores["error"] = f"{type(error).__name__}: {error}"
         if self.clock.excluded:
             scores["left_out"] = {str(index): reason for index, reason in self.clock.excluded.items()}
-        summary = summarise(self.party, self.status, self.done, self.ledger.totals, self.state_sha256, scores)
+        summary = summarise(self.workspace, self.status, self.done, self.ledger.totals, self.state_sha256, scores)
         self.folder.write_summary(summary)
         return summary

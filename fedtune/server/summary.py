@@ -9,13 +9,13 @@ from typing import Any
 import fedtune
 from fedtune.config.schema import to_dict
 from fedtune.data.sources import describe_source
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Party
 
 PACKAGES = ("torch", "transformers", "peft", "flwr", "bitsandbytes", "numpy", "safetensors", "tokenizers")
 
 
 def summarise(
-    party: Party, status: str, done: int, totals: Mapping[str, int], state: str, scores: Mapping[str, Any]
+    workspace: Party, status: str, done: int, totals: Mapping[str, int], state: str, scores: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The content of summary.json.
 
@@ -25,7 +25,7 @@ def summarise(
         state: the state's sha256.
         scores: what else there is to say about quality and time.
     """
-    experiment, model, data = party.experiment, party.model, party.data
+    experiment, model, data = workspace.experiment, workspace.model, workspace.data
     return {
         "name": experiment.name,
         "method": experiment.method_name,

@@ -33,7 +33,7 @@ from fedtune.planning.population import server_peer
 from fedtune.runs.checkpoint import Progress
 from fedtune.runs.update_store import size_of
 from fedtune.training.apply_instruction import BATCH, BITS, RANK, STEPS, TRAIN
-from fedtune.workspace.party import Party
+from fedtune.workspace.workspace import Party
 
 BESIDE_BYTES = 500  # of a message that holds no tensor, about
 ANY_BATCH = 1 << 30  # samples of a client that never runs short of a batch
@@ -83,10 +83,10 @@ class Clock:
         timed: the clients whose turns are timed.
     """
 
-    def __init__(self, party: Party):
-        self._party = party
-        self._population = party.experiment.population
-        self._partial = traits_of(party.strategy).partial
+    def __init__(self, workspace: Party):
+        self._party = workspace
+        self._population = workspace.experiment.population
+        self._partial = traits_of(workspace.strategy).partial
         self._measured = [0.0, 0.0]  # this round's largest messages, down and up, as shares of what was expected
         self.progress = Progress()
         self.excluded: dict[int, str] = {}

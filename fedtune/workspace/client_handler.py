@@ -14,7 +14,7 @@ from fedtune.device.owner import Owner
 from fedtune.planning.population import profile_of
 from fedtune.training.client_state import home
 from fedtune.wire.messages import pack_greeting, pack_score, unpack_question
-from fedtune.workspace.party import Party, party_of
+from fedtune.workspace.workspace import Party, party_of
 
 # What a node's owner may declare of it, in Flower's spelling of keys
 LIMITS = {name.replace("_", "-"): name for name in DeviceProfile.__dataclass_fields__}
@@ -50,25 +50,25 @@ def take_turn(
         raise ClientError(f"what the server asks for can't be done here: {type(error).__name__}: {reason}") from error
 
 
-def _answer(kind: str, round: str, content: RecordDict, party: Party, node_config: Mapping[str, Any]) -> RecordDict:
+def _answer(kind: str, round: str, content: RecordDict, workspace: Party, node_config: Mapping[str, Any]) -> RecordDict:
     index = index_of(node_config)
     if kind == MessageType.QUERY:
         run, before = unpack_question(content)
-        version, heard, lost = party.holds(run, index, before) if run else (0, 0, False)
-        own = home() if party.experiment.population.devices == MEASURED else None
-        capability = capability_of(node_config, profile_of(index, party.experiment, own))
-        peer = ClientInfo(index, party.samples(index), capability, base_version=version, heard=heard)
-        return pack_greeting(peer, party.model.layout.sha256, party.data.sha256, lost)
+        version, heard, lost = workspace.holds(run, index, before) if run else (0, 0, False)
+        own = home() if workspace.experiment.population.devices == MEASURED else None
+        capability = capability_of(node_config, profile_of(index, workspace.experiment, own))
+        peer = ClientInfo(index, workspace.samples(index), capability, base_version=version, heard=heard)
+        return pack_greeting(peer, workspace.model.layout.sha256, workspace.data.sha256, lost)
     if kind not in (MessageType.TRAIN, MessageType.EVALUATE):
         raise WireError(f"message type {kind[:40]!r} is not known: expected query, train or evaluate")
     if not re.fullmatch(r"[0-9]{1,18}", round):
         raise WireError(f"expected the round's number as the message's group, got {round[:40]!r}")
     number = int(round)
     if kind == MessageType.EVALUATE:
-        instruction, run = party.hear(content, index, number + 1)
-        return pack_score(party.examine(run, index, number, instruction))
-    instruction, run = party.hear(content, index, number, number)
-    return party.answer(run, index, number, instruction)
+        instruction, run = workspace.hear(content, index, number + 1)
+        return pack_score(workspace.examine(run, index, number, instruction))
+    instruction, run = workspace.hear(content, index, number, number)
+    return workspace.answer(run, index, number, instruction)
 
 
 def index_of(node_config: Mapping[str, Any]) -> int:

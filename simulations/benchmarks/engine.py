@@ -28,6 +28,7 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import torch
+from fedtune.workspace.workspace import Party, party_of
 from flwr.app import Context, Message, UserConfig
 from flwr.clientapp import ClientApp
 from rich.console import Console
@@ -40,7 +41,6 @@ from fedtune.core.seeds import derive_seed
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
 from fedtune.training.first_order import fit
-from fedtune.workspace.party import Party, party_of
 
 
 @dataclass(frozen=True)
@@ -169,13 +169,13 @@ def bare(words: Sequence[str] = (), clients: int = 20) -> list[tuple[str, ...]]:
         ]
     )
     text = experiment.text()
-    party = party_of({"config": text})
+    workspace = party_of({"config": text})
     inner = make_client_app()
     bare_seconds = [0.0]
 
     def bare_turn(index: int) -> None:
         begun = time.perf_counter()
-        train_once(party, index)
+        train_once(workspace, index)
         bare_seconds[0] += time.perf_counter() - begun
 
     app = ClientApp()
@@ -191,11 +191,11 @@ def bare(words: Sequence[str] = (), clients: int = 20) -> list[tuple[str, ...]]:
             bare_turn(index)
         return reply
 
-    train_once(party, 0)
+    train_once(workspace, 0)
     with tempfile.TemporaryDirectory() as folder:
         experiment = replace(experiment, out=f"{folder}/run")
         grid = LocalGrid(app, clients, {"config": text})
-        party.experiment = experiment
+        workspace.experiment = experiment
         make_server_app()(grid=grid, context=server_context({"config": text}))
         with (Path(folder) / "run" / "metrics.csv").open(encoding="utf-8") as stream:
             federated = float(list(csv.DictReader(stream))[1]["seconds"]) - bare_seconds[0]
@@ -206,13 +206,13 @@ def bare(words: Sequence[str] = (), clients: int = 20) -> list[tuple[str, ...]]:
     ]
 
 
-def train_once(party: Party, index: int) -> None:
+def train_once(workspace: Party, index: int) -> None:
     """A client's optimizer steps and nothing else."""
-    settings = party.experiment.train
-    key = derive_seed(party.experiment.seed, "train", 1, index)
+    settings = workspace.experiment.train
+    key = derive_seed(workspace.experiment.seed, "train", 1, index)
     fit(
-        party.model,
-        party.data.batches(index, settings.batch_size, key),
+        workspace.model,
+        workspace.data.batches(index, settings.batch_size, key),
         steps=settings.steps,
         lr=settings.lr,
         optimizer=settings.optimizer,
@@ -232,10 +232,10 @@ def template(words: Sequence[str] = (), turns: int = 4) -> list[tuple[str, ...]]
     found = []
     for label, quantization in (("bfloat16", "none"), ("as the template is shipped, 4-bit", "nf4")):
         settings = ["model=smollm2", f"model.quantization={quantization}", "evaluate.every=0", *words]
-        party = Party(compose(settings))
-        received = Instruction(party.model.read())
-        turn = partial(party.turn, "0" * 16, round=1, instruction=received)
-        usual = partial(usual_turn, party, received)
+        workspace = Party(compose(settings))
+        received = Instruction(workspace.model.read())
+        turn = partial(workspace.turn, "0" * 16, round=1, instruction=received)
+        usual = partial(usual_turn, workspace, received)
         turn(0), usual(0)
         pairs = [(timed(turn, index), timed(usual, index)) for index in range(1, turns + 1)]
         mine, theirs = (sum(side) / turns for side in zip(*pairs, strict=True))
@@ -252,7 +252,7 @@ def timed(call: Callable[[int], object], index: int) -> float:
     return time.perf_counter() - begun
 
 
-def usual_turn(party: Party, received: Instruction, index: int) -> None:
+def usual_turn(workspace: Party, received: Instruction, index: int) -> None:
     """Load, adapt, install, build a Trainer, train, read back."""
     from peft import (
         LoraConfig,
@@ -263,19 +263,19 @@ def usual_turn(party: Party, received: Instruction, index: int) -> None:
     )
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
-    settings, four_bit = party.experiment.train, party.experiment.model.quantization == "nf4"
+    settings, four_bit = workspace.experiment.train, workspace.experiment.model.quantization == "nf4"
     quantized: dict[str, Any] = {}
     if four_bit:
         quantized = {
             "quantization_config": BitsAndBytesConfig(load_in_4bit=True),
-            "device_map": {"": party.model.device},
+            "device_map": {"": workspace.model.device},
         }
-    model = AutoModelForCausalLM.from_pretrained(party.model.origin.path, dtype=torch.bfloat16, **quantized)
+    model = AutoModelForCausalLM.from_pretrained(workspace.model.origin.path, dtype=torch.bfloat16, **quantized)
     if four_bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
     adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
     set_peft_model_state_dict(adapted, received.tensors)
-    batches = itertools.islice(party.data.batches(index, settings.batch_size, 0), settings.steps)
+    batches = itertools.islice(workspace.data.batches(index, settings.batch_size, 0), settings.steps)
     examples = [
         {"input_ids": tokens, "labels": tokens.masked_fill(~targets, -100)}
         for batch in batches
@@ -285,7 +285,7 @@ def usual_turn(party: Party, received: Instruction, index: int) -> None:
     def collate(picked: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         pad = torch.nn.utils.rnn.pad_sequence
         return {
-            "input_ids": pad([row["input_ids"] for row in picked], True, party.data.pad),
+            "input_ids": pad([row["input_ids"] for row in picked], True, workspace.data.pad),
             "labels": pad([row["labels"] for row in picked], True, -100),
         }
 
@@ -301,7 +301,7 @@ def usual_turn(party: Party, received: Instruction, index: int) -> None:
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
-            use_cpu=party.model.device.type == "cpu",
+            use_cpu=workspace.model.device.type == "cpu",
         )
         Trainer(model=adapted, args=arguments, train_dataset=examples, data_collator=collate).train()
     get_peft_model_state_dict(adapted)
