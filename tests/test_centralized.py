@@ -21,6 +21,8 @@ from fedtune.models.tiny import tiny_tokenizer
 from fedtune.runtime.local import run_local
 from fedtune.training.first_order import fit
 
+pytestmark = pytest.mark.slow
+
 RUN = "0" * 16
 
 

@@ -24,6 +24,8 @@ from fedtune.training.zeroth_order import Rules
 from strategies.decomfl import DeComFL, State
 from strategies.mezo import MeZO
 
+pytestmark = pytest.mark.slow
+
 RULES = Rules(lr=1e-3, local_steps=2, eps=1e-2, perturbations=2)
 NOWHERE = Layout((), {})
 METHOD = DeComFL(RULES)

@@ -44,6 +44,8 @@ from fedtune.training.projection import (
 )
 from strategies.ferret import SHARE, Ferret, State
 
+pytestmark = pytest.mark.slow
+
 RUN = "0" * 16
 WORDS = ("method=ferret", "adapter=lora", "method.strategy.rules.directions=256")
 TWO = [("a",), ("b", "c")]

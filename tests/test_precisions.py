@@ -18,6 +18,8 @@ from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid
 from fedtune.training.apply_instruction import BATCH, BITS, SCORES
 
+pytestmark = pytest.mark.slow
+
 RUN = "0" * 16
 
 

@@ -13,6 +13,8 @@ from fedtune.config.schema import DataSpec, ModelSpec
 from fedtune.models.base import pick_device
 from fedtune.models.shared_base import base_for, once, sharing
 
+pytestmark = pytest.mark.slow
+
 RUN = (
     "model=tiny",
     f"data.path={PAIRS}",
