@@ -105,8 +105,20 @@ def pytest_collection_finish() -> None:
     half a second. The engine collects once a run, and a small run takes half of that. It freezes what it has loaded
     and lets go of it again, which would let go of these as well."""
     gc.collect()
-    gc.freeze()
+    _freeze()
     gc.freeze = gc.unfreeze = lambda: None
+
+
+_freeze = gc.freeze
+_file: list[Path] = []
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What a file's tests imported, as a compiler, stays as well."""
+    if _file != [item.path]:
+        _file[:] = [item.path]
+        gc.collect()
+        _freeze()
 
 
 # What each file costs: --cpu prints it, and docs/testing.md has it

@@ -1,5 +1,7 @@
 """The benchmark of the server's algebra still runs, on toy layers; its figures are for a quiet machine."""
 
+import pytest
+
 from simulations.benchmarks import aggregation
 
 
@@ -19,6 +21,7 @@ def test_quick_prints_every_method(monkeypatch, capsys):
     assert all(value > 0 for value in seen["fedit"].values())
 
 
+@pytest.mark.slow
 def test_one_measurement_comes_back_from_a_process_of_its_own():
     found = aggregation.alone("fedex_lora", aggregation.QUICK)
     size = aggregation.QUICK

@@ -22,6 +22,8 @@ from fedtune.training.apply_instruction import install
 from strategies.fedex_lora import FedExLoRA
 from strategies.flora import FLoRA
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TOKENS = torch.arange(40).reshape(2, 20) * 5 % 256
 TARGETS = {"tiny": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}

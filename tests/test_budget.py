@@ -12,6 +12,8 @@ from fedtune.config.schema import BudgetSpec
 from fedtune.core.errors import ConfigError
 from fedtune.server.budget import Spent, ended_by
 
+pytestmark = pytest.mark.slow
+
 RUN = (
     "run",
     "model=tiny",

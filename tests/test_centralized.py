@@ -22,6 +22,8 @@ from fedtune.training.first_order import fit
 from fedtune.workspace.client_handler import local_update
 from fedtune.workspace.workspace import Workspace
 
+pytestmark = pytest.mark.slow
+
 RUN = "0" * 16
 
 

@@ -58,6 +58,7 @@ def test_methods_shows_each_with_its_paper(capsys):
     assert "arXiv:2305.05644" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -88,6 +89,7 @@ def test_a_mistake_leaves_no_folder_behind(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_its_refusals_and_its_continuation(capsys, tmp_path):
     out = tmp_path / "run"
     code, printed, _ = said(capsys, "run", *QUICK, "rounds=1", f"out={out}")

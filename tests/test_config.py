@@ -33,6 +33,7 @@ def test_every_experiment_composes(name):
     assert compose([f"experiment={name}"]).name == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "group", ["model", "data", "adapter", "population", "runtime", "tracker", "method", "server_optimizer"]
 )
@@ -42,6 +43,7 @@ def test_every_choice_of_a_group_composes_and_reads_back(group):
         assert load(experiment.text()) == experiment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", choices("method"))
 def test_a_methods_yaml_lists_all_hyper_parameters_and_builds(name):
     composed = compose([f"method={name}"]).method

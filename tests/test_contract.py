@@ -37,8 +37,12 @@ METHODS = choices("method")
 # One whose server averages, one that stacks, one along seeded directions, a personal one and an asynchronous one
 ENGINES = ("fedit", "flora", "fedkseed", "fedsa_lora", "fedbuff")
 each_engine = pytest.mark.parametrize("method", ENGINES)
-each_method = pytest.mark.parametrize("method", METHODS)
-each_kind = pytest.mark.parametrize("method", of_each_kind(METHODS))
+KINDS = of_each_kind(METHODS)
+# While one works, one of each kind will do
+each_method = pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in METHODS]
+)
+each_kind = pytest.mark.parametrize("method", KINDS)
 
 
 def of(method):

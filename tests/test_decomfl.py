@@ -25,6 +25,8 @@ from fedtune.workspace.workspace import Workspace
 from strategies.decomfl import DeComFL, State
 from strategies.mezo import MeZO
 
+pytestmark = pytest.mark.slow
+
 RULES = Rules(lr=1e-3, local_steps=2, eps=1e-2, perturbations=2)
 NOWHERE = Layout((), {})
 METHOD = DeComFL(RULES)

@@ -125,6 +125,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "base"
 
 
+@pytest.mark.slow
 def test_the_engines_benchmark_runs(folder):
     words = [f"model.path={folder}", f"data.path={PAIRS}", "data.partition=iid"]
     idle = engine.idle(words, clients=5, ray=False)

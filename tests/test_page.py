@@ -209,6 +209,7 @@ def test_the_controls_are_in_colour_whatever_they_score():
     assert len(part.slots) == 8
 
 
+@pytest.mark.slow
 def test_files_for_papers(tmp_path):
     out = tmp_path / "out"
     path = page.write(comparison(), out)

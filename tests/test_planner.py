@@ -127,6 +127,7 @@ def problems(draw):
     return weights, values, costs, rules, device
 
 
+@pytest.mark.slow
 @many()
 @given(problems())
 def test_no_plan_is_better_than_the_one_found(problem):
@@ -214,6 +215,7 @@ def test_a_plan_is_the_best_of_all_selections_on_the_list(large):
         assert found == best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["concave", "jumps"])
 def test_a_bound_leaves_out_no_better_plan(kind, monkeypatch):
     """The same without bounds, for devices whose memory leaves room for few weights."""
@@ -238,6 +240,7 @@ def test_value_never_falls_as_a_limit_rises(large, limit):
         assert len(set(values)) > 2
 
 
+@pytest.mark.slow
 def test_value_never_falls_as_the_deadline_rises(large):
     made, costs, weights, rules = large
     devices = benchmark.fleet(SIZE)[:5]

@@ -369,6 +369,7 @@ def mutate(source, blob):
     return bytes(blob)
 
 
+@pytest.mark.slow
 @BOTH
 def test_thousands_of_damaged_and_made_up_blobs(code):
     source = random.Random(7)

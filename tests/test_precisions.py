@@ -19,6 +19,8 @@ from fedtune.training.apply_instruction import BATCH, BITS, SCORES
 from fedtune.workspace.client_handler import local_update
 from fedtune.workspace.workspace import Workspace
 
+pytestmark = pytest.mark.slow
+
 RUN = "0" * 16
 
 

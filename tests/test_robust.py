@@ -86,6 +86,7 @@ def test_bulyan_takes_the_mean_around_the_median_of_those_that_krum_keeps():
     assert aggregate(Bulyan(1), vectors, [1, 9, 1, 9, 1, 9, 9]).tolist() == [2, -2]
 
 
+@pytest.mark.slow
 @by_class
 @given(st.integers(0, 2**32), st.integers(0, 6), st.sampled_from([1e6, -1e6, 1e30]))
 def test_one_attacker_can_not_push_the_result_out_of_the_honest_range(method, seed, place, lie):
@@ -115,6 +116,7 @@ def reference(method, x, examples):
     return np.take_along_axis(kept, nearest, axis=0).mean(0)
 
 
+@pytest.mark.slow
 @by_class
 @given(st.integers(0, 2**32), st.integers(7, 12))
 def test_it_agrees_with_numpy(method, seed, count):

@@ -130,6 +130,7 @@ def test_the_shorter_way_is_taken():
     assert held.passes == 13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_thousand_perturbations_leave_no_drift(dtype):
     """The textbook way, w + eps z, - 2 eps z, + eps z, does in 16 bits: it is measured here too."""

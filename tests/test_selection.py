@@ -79,6 +79,7 @@ def test_uniform_is_uniform_over_those_who_are_able():
     expect(counts, dict.fromkeys(combinations([0, 2, 3, 6], 2), 1 / 6), 3000)
 
 
+@pytest.mark.slow
 def test_candidates_come_by_their_samples_without_repetition():
     """Nobody was heard: all losses are alike, and the cohort is who was drawn first."""
     counts = Counter(

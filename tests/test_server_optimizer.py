@@ -296,6 +296,7 @@ def test_a_step_towards_no_average_is_refused_by_the_strategy_too():
         FedAdam(FedAdam(FedIT()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_both_ways_to_it_are_one(name):
     """method=fedadam is FedIT with server_optimizer=fedadam, down to the hyper-parameters."""

@@ -14,6 +14,8 @@ from fedtune.core.caches import once, sharing
 from fedtune.models.base import pick_device
 from fedtune.models.shared_base import base_for
 
+pytestmark = pytest.mark.slow
+
 RUN = (
     "model=tiny",
     f"data.path={PAIRS}",

@@ -11,18 +11,18 @@ from fedtune.runtime.local import run_local
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_learns_and_its_adapter_answers_in_plain_peft(tmp_path):
     overrides = [
-        "population.cohort=4",
-        "rounds=1",
-        "train.lr=4e-3",
+        "population.cohort=2",
+        "rounds=2",
         "evaluate.examples=24",
         "runtime.threads=1",
         f"out={tmp_path / 'run'}",
     ]
     run_local(compose(["experiment=demo", *overrides]))
     summary = summary_of(tmp_path / "run")
-    assert summary["last_eval_loss"] < summary["first_eval_loss"] - 0.1
+    assert summary["last_eval_loss"] < summary["first_eval_loss"] - 0.2
     assert summary["last_eval_accuracy"] > summary["first_eval_accuracy"]
 
     path = summary["base"]["path"]

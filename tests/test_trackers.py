@@ -26,6 +26,8 @@ from fedtune.runs.metrics_columns import METRICS
 from fedtune.runtime.local import run_local
 from fedtune.server.trackers import Tracking, check_installed, figures, hyper_parameters
 
+pytestmark = pytest.mark.slow
+
 ROW = {"round": 0, "eval_loss": 2.5, "eval_accuracy": None, "seconds": 0.25, "up_wire_bytes": 7}
 
 

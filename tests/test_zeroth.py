@@ -84,6 +84,7 @@ def ready(rules):
     return model, moved
 
 
+@pytest.mark.slow
 def test_a_slope_is_the_directional_derivative():
     rules = Rules(lr=1e-3, local_steps=1, eps=1e-3)
     model, moved = ready(rules)
