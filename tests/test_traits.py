@@ -37,7 +37,7 @@ def test_the_controls():
 def test_what_a_class_of_ones_own_declares(tmp_path, monkeypatch):
     """By itself, by the class that it is made from, or not at all; its file is read and not run."""
     (tmp_path / "mine.py").write_text(
-        "raise SystemExit\nfrom strategies.scaffold import Scaffold\nfrom fedtune.protocol import Traits\n"
+        "raise SystemExit\nfrom strategies.scaffold import Scaffold\nfrom fedtune.core.protocol import Traits\n"
         "class Own:\n    traits = Traits(title='Own way', control=True, lossy_up=False, unheard_of=1)\n"
         "class Based(Scaffold):\n    pass\n"
         "class Bare:\n    pass\n"
