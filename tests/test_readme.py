@@ -29,7 +29,7 @@ def test_the_strategy_in_15_lines_plays_two_rounds(small_run, tmp_path, monkeypa
     losses = [float(row["eval_loss"]) for row in rows(folder, "metrics.csv")]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
-    assert summary_of(folder)["method"] == module
+    assert summary_of(folder)["method"] == "Median"
     assert not rows(folder, "failures.csv")
 
 
