@@ -250,7 +250,7 @@ def test_after_a_real_run_with_losses_c_is_the_mean_of_what_the_clients_hold(tmp
     finish = RoundLoop._finish
 
     def finish_and_keep(self, played):
-        states[played.number] = self.known.strategy
+        states[played.number] = self.known.strategy_state
         finish(self, played)
 
     monkeypatch.setattr(RoundLoop, "_finish", finish_and_keep)

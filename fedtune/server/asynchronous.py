@@ -109,8 +109,8 @@ class AsynchronousRounds:
                 replies.append(reply)
             self._view.reply(played.mean("train_loss"), len(played.failures), self._channel.ledger.totals)
         replies.sort(key=lambda reply: reply[0].index)
-        self._known.strategy, _ = self._aggregator.aggregate(
-            self._known.strategy, played, replies, lambda got: self._check(played, got)
+        self._known.strategy_state, _ = self._aggregator.aggregate(
+            self._known.strategy_state, played, replies, lambda got: self._check(played, got)
         )
         self._clock.record_losses(played.reported("train_loss"))
         played.virtual_seconds = self._clock.set_time(self._clock.progress.seconds)
@@ -129,7 +129,7 @@ class AsynchronousRounds:
         """
         number, registry = played.number, self._channel.registry
         present = registry.refresh(number)
-        able, expected = self._eligibility.clients(self._known.strategy, number)
+        able, expected = self._eligibility.clients(self._known.strategy_state, number)
         able = [index for index in able if index in present and str(index) not in self._pending and index not in asked]
         while able and (lacking := self._eligibility.cohort_size - len(self._pending)) > 0:
             chosen = self._clock.cohort(number, able, lacking, registry.peers, expected)

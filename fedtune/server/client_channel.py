@@ -93,6 +93,7 @@ class ClientChannel:
         """
         index_of = {self.registry.nodes[index]: index for index in cohort}
         messages = list(self._messages(number, index_of.values(), kind, number if label is None else label))
+        self.downlink.release()
         try:
             for arrival in self.transport.send(messages, self._experiment.runtime.timeout):
                 index = index_of[arrival.node]
@@ -104,12 +105,12 @@ class ClientChannel:
     def _messages(self, number: int, cohort: Iterable[int], kind: str, label: int) -> Iterator[Message]:
         """A message for each client, recorded. Clients that are sent the same share one content."""
         shared: list[_Shared] = []
-        chained = self.downlink.chained(self._known.strategy, number)
+        chained = self.downlink.chained(self._known.strategy_state, number)
         for index in cohort:
             begun = time.perf_counter()
             peer = self.registry.peers[index]
             try:
-                instruction = self._clock.instructions.make(self._known.strategy, number, peer)
+                instruction = self._clock.instructions.make(self._known.strategy_state, number, peer)
             except CapacityError:
                 if kind == MessageType.EVALUATE:  # a device that can take no part holds no model to score
                     continue
@@ -146,7 +147,7 @@ class ClientChannel:
             payload = len(blob)
 
             def validate(update: Update) -> None:
-                self._workspace.strategy.validate(self._known.strategy, played.number, peer, update)
+                self._workspace.strategy.validate(self._known.strategy_state, played.number, peer, update)
 
             received = self.uplink.decode(content, blob, peer, sent.decoded, validate, self._knows_samples)
             size = received.content_bytes

@@ -178,7 +178,7 @@ class RoundLoop:
         if (limit := self._spent(known.done)) and known.done < self._experiment.rounds:
             view.note(f"ended after round {known.done} of {self._experiment.rounds}: {limit} has no room for another")
         if not self._clock.timed:
-            self._memory_bytes = self._clock.memory(known.strategy, known.done + 1)
+            self._memory_bytes = self._clock.memory(known.strategy_state, known.done + 1)
         summary = self._summarise()
         self._tracking.end(self._status, self._totals)
         view.finished(summary, folder.path)
@@ -225,8 +225,8 @@ class RoundLoop:
         begun = time.monotonic()
         number, known, downlink = played.number, self.known, self._channel.downlink
         downlink.forget()
-        known.sent = downlink.next_broadcast(known.sent, known.strategy, number + 1)
-        broadcast = downlink.broadcast(known.sent, known.strategy, number + 1)
+        known.sent = downlink.next_broadcast(known.sent, known.strategy_state, number + 1)
+        broadcast = downlink.broadcast(known.sent, known.strategy_state, number + 1)
         self._workspace.install(broadcast, memory={})
         played.rounding = self._workspace.model.base_delta.rounding
         found = self._held_out.score(number, broadcast)
@@ -241,7 +241,7 @@ class RoundLoop:
         seconds = time.monotonic() - begun
         peers = self._channel.registry.peers
         row = self._recorder.record(played, found, seconds, broadcast, self._channel.ledger, peers)
-        known.done, known.sha256 = number, state_sha256(known.strategy)
+        known.done, known.sha256 = number, state_sha256(known.strategy_state)
         self._summarise()
         self._tracking.log(row)
         self._view.round_ends(row)

@@ -47,7 +47,7 @@ class RoundRecorder:
         """
         number, folder, model = played.number, self._folder, self._workspace.model
         entries = ledger.take_pending()
-        residual = residual_of(self._known.strategy)
+        residual = residual_of(self._known.strategy_state)
         row = {
             "round": number,
             "eval_loss": None,

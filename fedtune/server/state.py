@@ -14,7 +14,7 @@ class ServerState:
     """One run's.
 
     Attributes:
-        strategy: the strategy's own state.
+        strategy_state: the strategy's.
         sent: the last broadcast, where broadcasts build on one another.
         progress: virtual time, who is uncertain, what is pending.
         run_id: by which clients find what they kept; a resumed run has the one it began with.
@@ -22,7 +22,7 @@ class ServerState:
         sha256: of the strategy's state after it.
     """
 
-    strategy: Any = None
+    strategy_state: Any = None
     sent: BroadcastChain = field(default_factory=BroadcastChain)
     progress: Progress = field(default_factory=Progress)
     run_id: str = ""
@@ -44,7 +44,7 @@ class ServerState:
             i for i in self.progress.state_unknown if i in peers and not (peers[i].broadcast or peers[i].base_version)
         ]
         self.progress = replace(self.progress, state_unknown=unsure)
-        return Checkpoint(number, config_sha256, self.strategy, self.run_id, self.sent, self.progress, data)
+        return Checkpoint(number, config_sha256, self.strategy_state, self.run_id, self.sent, self.progress, data)
 
     def trust(self, index: int, sure: bool) -> None:
         """Remember whether it is known what a client keeps. It is asked after a resume too, and says what it keeps, but

@@ -60,7 +60,7 @@ class SynchronousRounds:
         begun = time.monotonic()
         channel, view = self._channel, self._view
         present = channel.registry.refresh(number)
-        able, expected = self._eligibility.clients(self._known.strategy, number)
+        able, expected = self._eligibility.clients(self._known.strategy_state, number)
         self._eligibility.check(number, able)
         size = self._eligibility.cohort_size
         cohort = self._clock.cohort(number, able, size, channel.registry.peers, expected)
@@ -94,11 +94,11 @@ class SynchronousRounds:
         return played
 
     def _aggregate(self, played: Round, replies: Replies, check: Callable[[int], None]) -> None:
-        before = self._known.strategy
-        self._known.strategy, weighed = self._aggregator.aggregate(before, played, replies, check)
+        before = self._known.strategy_state
+        self._known.strategy_state, weighed = self._aggregator.aggregate(before, played, replies, check)
         if self._workspace.experiment.evaluate.exactness:
             layout, strategy = self._workspace.model.layout, self._workspace.strategy
-            me, after = server_peer(self._workspace.experiment, layout), self._known.strategy
+            me, after = server_peer(self._workspace.experiment, layout), self._known.strategy_state
             played.error = aggregation_error(layout, strategy, played.number, before, after, weighed, me)
 
 

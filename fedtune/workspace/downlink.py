@@ -134,6 +134,15 @@ class Downlink:
         lost = {} if self.is_lossless else left_out(instruction.tensors, decoded.tensors)
         return SentInstruction(content, instruction, decoded, lost, len(blob), content_bytes(content))
 
+    def release(self) -> None:
+        """Let go of blobs that are on their way.
+
+        A lossy broadcast for all is kept, which is small: it may be sent again in this round. What was made for one client
+        each, or holds every bit, would take as much memory as all of them.
+        """
+        if self.is_lossless or len(self._encoded) > 1:
+            self._encoded.clear()
+
     def forget(self) -> None:
         """Let go of what was encoded: the state that it was made of has gone."""
         self._encoded.clear()
