@@ -137,8 +137,8 @@ class Downlink:
     def release(self) -> None:
         """Let go of blobs that are on their way.
 
-        A lossy broadcast for all is kept, which is small: it may be sent again in this round. What was made for one client
-        each, or holds every bit, would take as much memory as all of them.
+        A lossy broadcast for all is kept, which is small: it may be sent again in this round. What was made for one
+        client each, or holds every bit, would take as much memory as all of them.
         """
         if self.is_lossless or len(self._encoded) > 1:
             self._encoded.clear()
