@@ -2,6 +2,7 @@
 
 import errno
 import os
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,26 @@ class Buffered(list[tuple[ClientInfo, Update]]):
         self[:] = [reply for reply in self if reply[0].index != index]
 
 
-class Replies(Sequence[tuple[ClientInfo, Update]]):
+class UpdateSequence(Sequence[tuple[ClientInfo, Update]]):
+    """Clients and their updates, each made when it is looked up (`at`)."""
+
+    @abstractmethod
+    def at(self, place: int) -> tuple[ClientInfo, Update]:
+        """The client and the update at this place."""
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[ClientInfo, Update]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[tuple[ClientInfo, Update]]: ...
+
+    def __getitem__(self, place: int | slice) -> tuple[ClientInfo, Update] | list[tuple[ClientInfo, Update]]:
+        if isinstance(place, slice):
+            return [self.at(number) for number in range(*place.indices(len(self)))]
+        return self.at(place)
+
+
+class Replies(UpdateSequence):
     """The valid updates of a round.
 
     Past the first 64 MB they wait on disk and are decoded when looked up, so a strategy that passes over them one by
@@ -84,15 +104,8 @@ class Replies(Sequence[tuple[ClientInfo, Update]]):
     def __len__(self) -> int:
         return len(self._items)
 
-    @overload
-    def __getitem__(self, place: int) -> tuple[ClientInfo, Update]: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[tuple[ClientInfo, Update]]: ...
-
-    def __getitem__(self, place: int | slice) -> tuple[ClientInfo, Update] | list[tuple[ClientInfo, Update]]:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
+    def at(self, place: int) -> tuple[ClientInfo, Update]:
+        """The client and its update, read from the disk if it waits there."""
         peer, update = self._items[place]
         return peer, self._load(update) if isinstance(update, _Stored) else update
 

@@ -26,20 +26,13 @@ import torch
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import ClientInfo, Instruction, Update
 from fedtune.planning.turn_times import Timed, Turn
-from fedtune.runs.run_folder import RunFolder
 from fedtune.runs.update_store import Buffered
-from fedtune.server.aggregation import Aggregator
-from fedtune.server.client_channel import ClientChannel
-from fedtune.server.eligibility import Eligibility
-from fedtune.server.progress import View
 from fedtune.server.round import Round
-from fedtune.server.state import ServerState
+from fedtune.server.round_parts import RoundParts
 from fedtune.server.synchronous import SynchronousRounds, check_quorum
-from fedtune.server.virtual_clock import Clock
 from fedtune.wire.delta_coding import decode, with_feedback
 from fedtune.workspace.downlink import SentInstruction
 from fedtune.workspace.uplink import ReceivedUpdate
-from fedtune.workspace.workspace import Workspace
 
 
 class AsynchronousRounds:
@@ -50,29 +43,10 @@ class AsynchronousRounds:
         synchronous: what plays rounds where no device has a limit.
     """
 
-    def __init__(
-        self,
-        buffer: int,
-        synchronous: SynchronousRounds,
-        workspace: Workspace,
-        channel: ClientChannel,
-        eligibility: Eligibility,
-        aggregator: Aggregator,
-        clock: Clock,
-        known: ServerState,
-        folder: RunFolder,
-        view: View,
-    ):
+    def __init__(self, buffer: int, synchronous: SynchronousRounds, parts: RoundParts):
         self._buffer = buffer
         self._synchronous = synchronous
-        self._workspace = workspace
-        self._channel = channel
-        self._eligibility = eligibility
-        self._aggregator = aggregator
-        self._clock = clock
-        self._known = known
-        self._folder = folder
-        self._view = view
+        self._parts = parts
 
     def play(self, number: int) -> Round:
         """One update of the server.
@@ -82,14 +56,14 @@ class AsynchronousRounds:
             QuorumError: if too few updates came and nobody is left to ask.
             DivergedError: if the updates can't be aggregated.
         """
-        if not self._eligibility.is_timed:
+        if not self._parts.eligibility.is_timed:
             if number == 1:
-                self._view.note(
+                self._parts.view.note(
                     "no device has a limit, so nobody is faster than another and rounds are synchronous; "
                     "population=mixed makes clients unequal"
                 )
             return self._synchronous.play(number)
-        clients = self._workspace.experiment.population.clients - len(self._eligibility.idle)
+        clients = self._parts.workspace.experiment.population.clients - len(self._parts.eligibility.idle)
         if self._buffer > clients:
             raise ConfigError(
                 f"a step of the server takes {self._buffer} updates, and {clients} clients with rows give one each to "
@@ -97,7 +71,7 @@ class AsynchronousRounds:
             )
         begun = time.monotonic()
         played = Round(number)
-        self._view.round_begins(number, self._buffer)
+        self._parts.view.round_begins(number, self._buffer)
         asked: set[int] = set()  # for the state that the server holds
         replies = Buffered()
         while len(replies) < self._buffer:
@@ -107,19 +81,19 @@ class AsynchronousRounds:
                 break
             if (reply := self._next(played)) is not None:
                 replies.append(reply)
-            self._view.reply(played.mean("train_loss"), len(played.failures), self._channel.ledger.totals)
+            self._parts.view.reply(played.mean("train_loss"), len(played.failures), self._parts.channel.ledger.totals)
         replies.sort(key=lambda reply: reply[0].index)
-        self._known.strategy_state, _ = self._aggregator.aggregate(
-            self._known.strategy_state, played, replies, lambda got: self._check(played, got)
+        self._parts.known.strategy_state, _ = self._parts.aggregator.aggregate(
+            self._parts.known.strategy_state, played, replies, lambda got: self._check(played, got)
         )
-        self._clock.record_losses(played.reported("train_loss"))
-        played.virtual_seconds = self._clock.set_time(self._clock.progress.seconds)
+        self._parts.clock.record_losses(played.reported("train_loss"))
+        played.virtual_seconds = self._parts.clock.set_time(self._parts.clock.progress.seconds)
         played.seconds = time.monotonic() - begun
         return played
 
     @property
     def _pending(self) -> dict[str, Any]:
-        return self._clock.progress.pending
+        return self._parts.clock.progress.pending
 
     def _fill(self, played: Round, asked: set[int]) -> None:
         """Ask as many clients as a cohort lacks, until as many are at work or nobody is left.
@@ -127,12 +101,12 @@ class AsynchronousRounds:
         Args:
             asked: those that were asked already for what the server holds.
         """
-        number, registry = played.number, self._channel.registry
+        number, registry = played.number, self._parts.channel.registry
         present = registry.refresh(number)
-        able, expected = self._eligibility.clients(self._known.strategy_state, number)
+        able, expected = self._parts.eligibility.clients(self._parts.known.strategy_state, number)
         able = [index for index in able if index in present and str(index) not in self._pending and index not in asked]
-        while able and (lacking := self._eligibility.cohort_size - len(self._pending)) > 0:
-            chosen = self._clock.cohort(number, able, lacking, registry.peers, expected)
+        while able and (lacking := self._parts.eligibility.cohort_size - len(self._pending)) > 0:
+            chosen = self._parts.clock.cohort(number, able, lacking, registry.peers, expected)
             asked.update(chosen)
             able = [index for index in able if index not in asked]
             self._set_to_work(played, chosen)
@@ -155,10 +129,12 @@ class AsynchronousRounds:
                 "told": sent.decoded.tensors,
                 "lost": sent.lost,
             }
-            self._clock.progress = replace(self._clock.progress, pending={**self._pending, str(peer.index): waiting})
+            self._parts.clock.progress = replace(
+                self._parts.clock.progress, pending={**self._pending, str(peer.index): waiting}
+            )
 
-        for index, arrival in self._channel.ask(played.number, chosen):
-            self._channel.receive(index, arrival, played, take)
+        for index, arrival in self._parts.channel.ask(played.number, chosen):
+            self._parts.channel.receive(index, arrival, played, take)
 
     def _next(self, played: Round) -> tuple[ClientInfo, Update] | None:
         """The answer that is there first, of equal ones the lowest index's; the clock goes on to then. None if it is
@@ -167,19 +143,19 @@ class AsynchronousRounds:
         index = min(map(int, self._pending), key=lambda index: (self._pending[str(index)]["end"], index))
         pending = dict(self._pending)
         ended = pending.pop(str(index))
-        seconds = max(self._clock.progress.seconds, ended["end"])
-        self._clock.progress = replace(self._clock.progress, seconds=seconds, pending=pending)
+        seconds = max(self._parts.clock.progress.seconds, ended["end"])
+        self._parts.clock.progress = replace(self._parts.clock.progress, seconds=seconds, pending=pending)
         told, blob = ended["told"], ended["blob"].numpy().tobytes()
-        known = self._channel.uplink.known(Instruction(told))
-        tensors = decode(self._workspace.codec_up, blob, known)
+        known = self._parts.channel.uplink.known(Instruction(told))
+        tensors = decode(self._parts.workspace.codec_up, blob, known)
         update = Update(tensors, ended["examples"], ended["metrics"])
         staleness = played.number - 1 - ended["version"]
-        out = self._aggregator.implausible(played.norms | norms, {index: told}).get(index, "")
+        out = self._parts.aggregator.implausible(played.norms | norms, {index: told}).get(index, "")
         played.turns.append(Timed(index, Turn(**ended["turn"]), ended["begun"], staleness, out))
         if out:
-            self._channel.refuse(index, played, out)
+            self._parts.channel.refuse(index, played, out)
             return None
-        self._channel.count(index, update, blob, told, played)
+        self._parts.channel.count(index, update, blob, told, played)
         played.norms[index] = ended["norm"]
         # As of a client that heard all that was meant (`Replies.add`)
         start = {name: known[name] for name in tensors if name in known}
@@ -193,6 +169,6 @@ class AsynchronousRounds:
         Raises:
             QuorumError: if it doesn't.
         """
-        enough = self._workspace.experiment.population.min_replies(self._buffer)
+        enough = self._parts.workspace.experiment.population.min_replies(self._buffer)
         what = "updates came and nobody is left to ask,"
-        check_quorum(played, got, self._buffer, what, enough, self._folder)
+        check_quorum(played, got, self._buffer, what, enough, self._parts.folder)

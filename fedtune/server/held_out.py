@@ -7,35 +7,17 @@ from fedtune.core.errors import FedtuneError
 from fedtune.core.protocol import Instruction, Score
 from fedtune.evaluation.scoring import mean_score
 from fedtune.runs.ledger import Part
-from fedtune.runs.run_folder import RunFolder
-from fedtune.server.aggregation import Aggregator
-from fedtune.server.client_channel import ClientChannel
-from fedtune.server.eligibility import Eligibility
-from fedtune.server.progress import View
+from fedtune.server.round_parts import RoundParts
 from fedtune.wire.messages import unpack_score
-from fedtune.workspace.workspace import Workspace
 
 
 class HeldOut:
     """One run's evaluation."""
 
-    def __init__(
-        self,
-        workspace: Workspace,
-        channel: ClientChannel,
-        eligibility: Eligibility,
-        aggregator: Aggregator,
-        folder: RunFolder,
-        view: View,
-    ):
-        self._workspace = workspace
-        self._spec = workspace.experiment.evaluate
-        self._personal = traits_of(workspace.strategy).personal
-        self._channel = channel
-        self._eligibility = eligibility
-        self._aggregator = aggregator
-        self._folder = folder
-        self._view = view
+    def __init__(self, parts: RoundParts):
+        self._parts = parts
+        self._spec = parts.workspace.experiment.evaluate
+        self._personal = traits_of(parts.workspace.strategy).personal
 
     def score(self, number: int, broadcast: Instruction) -> Score | None:
         """The round's score, where one is due: of a personal method the clients' own models'.
@@ -46,7 +28,7 @@ class HeldOut:
         every = self._spec.every
         if not (every and number % every == 0):
             return None
-        return self.ask_clients(number, broadcast) if self._personal else self._workspace.evaluate()
+        return self.ask_clients(number, broadcast) if self._personal else self._parts.workspace.evaluate()
 
     def clients_are_due(self, number: int, last: bool) -> bool:
         """Whether clients are to score the global model after this round.
@@ -64,8 +46,8 @@ class HeldOut:
         Args:
             broadcast: as for `score`.
         """
-        channel, registry = self._channel, self._channel.registry
-        present, idle = channel.transport.nodes(), self._eligibility.idle
+        channel, registry = self._parts.channel, self._parts.channel.registry
+        present, idle = channel.transport.nodes(), self._parts.eligibility.idle
         there = [i for i in sorted(registry.nodes) if registry.nodes[i] in present and i not in idle]
         scores: dict[int, Score] = {}
         for index, arrival in channel.ask(number + 1, there, MessageType.EVALUATE, number):
@@ -75,9 +57,9 @@ class HeldOut:
                     scores[index] = score
             except FedtuneError as error:
                 part = Part.FAILED
-                self._view.note(f"client {index} could not be evaluated: {error}")
+                self._parts.view.note(f"client {index} could not be evaluated: {error}")
             channel.record_reply(number, index, part, arrival)
-        self._workspace.install(broadcast, memory={})  # clients in this process had the model meanwhile
-        self._folder.append_clients(number, scores)
-        counted = self._aggregator.weights([registry.peers[index].samples for index in scores])
+        self._parts.workspace.install(broadcast, memory={})  # clients in this process had the model meanwhile
+        self._parts.folder.append_clients(number, scores)
+        counted = self._parts.aggregator.weights([registry.peers[index].samples for index in scores])
         return mean_score(dict(zip(scores, counted, strict=True)), scores)

@@ -24,7 +24,7 @@ class Instructions:
         known = self._made.pop(peer.index, None)
         return known[1] if known and known[0] == peer else self._strategy.configure(state, number, peer)
 
-    def plan_for_all(self, state: Any, number: int, peer: ClientInfo) -> Instruction:
+    def prepare(self, state: Any, number: int, peer: ClientInfo) -> Instruction:
         """The same, kept until it is sent.
 
         Raises:

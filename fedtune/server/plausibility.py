@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median_low
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from fedtune.core.errors import DivergedError
 from fedtune.core.protocol import ClientInfo, Strategy, Tensors, Update
 from fedtune.runs.checkpoint import flatten
+from fedtune.runs.update_store import UpdateSequence
 from fedtune.wire.delta_coding import starts_of, wide
 
 ENOUGH = 3  # updates that changed anything, below which their median says nothing
@@ -171,7 +172,7 @@ def effective_examples(examples: Sequence[int], weights: str, most: float) -> li
     return [min(n * FINE, max(1, math.floor(limit * FINE))) for n in examples]
 
 
-class Weighed(Sequence[tuple[ClientInfo, Update]]):
+class Weighed(UpdateSequence):
     """Replies whose updates count for other numbers of examples; nothing else about them changes.
 
     Args:
@@ -185,14 +186,7 @@ class Weighed(Sequence[tuple[ClientInfo, Update]]):
     def __len__(self) -> int:
         return len(self._replies)
 
-    @overload
-    def __getitem__(self, place: int) -> tuple[ClientInfo, Update]: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[tuple[ClientInfo, Update]]: ...
-
-    def __getitem__(self, place: int | slice) -> tuple[ClientInfo, Update] | list[tuple[ClientInfo, Update]]:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
+    def at(self, place: int) -> tuple[ClientInfo, Update]:
+        """The client and its update, with the number of examples that it counts for."""
         peer, update = self._replies[place]
         return peer, replace(update, examples=self._examples[place])

@@ -33,6 +33,7 @@ from fedtune.server.eligibility import Eligibility
 from fedtune.server.held_out import HeldOut
 from fedtune.server.progress import View, make_view
 from fedtune.server.round import Round
+from fedtune.server.round_parts import RoundParts
 from fedtune.server.round_recorder import RoundRecorder
 from fedtune.server.state import ServerState
 from fedtune.server.synchronous import SynchronousRounds
@@ -136,12 +137,12 @@ class RoundLoop:
         self._channel = ClientChannel(transport, workspace, known, self._clock, view, asynchronous)
         eligibility = Eligibility(workspace, self._channel.registry, self._clock, view)
         self._aggregator = Aggregator(experiment, strategy, view.note, self._channel.exclude)
-        self._held_out = HeldOut(workspace, self._channel, eligibility, self._aggregator, folder, view)
         self._recorder = RoundRecorder(workspace, known, folder)
-        parts = (workspace, self._channel, eligibility, self._aggregator, self._clock, known, folder, view)
-        synchronous = SynchronousRounds(*parts)
+        parts = RoundParts(workspace, self._channel, eligibility, self._aggregator, self._clock, known, folder, view)
+        self._held_out = HeldOut(parts)
+        synchronous = SynchronousRounds(parts)
         buffer = strategy.buffer if isinstance(strategy, HasBuffer) else 1
-        self.rounds: Rounds = AsynchronousRounds(buffer, synchronous, *parts) if asynchronous else synchronous
+        self.rounds: Rounds = AsynchronousRounds(buffer, synchronous, parts) if asynchronous else synchronous
         self._status = "running"
         self._seconds = 0.0  # of the rounds so far, without evaluation: the virtual clock's where it runs
         self._loss: float | None = None  # the last held-out one

@@ -13,41 +13,18 @@ from fedtune.core.protocol import ClientInfo
 from fedtune.planning.population import server_peer
 from fedtune.runs.run_folder import RunFolder
 from fedtune.runs.update_store import Replies
-from fedtune.server.aggregation import Aggregator
 from fedtune.server.aggregation_error import aggregation_error
-from fedtune.server.client_channel import ClientChannel
-from fedtune.server.eligibility import Eligibility
-from fedtune.server.progress import View
 from fedtune.server.round import Round
-from fedtune.server.state import ServerState
-from fedtune.server.virtual_clock import Clock
+from fedtune.server.round_parts import RoundParts
 from fedtune.workspace.downlink import SentInstruction
 from fedtune.workspace.uplink import ReceivedUpdate
-from fedtune.workspace.workspace import Workspace
 
 
 class SynchronousRounds:
     """How rounds are played where the server waits for a cohort."""
 
-    def __init__(
-        self,
-        workspace: Workspace,
-        channel: ClientChannel,
-        eligibility: Eligibility,
-        aggregator: Aggregator,
-        clock: Clock,
-        known: ServerState,
-        folder: RunFolder,
-        view: View,
-    ):
-        self._workspace = workspace
-        self._channel = channel
-        self._eligibility = eligibility
-        self._aggregator = aggregator
-        self._clock = clock
-        self._known = known
-        self._folder = folder
-        self._view = view
+    def __init__(self, parts: RoundParts):
+        self._parts = parts
 
     def play(self, number: int) -> Round:
         """One round, up to the aggregated state.
@@ -58,20 +35,20 @@ class SynchronousRounds:
         """
         played = Round(number)
         begun = time.monotonic()
-        channel, view = self._channel, self._view
+        channel, view = self._parts.channel, self._parts.view
         present = channel.registry.refresh(number)
-        able, expected = self._eligibility.clients(self._known.strategy_state, number)
-        self._eligibility.check(number, able)
-        size = self._eligibility.cohort_size
-        cohort = self._clock.cohort(number, able, size, channel.registry.peers, expected)
+        able, expected = self._parts.eligibility.clients(self._parts.known.strategy_state, number)
+        self._parts.eligibility.check(number, able)
+        size = self._parts.eligibility.cohort_size
+        cohort = self._parts.clock.cohort(number, able, size, channel.registry.peers, expected)
         asked = [index for index in cohort if index in present]
         view.round_begins(number, len(cohort))
 
         def check(got: int) -> None:
-            enough = self._workspace.experiment.population.min_replies(max(len(cohort), size))
-            check_quorum(played, got, len(cohort), "clients gave a usable update,", enough, self._folder)
+            enough = self._parts.workspace.experiment.population.min_replies(max(len(cohort), size))
+            check_quorum(played, got, len(cohort), "clients gave a usable update,", enough, self._parts.folder)
 
-        with closing(Replies(self._workspace.codec_up, Path(self._folder.path))) as replies:
+        with closing(Replies(self._parts.workspace.codec_up, Path(self._parts.folder.path))) as replies:
 
             def take(peer: ClientInfo, received: ReceivedUpdate, sent: SentInstruction) -> None:
                 replies.add(peer, received.update, received.blob, received.known, sent.lost)
@@ -83,22 +60,22 @@ class SynchronousRounds:
             for index, arrival in channel.ask(number, asked):
                 channel.receive(index, arrival, played, take)
                 view.reply(played.mean("train_loss"), len(played.failures), channel.ledger.totals)
-            self._aggregator.sift(played, replies)
+            self._parts.aggregator.sift(played, replies)
             check(len(replies))
             replies.sort()
             self._aggregate(played, replies, check)
-        self._clock.record_losses(played.reported("train_loss"))
-        if self._clock.timed:
-            played.virtual_seconds = self._clock.advance(played.turns, played.clients < len(asked))
+        self._parts.clock.record_losses(played.reported("train_loss"))
+        if self._parts.clock.timed:
+            played.virtual_seconds = self._parts.clock.advance(played.turns, played.clients < len(asked))
         played.seconds = time.monotonic() - begun
         return played
 
     def _aggregate(self, played: Round, replies: Replies, check: Callable[[int], None]) -> None:
-        before = self._known.strategy_state
-        self._known.strategy_state, weighed = self._aggregator.aggregate(before, played, replies, check)
-        if self._workspace.experiment.evaluate.exactness:
-            layout, strategy = self._workspace.model.layout, self._workspace.strategy
-            me, after = server_peer(self._workspace.experiment, layout), self._known.strategy_state
+        before = self._parts.known.strategy_state
+        self._parts.known.strategy_state, weighed = self._parts.aggregator.aggregate(before, played, replies, check)
+        if self._parts.workspace.experiment.evaluate.exactness:
+            layout, strategy = self._parts.workspace.model.layout, self._parts.workspace.strategy
+            me, after = server_peer(self._parts.workspace.experiment, layout), self._parts.known.strategy_state
             played.error = aggregation_error(layout, strategy, played.number, before, after, weighed, me)
 
 

@@ -224,7 +224,7 @@ class Clock:
 
     def _fits(self, state: Any, number: int, peer: ClientInfo) -> Turn | str:
         try:
-            told = self.instructions.plan_for_all(state, number, peer)
+            told = self.instructions.prepare(state, number, peer)
         except CapacityError as error:
             return str(error)
         if not peer.capability.backprop and self._work(told).backward:

@@ -70,6 +70,7 @@ class Downlink:
         self._workspace = workspace
         self._key: int | None = None
         self._encoded: list[_Encoded] = []  # under this key
+        self._newcomers: tuple[Any, int, Instruction] | None = None  # of which state and round
 
     @cached_property
     def start(self) -> Tensors:
@@ -146,6 +147,7 @@ class Downlink:
     def forget(self) -> None:
         """Let go of what was encoded: the state that it was made of has gone."""
         self._encoded.clear()
+        self._newcomers = None
 
     def _encode(self, tensors: Tensors, key: int) -> _Encoded:
         if key != self._key:
@@ -161,9 +163,12 @@ class Downlink:
 
     def _configure(self, state: Any, number: int) -> Instruction:
         """What the server would send in round `number` to a fully capable client that holds nothing yet."""
-        workspace = self._workspace
-        peer = server_peer(workspace.experiment, workspace.model.layout)
-        return workspace.strategy.configure(state, number, peer)
+        known = self._newcomers
+        if known is None or known[0] is not state or known[1] != number:
+            workspace = self._workspace
+            peer = server_peer(workspace.experiment, workspace.model.layout)
+            self._newcomers = known = (state, number, workspace.strategy.configure(state, number, peer))
+        return known[2]
 
     def _after(self, sent: BroadcastChain, instruction: Instruction) -> Instruction:
         return Instruction({**sent.told, **self._beside(instruction)}, instruction.settings)
