@@ -25,6 +25,7 @@ os.environ.update(
     FEDTUNE_COMPILE="0",  # kernels take each process 7 s, and give the same bits: the fixture `compiled` has them
 )
 
+import forked
 import hypothesis
 import pytest
 from flwr.clientapp import ClientApp
@@ -65,7 +66,7 @@ LAST = "test_ray.py"  # its processes take minutes to start beside those of the 
 
 
 # A test that comes by one of these is `slow` without saying so
-RUNS = {"run_local", "run_on", "run_ray", "subprocess"}
+RUNS = {"run_local", "run_on", "run_ray", "subprocess", "forked"}
 
 
 def _plays(item: pytest.Item) -> bool:
@@ -249,15 +250,8 @@ def fedtune(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """The real command, in a process of its own, in an empty folder."""
 
     def call(*words: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "fedtune", *words],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-            **options,
-        )
+        command = [sys.executable, "-m", "fedtune", *words]
+        return forked.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout, **options)
 
     return call
 

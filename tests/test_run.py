@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import SMALL, summary_of
@@ -40,7 +40,7 @@ def lines(path):
         return list(csv.reader(stream))
 
 
-def wait_for_round(number: int, folder: Path, process: subprocess.Popen) -> None:
+def wait_for_round(number: int, folder: Path, process: forked.Popen) -> None:
     """Until the round's line is there: it and all before it, round 0 and the header among them."""
     deadline = time.monotonic() + 100
     while not (folder / "metrics.csv").exists() or len(lines(folder / "metrics.csv")) < number + 2:
@@ -73,16 +73,14 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(tmp_pat
     folder = tmp_path / "killed"
     words = [*LONG, f"out={folder}"]
     for after in (2, 15):
-        process = subprocess.Popen([sys.executable, "-m", "fedtune", "run", *words], stdout=subprocess.DEVNULL)
+        process = forked.Popen([sys.executable, "-m", "fedtune", "run", *words], stdout=subprocess.DEVNULL)
         wait_for_round(after, folder, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert check_whole(folder) >= after - 1
         assert summary_of(folder)["status"] == "running"
         words = [f"resume={folder}"]
-    finished = subprocess.run(
-        [sys.executable, "-m", "fedtune", "run", *words], capture_output=True, text=True, check=True
-    )
+    finished = forked.run([sys.executable, "-m", "fedtune", "run", *words], capture_output=True, text=True, check=True)
     assert "resumed after round" in finished.stdout
     assert check_whole(folder) == 40
     assert summary_of(folder)["state_sha256"] == summary_of(tmp_path / "whole")["state_sha256"]
@@ -96,15 +94,11 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(tmp_pat
 def test_a_full_disk_ends_in_one_message_and_costs_no_finished_round(tmp_path):
     """The system refuses to let files grow past 16 kB, which the ledger reaches after some rounds."""
 
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
-
     folder = tmp_path / "run"
     words = [sys.executable, "-m", "fedtune", "run"]
-    stopped = subprocess.run(
+    stopped = forked.run(
         [*words, *LONG, "rounds=70", f"out={folder}"],
-        preexec_fn=limit,
+        preexec_fn=forked.small_files,
         capture_output=True,
         text=True,
         check=False,
@@ -117,7 +111,7 @@ def test_a_full_disk_ends_in_one_message_and_costs_no_finished_round(tmp_path):
     done = check_whole(folder)
     assert done > 5
     assert summary_of(folder)["status"] == "failed"
-    resumed = subprocess.run([*words, f"resume={folder}"], capture_output=True, text=True, check=False, timeout=200)
+    resumed = forked.run([*words, f"resume={folder}"], capture_output=True, text=True, check=False, timeout=200)
     assert resumed.returncode == 0, resumed.stderr
     assert check_whole(folder) == 70
 
@@ -322,11 +316,7 @@ def test_a_run_that_is_interrupted_in_round_0_names_no_round_that_was_not(small_
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     folder = tmp_path / "run"
     words = [sys.executable, "-m", "fedtune", "run", *LONG, "rounds=1000", f"out={folder}"]
-
-    def heed():  # what starts in a shell's background ignores Ctrl-C, and so would its children
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    process = subprocess.Popen(words, preexec_fn=heed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = forked.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_round(2, folder, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -355,7 +345,7 @@ def test_memory_does_not_grow_with_the_number_of_clients(tmp_path):
 
     def peak(clients):
         words = [sys.executable, "-c", MEASURE, str(clients), str(tmp_path / str(clients))]
-        output = subprocess.run(words, capture_output=True, text=True, check=True, timeout=200).stdout
+        output = forked.run(words, capture_output=True, text=True, check=True, timeout=200).stdout
         return int(output.split("PEAK ")[1])
 
     assert peak(200) - peak(10) < 80e6

@@ -10,7 +10,6 @@ what the next comparison goes on from.
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -18,11 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
-from types import ModuleType
 from typing import Any
 
 from fedtune.comparisons.plan import PlannedRun
+from fedtune.comparisons.processes import starting, take_environment, without_script
 from fedtune.comparisons.state import now
 from fedtune.config.compose import compose, differences, load_file
 from fedtune.config.schema import Experiment
@@ -132,10 +130,11 @@ def _interrupt_once(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _begin(parent: int) -> None:
+def _begin(parent: int, environment: dict[str, str]) -> None:
     """What a process does before its first cell."""
     from fedtune.core.caches import sharing
 
+    take_environment(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _STAYS.enter_context(sharing())
@@ -224,18 +223,6 @@ class Processes:
 
     def _submit(self, cell: PlannedRun) -> Future[Outcome]:
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(self.count, get_context("spawn"), _begin, (os.getpid(),))
-        with _without_script():  # this may start a process
+            self._pool = ProcessPoolExecutor(self.count, starting(), _begin, (os.getpid(), dict(os.environ)))
+        with without_script():  # this may start a process
             return self._pool.submit(play, cell)
-
-
-@contextlib.contextmanager
-def _without_script() -> Iterator[None]:
-    """A process that starts imports the script that its parent runs, which would begin the comparison anew in each if
-    it calls `fedtune.compare` at its top. Nothing that a cell needs is in there."""
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
