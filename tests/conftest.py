@@ -34,11 +34,14 @@ from omegaconf import OmegaConf
 
 from fedtune.config.compose import CONF, compose
 from fedtune.config.schema import Experiment, ModelSpec
+from fedtune.core.lean_imports import import_bitsandbytes
 from fedtune.core.protocol import Traits
 from fedtune.models.base import locate
 from fedtune.random_directions import hash_noise as noise
 from fedtune.runtime.app import make_server_app
 from fedtune.runtime.local import LocalGrid, run_local, server_context
+
+import_bitsandbytes()  # before a test imports peft, which would import a compiler with it
 
 # No deadlines: a busy machine is no failure. `pytest --hypothesis-profile=thorough` looks four times as far
 hypothesis.settings.register_profile("fedtune", deadline=None, max_examples=25)
@@ -281,10 +284,12 @@ TYPICAL = ("fedit", "flora", "fedbuff", "fedkseed", "flexlora")  # of their kind
 
 
 def of_each_kind(methods: Iterable[str]) -> list[str]:
-    """A method for all of the same traits and the same class of clients: the engine does the same with all of these."""
+    """A method for all of the same traits, but for what is only printed, and the same class of clients: the engine does
+    the same with all of these."""
     found: dict[Any, str] = {}
     for method in sorted(methods, key=lambda name: (name not in TYPICAL, name)):
-        found.setdefault((traits_of_method(method), settings_of_method(method).client["_target_"]), method)
+        traits = replace(traits_of_method(method), title="", control=False)
+        found.setdefault((traits, settings_of_method(method).client["_target_"]), method)
     return sorted(found.values())
 
 

@@ -173,16 +173,14 @@ def test_what_leaks_is_counted():
     assert "2 rows by the server, 2 by clients; 1 and 2 of them stand in training data" in data.describe(DataSpec())[1]
 
 
-DEFAULTS = [
-    (experiment.data, experiment.population.pooled or experiment.population.clients)
-    for word in ("rounds=1", *(f"experiment={file.stem}" for file in (CONF / "experiment").glob("*.yaml")))
-    if (experiment := compose([word]))
-]
-
-
 def test_the_defaults_leak_nothing():
     """Every experiment of conf/, by its words as well as by its own count."""
-    several = {(json.dumps(vars(spec)), clients): (spec, clients) for spec, clients in DEFAULTS}
+    named = (f"experiment={file.stem}" for file in (CONF / "experiment").glob("*.yaml"))
+    experiments = [compose([word]) for word in ("rounds=1", *named)]
+    several = {
+        (json.dumps(vars(spec)), clients): (spec, clients)
+        for spec, clients in ((e.data, e.population.pooled or e.population.clients) for e in experiments)
+    }
     with sharing():
         for spec, clients in several.values():
             data = load_data(spec, clients, TOKENIZER, 0)

@@ -17,7 +17,7 @@ import torch
 from conftest import SMALL, summary_of
 
 import fedtune
-from fedtune.comparisons.play import _without_script
+from fedtune.comparisons.processes import without_script
 from fedtune.config.compose import compose
 from fedtune.core.errors import ConfigError, ExportError, RunFolderError
 from fedtune.python_api.overrides import list_word, word, words_of
@@ -306,7 +306,7 @@ def test_processes_of_a_comparison_do_not_begin_with_the_script(monkeypatch):
     main = sys.modules["__main__"]
     monkeypatch.setattr(main, "__file__", "script.py", raising=False)  # a process of pytest-xdist has none
     assert any(key.startswith("init_main") for key in multiprocessing.spawn.get_preparation_data("x"))
-    with _without_script():
+    with without_script():
         assert not any(key.startswith("init_main") for key in multiprocessing.spawn.get_preparation_data("x"))
     assert sys.modules["__main__"] is main
 

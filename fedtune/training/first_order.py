@@ -134,5 +134,9 @@ def make_optimizer(name: str, parameters: list[torch.nn.Parameter], lr: float, w
 def seeded(key: int, device: torch.device) -> Iterator[None]:
     """Torch's own generators set by `key` within, and afterwards as if nothing had happened."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(key)
+        # torch.manual_seed would note a stack trace for every kind of device there might be: 1 ms, each turn
+        torch.default_generator.manual_seed(key)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(key)
         yield
