@@ -94,8 +94,8 @@ def examine(asked: Request) -> Path:
     from fedtune.core.protocol import DeviceProfile
     from fedtune.device import bandwidth
     from fedtune.device import benchmark as doctor
+    from fedtune.device.home import home
     from fedtune.device.memory import memory_of
-    from fedtune.training.client_state import home
 
     page = _Page()
     device, server = _device(asked.device), None

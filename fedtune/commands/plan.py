@@ -95,10 +95,10 @@ def plans(workspace: Workspace) -> tuple[list[Planned], QuorumError | None]:
     """A plan for each client, by index, and what would stop the first round."""
     from fedtune.config.compatibility import traits_of
     from fedtune.core.protocol import ClientInfo
+    from fedtune.device.home import home
     from fedtune.lowrank.algebra import lora_factors
     from fedtune.planning.population import assign_rank, profile_of
     from fedtune.server.virtual_clock import Clock
-    from fedtune.training.client_state import home
 
     experiment, layout = workspace.experiment, workspace.model.layout
     state = workspace.strategy.init(workspace.layout)

@@ -5,7 +5,6 @@ config, holds plain values: nothing in it is looked up on this machine.
 """
 
 import copy
-import os
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,7 +23,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedtune.config.data import FILES, USERS
+from fedtune.config.paths import PATHS, with_paths
 from fedtune.config.plain_yaml import read_plain
+from fedtune.config.population import CONNECTED, MOST_CONNECTED
 from fedtune.config.schema import Experiment
 from fedtune.config.targets import make
 from fedtune.core.checks import nearest
@@ -70,7 +72,24 @@ def compose(overrides: Sequence[str]) -> Experiment:
         given = [word for word in words if word.startswith((f"{group}.path=", f"{group}="))]
         if given and all(word.startswith(f"{group}.path=") for word in given):
             words.append(f"{group}=custom")
-    return _with_paths(_to_experiment(_compose(words), list(overrides)))
+    words = _with_clients(words)
+    return with_paths(_to_experiment(_compose(words), list(overrides)))
+
+
+def _with_clients(words: list[str]) -> list[str]:
+    """The words, with how many clients there are where that is for the data or for nobody to say."""
+    counted = [word for word in words if word.startswith("population.clients=")]
+    if counted and counted[-1] == f"population.clients={CONNECTED}":
+        kept = [word for word in words if word not in counted]
+        return [*kept, f"population.clients={MOST_CONNECTED}", "population.connected=true"]
+    if counted or not any(word.startswith(("data.partition=", "data.user_column=")) for word in words):
+        return words
+    spec = _to_experiment(_compose([*words, f"population.clients={MOST_CONNECTED}"]), []).data
+    if spec.partition not in (FILES, USERS):
+        return words
+    from fedtune.data.own_data import names_of_clients
+
+    return [*words, f"population.clients={len(names_of_clients(spec))}"]
 
 
 def load(text: str, where: str = "config.yaml") -> Experiment:
@@ -215,7 +234,6 @@ def _texts() -> Iterator[str]:
             yield outer.name
 
 
-PATHS = ("model.path", "data.path", "population.devices")  # which may be lists, and shares of devices, as well
 TEXTS = frozenset([*_texts(), *PATHS])
 
 
@@ -240,31 +258,6 @@ def _quoted(value: str) -> str:
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
     escaped = re.sub(r"(\\+)\Z", r"\1\1", escaped)
     return f"'{escaped}'"
-
-
-def _with_paths(experiment: Experiment) -> Experiment:
-    """The experiment with the files and folders that are here by their whole paths, so that it can be gone on with,
-    exported and evaluated from anywhere. On real nodes a path is each device's own."""
-    if experiment.runtime.name == "flower":
-        return experiment
-    for key in PATHS:
-        section, _, name = key.partition(".")
-        spec = getattr(experiment, section)
-        if (whole := _absolute(given := getattr(spec, name))) != given:
-            experiment = replace(experiment, **{section: replace(spec, **{name: whole})})
-    return experiment
-
-
-def _absolute(given: Any) -> Any:
-    if isinstance(given, list):
-        return [_absolute(item) for item in given]
-    if not isinstance(given, str):
-        return given
-    path = os.path.expanduser(given)  # noqa: PTH111 (a path that is none stays as it was typed)
-    try:
-        return os.path.abspath(path) if os.path.exists(path) else given  # noqa: PTH100, PTH110 (links stay links)
-    except ValueError:
-        return given
 
 
 @cache

@@ -11,6 +11,9 @@ from typing import Any
 from fedtune.core.checks import above_zero, at_least, fraction, one_of, option
 from fedtune.core.errors import ConfigError
 
+USERS, FILES, OWN = "users", "files", "own"
+BROUGHT = (FILES, USERS, OWN)  # partitions in which each client's rows are its own
+
 
 @dataclass(frozen=True)
 class DataSpec:
@@ -30,7 +33,12 @@ class DataSpec:
     parse_special: bool = option(
         False, "special tokens spelled out in the data are the real ones, not characters: for text that is templated"
     )
-    partition: str = option("iid", "iid, dirichlet, natural, pathological, shard, linear, square or exponential")
+    partition: str = option(
+        "iid",
+        "iid, dirichlet, natural, pathological, shard, linear, square or exponential; files or users: each is "
+        "a client; own: each device reads its own (docs/data.md)",
+    )
+    user_column: str | None = option(None, "column whose every value is a client: data.partition=users")
     partition_by: str | None = option(
         None, "column that dirichlet, natural, pathological and shard look at; meta.src: src within meta"
     )
@@ -38,6 +46,7 @@ class DataSpec:
     classes: int = option(2, "pathological: values of the column per client")
     partition_options: Any = option(None, "more arguments for the flwr-datasets partitioner, as {name: value}")
     heldout: float = option(0.1, "fraction of all data that no client gets: the server's own test")
+    heldout_path: str | None = option(None, "files, users, own: the server's own test, as data.path; null: it has none")
     client_heldout: float = option(0.1, "fraction of each client's data that it does not train on")
 
     def __post_init__(self) -> None:
@@ -58,8 +67,34 @@ class DataSpec:
         at_least("data.classes", self.classes, 1)
         fraction("data.heldout", self.heldout)
         fraction("data.client_heldout", self.client_heldout)
+        self._check_owners()
         if self.partition_options is not None and not isinstance(self.partition_options, Mapping):
             raise ConfigError(f"data.partition_options={self.partition_options}: expected {{name: value}}")
+
+    def _check_owners(self) -> None:
+        """What concerns data that clients bring."""
+        if self.user_column is not None and self.partition == "iid":
+            object.__setattr__(self, "partition", USERS)
+        if self.user_column is not None and self.partition != USERS:
+            raise ConfigError(
+                f"data.user_column={self.user_column} makes every user a client, and data.partition={self.partition} "
+                "divides otherwise: leave one of them out"
+            )
+        if self.heldout_path is not None and not self.is_brought:
+            raise ConfigError(
+                f"data.heldout_path={self.heldout_path} is the server's test where clients bring their data "
+                f"(data.partition={', '.join(BROUGHT)}); elsewhere it is a share, data.heldout"
+            )
+        if self.partition == OWN and self.path is not None:
+            raise ConfigError(
+                f"data.path={self.path}: with data.partition=own each device reads what its owner names in its "
+                "device.toml. Leave data.path out, or take data.partition=files to simulate this, a file a client"
+            )
+
+    @property
+    def is_brought(self) -> bool:
+        """Whether each client's rows are its own, rather than a share of all."""
+        return self.partition in BROUGHT
 
     @property
     def paths(self) -> list[str]:

@@ -12,12 +12,19 @@ from fedtune.config.devices import CATALOGUE
 from fedtune.core.checks import above_zero, at_least, fraction, nearest, one_of, option
 from fedtune.core.errors import ConfigError
 
+CONNECTED = "connected"  # the word for whoever comes, under an index below MOST_CONNECTED
+MOST_CONNECTED = 10_000
 MEASURED = "measured"  # the word for what each device says of itself
 
 
 @dataclass(frozen=True)
 class PopulationSpec:
-    clients: int = option(20, "how many clients there are")
+    clients: int = option(
+        20,
+        "how many clients there are; of data.partition=files or users as many as there are; connected: whoever comes",
+    )
+    connected: bool = option(False, "clients come and go, and population.clients is one more than their highest index")
+    min_clients: int = option(2, "population.clients=connected: how many have to be there to begin")
     cohort: int | None = option(None, "how many of them take part in a round; null takes all, but at most 10")
     quorum: float = option(0.5, "a round counts when at least this fraction of its cohort replied")
     ranks: Any = option(
@@ -69,6 +76,9 @@ class PopulationSpec:
             raise ConfigError(f"population.ranks={self.ranks}: expected a list of ranks, capability, or null")
         at_least("population.clients", self.clients, 1)
         at_least("population.cohort", self.cohort_size, 1)
+        at_least("population.min_clients", self.min_clients, 1)
+        if self.connected and self.pooled:
+            raise ConfigError("population.clients=connected: whose data are pooled has to be known before they come")
         if self.cohort_size > self.clients:
             raise ConfigError(
                 f"population.cohort={self.cohort} asks for more clients a round than there are "

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from fedtune.config.data import OWN
 from fedtune.config.data import DataSpec as DataSpec
 from fedtune.config.population import PopulationSpec
 from fedtune.config.targets import TARGET, declared_traits, name_of
@@ -251,6 +252,7 @@ class Experiment:
                 f"evaluate.peers={self.evaluate.peers}: data.client_heldout=0 leaves clients nothing to score a model "
                 "with. Set it above 0, or evaluate.peers=none"
             )
+        self._check_who_comes()
         if self.method.pooled and not self.population.pooled:  # else it was pooled already: this is a run's own config
             self._pool()
         if isinstance(self.population.ranks, list) and "alpha" in ADAPTERS[self.adapter.kind]:
@@ -259,6 +261,31 @@ class Experiment:
             wider = math.sqrt(rank / adapter.rank) if adapter.kind == "rslora" else rank / adapter.rank
             grown = adapter.alpha * wider if self.population.scaling == "equal" else adapter.alpha
             object.__setattr__(self, "adapter", replace(adapter, rank=rank, alpha=grown))
+
+    def _check_who_comes(self) -> None:
+        """What concerns clients that bring their data, or whose number nobody knows."""
+        if self.data.partition == OWN and self.runtime.name != "flower":
+            raise ConfigError(
+                f"data.partition=own: each device reads its own data, and runtime={self.runtime.name} has no devices. "
+                "Take runtime=flower; or data.path= and data.partition=files to simulate it, a file a client"
+            )
+        if self.data.is_brought and (self.method.pooled or self.population.pooled):
+            raise ConfigError(
+                f"method={self.method_name} has the data of all in one place, and with data.partition="
+                f"{self.data.partition} each client keeps its own: give data.path= and data.partition=iid"
+            )
+        if not self.population.connected:
+            return
+        if self.runtime.name != "flower":
+            raise ConfigError(
+                f"population.clients=connected: clients come and go on devices, and with runtime={self.runtime.name} "
+                "they are made by this run. Take runtime=flower, or say how many there are"
+            )
+        if declared_traits(str(self.method.strategy.get(TARGET))).population_size:
+            raise ConfigError(
+                f"method={self.method_name} goes by the number of all clients, which population.clients=connected "
+                "leaves open: say how many there are, or take another method"
+            )
 
     def _pool(self) -> None:
         """Make all clients one, which takes as many steps a round as a cohort would have taken together."""

@@ -92,6 +92,8 @@ class ClientInfo:
     base_version: int = 0  # the last change of the base (or of what else it keeps) that it is known to hold
     broadcast: int = 0  # the last broadcast that it is known to hold, where broadcasts build on one another
     staleness: int = 0  # server updates since it was sent what it trained on; 0 where rounds are synchronous
+    name: str = ""  # of its file, user or device, where it brings its data
+    tokens: int = 0  # that it trains on, as it said, where it brings its data
 
 
 @dataclass(frozen=True)

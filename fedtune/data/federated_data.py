@@ -4,6 +4,8 @@ A client's data is a list of row numbers into one corpus: hundreds of clients co
 """
 
 import hashlib
+import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +15,7 @@ import numpy as np
 
 from fedtune.config.schema import DataSpec
 from fedtune.core.caches import once
-from fedtune.core.errors import DataError
+from fedtune.core.errors import CapacityError, DataError
 from fedtune.core.protocol import Batch
 from fedtune.core.seeds import derive_seed, permutation
 from fedtune.data.corpus import Corpus
@@ -36,6 +38,7 @@ class ClientBatches:
     batch_size: int
     pad: int
     key: int
+    seconds: float = math.inf  # after which there are no more
 
     @property
     def examples(self) -> int:
@@ -44,8 +47,13 @@ class ClientBatches:
     def __iter__(self) -> Iterator[Batch]:
         size = min(self.batch_size, len(self.rows))
         waiting: list[int] = []
-        epoch = 0
+        epoch, end = 0, time.monotonic() + self.seconds
         while True:
+            if time.monotonic() > end:
+                raise CapacityError(
+                    f"training takes longer than seconds = {self.seconds:g}, which this device's owner allows "
+                    "(device.toml)"
+                )
             while len(waiting) < size:
                 order = permutation(derive_seed(self.key, "epoch", epoch), len(self.rows))
                 waiting.extend(self.rows[order].tolist())
@@ -66,6 +74,8 @@ class FederatedData:
     dropped: int  # examples left out because the cut at max_length left nothing to learn
     repeated: int = 0  # and those left out because another has the same text
     asked: tuple[int, int] = (0, 0)  # rows that the server, and all clients together, were to hold out
+    names: tuple[str, ...] = ()  # by client index, where files or users are the clients
+    shared: bool = True  # whether server and clients hold the same rows, divided alike
 
     def batches(self, client: int, batch_size: int, key: int) -> ClientBatches:
         """What client `client` trains on.
@@ -77,10 +87,15 @@ class FederatedData:
             raise DataError(f"client {client} has no rows to train on, so it should not be asked to")
         return ClientBatches(self.corpus, self.train[client], batch_size, self.pad, key)
 
+    def tokens(self, client: int) -> int:
+        """How many tokens client `client` trains on."""
+        lengths = np.diff(self.corpus.starts)
+        return int(lengths[self.train[client]].sum())
+
     def pooled(self) -> "FederatedData":
         """The same division with one client in place of all: it trains on what any of them trains on."""
         train, heldout = (np.sort(np.concatenate(rows)) for rows in (self.train, self.heldout))
-        return replace(self, train=(train,), heldout=(heldout,))
+        return replace(self, train=(train,), heldout=(heldout,), names=())
 
     @property
     def read(self) -> int:
@@ -94,8 +109,8 @@ class FederatedData:
 
     @cached_property
     def idle(self) -> list[int]:
-        """The clients without rows."""
-        return [client for client, rows in enumerate(self.train) if not len(rows)]
+        """The clients without rows, as far as is known here."""
+        return [] if not self.shared else [client for client, rows in enumerate(self.train) if not len(rows)]
 
     @cached_property
     def in_training(self) -> tuple[int, int]:
@@ -111,7 +126,9 @@ class FederatedData:
 
     @cached_property
     def sha256(self) -> str:
-        """A hash of the corpus and its division: what server and clients have to have in common."""
+        """A hash of the corpus and its division: what both ends have to have in common; "" where they don't."""
+        if not self.shared:
+            return ""
         return hashlib.sha256("".join(map(str, self.identity.values())).encode()).hexdigest()
 
     @cached_property
@@ -192,9 +209,23 @@ def load_data(spec: DataSpec, clients: int, tokenizer: Any, seed: int) -> Federa
         DataError: if the source can't be read, or has too few rows.
         ConfigError: if the partition doesn't fit the data or the number of clients.
     """
-    division = ("partition", "partition_by", "alpha", "classes", "partition_options", "heldout", "client_heldout")
+    division = (
+        "partition",
+        "partition_by",
+        "alpha",
+        "classes",
+        "partition_options",
+        "heldout",
+        "client_heldout",
+        "user_column",
+        "heldout_path",
+    )
     others = (*division, "duplicates")
     source = tuple(str(value) for name, value in vars(spec).items() if name not in others)
+    if spec.is_brought:
+        from fedtune.data.own_data import load_own
+
+        return load_own(spec, clients, tokenizer, seed)
     examples = once(("examples", source), lambda: load_examples(spec))
     whole, kept = once(("corpus", source, id(tokenizer)), lambda: kept_or(tokenise, examples, tokenizer, spec))
     by = spec.partition_by

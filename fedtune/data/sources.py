@@ -56,26 +56,48 @@ def _rows(spec: DataSpec) -> Iterator[Row]:
         raise DataError(f"data={spec.name} names no source: give data.path= a file or a hub id, or data=chatterbot")
 
 
-def _source(given: str, spec: DataSpec) -> Iterator[Row]:
-    """The rows of a file, a folder, what a pattern matches, or a hub data set."""
+def data_files(spec: DataSpec) -> list[Path]:
+    """The files that `data.path` names, in order.
+
+    Raises:
+        DataError: if there are none, or it names something else than files.
+    """
+    files: list[Path] = []
+    for given in spec.paths:
+        if (found := _files(given, spec)) is None:
+            raise DataError(f"data.path={given}: expected files, a folder of files, or a pattern ({KNOWN_ENDINGS})")
+        files += [file for file, _ in found]
+    return files
+
+
+def _files(given: str, spec: DataSpec) -> list[tuple[Path, str]] | None:
+    """The files that a path or a pattern names, and what messages call them; None where it names none."""
     path = Path(given).expanduser()
     if path.is_file():
         if not ending(path):
             raise DataError(f"data.path={given}: expected one of {KNOWN_ENDINGS}, got '{path.suffix}'")
-        yield from file_rows(path, path.name, spec.split)
-    elif path.is_dir():
+        return [(path, path.name)]
+    if path.is_dir():
         if is_saved(path):
-            yield from saved_rows(path, path.name, spec.split, spec.completion_column)
-            return
-        for file in _of_split(given, path, spec.split):
-            yield from file_rows(file, str(file.relative_to(path)), spec.split)
-    elif glob.has_magic(given):
+            return None
+        return [(file, str(file.relative_to(path))) for file in _of_split(given, path, spec.split)]
+    if glob.has_magic(given):
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
         files = [file for file in found if file.is_file() and ending(file) and file.name not in SPARE]
         if not files:
             raise DataError(f"data.path={given} matches no file that ends in {KNOWN_ENDINGS}")
-        for file in files:
-            yield from file_rows(file, str(file), spec.split)
+        return [(file, str(file)) for file in files]
+    return None
+
+
+def _source(given: str, spec: DataSpec) -> Iterator[Row]:
+    """The rows of a file, a folder, what a pattern matches, or a hub data set."""
+    path = Path(given).expanduser()
+    if (files := _files(given, spec)) is not None:
+        for file, name in files:
+            yield from file_rows(file, name, spec.split)
+    elif path.is_dir():
+        yield from saved_rows(path, path.name, spec.split, spec.completion_column)
     elif ending(path) or given.startswith((".", "/", "~")) or given.count("/") > 1:
         raise DataError(
             f"data.path={given} does not exist: expected a file ({KNOWN_ENDINGS}), a folder of such files, or a hub id"

@@ -32,6 +32,7 @@ Tokenised = tuple[Corpus, list[int]]
 ELSEWHERE = (
     "name", "path", "subset", "split", "prompt_column", "completion_column", "partition", "partition_by", "alpha",
     "classes", "partition_options", "heldout", "client_heldout", "duplicates",
+    "user_column", "heldout_path",
 )  # fmt: skip
 
 

@@ -31,14 +31,17 @@ QUANTIZED = ("Linear4bit", "Linear8bitLt")
 SAMPLED = 64  # batches whose padded length is averaged
 
 
-def costs_of(model: LocalModel, data: FederatedData, batch_size: int, seed: int) -> Costs:
+def costs_of(model: LocalModel, data: FederatedData, batch_size: int, seed: int, longest: int = 0) -> Costs:
     """What training this model on these data takes. The model is left as it was.
 
     Args:
         batch_size: examples that are padded to one length.
+        longest: tokens of an example at most: what is reckoned with where no training rows are known here.
     """
     rows = np.concatenate(data.train)
     lengths, learnt = np.diff(data.corpus.starts), _supervised(data)
+    if not len(rows):
+        rows, lengths, learnt = np.zeros(1, dtype=np.int64), np.array([longest]), np.array([longest - 1])
     padded, answers = _typical(lengths, learnt, rows, batch_size, derive_seed(seed, "costs"))
     base = model.base
     blocks = blocks_of(base)

@@ -24,7 +24,7 @@ METRICS = (
     *MORE_SCORES,
 )
 FAILURES = ("round", "client", "error")
-CLIENTS = ("round", "client", "eval_loss", "eval_accuracy", "tokens", *MORE_SCORES)
+CLIENTS = ("round", "client", "eval_loss", "eval_accuracy", "tokens", *MORE_SCORES, "name")
 CLOCK = (
     "round", "client", "begun_seconds", "device", "down_bytes", "download_seconds", "compute_seconds", "up_bytes",
     "upload_seconds", "memory_bytes", "limit_bytes", "bits", "batch_size", "steps", "layers", "trainable_params",

@@ -120,9 +120,9 @@ class RunFolder:
         ordered = sorted(failures, key=lambda failure: failure[:2])
         self._append("failures.csv", [{"round": round, "client": peer, "error": why} for round, peer, why in ordered])
 
-    def append_clients(self, round: int, scores: Mapping[int, Score]) -> None:
+    def append_clients(self, round: int, scores: Mapping[int, Score], names: Mapping[int, str]) -> None:
         rows = [
-            {"round": round, "client": peer, "tokens": score.tokens, **score.row()}
+            {"round": round, "client": peer, "tokens": score.tokens, **score.row(), "name": names.get(peer) or None}
             for peer, score in sorted(scores.items())
         ]
         self._append("clients.csv", rows)

@@ -99,7 +99,7 @@ def _ask(message: Message, context: Context) -> RecordDict:
         from fedtune.device.owner import device_owner
         from fedtune.workspace.client_handler import handle_message
 
-        owner = device_owner()
+        owner = device_owner(node_config)
         handled = handle_message(at.message_type, at.group_id, message.content, run_config, node_config, owner)
         content, training = handled.content, handled.training_seconds
     else:

@@ -62,7 +62,7 @@ def answer_one(connection: Connection) -> None:
     what = f"round {request['round']}, {request['kind']}"
     with end_with_caller(connection, what):
         try:
-            owner = device_owner()
+            owner = device_owner(request["node_config"])
             workspace = workspace_of(request["run_config"], owner)
             runtime = workspace.experiment.runtime
             # Loading the base for the first time may take longer than a turn: it is waited for as clients are

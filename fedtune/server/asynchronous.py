@@ -63,7 +63,7 @@ class AsynchronousRounds:
                     "population=mixed makes clients unequal"
                 )
             return self._synchronous.play(number)
-        clients = self._parts.workspace.experiment.population.clients - len(self._parts.eligibility.idle)
+        clients = self._parts.eligibility.most_clients
         if self._buffer > clients:
             raise ConfigError(
                 f"a step of the server takes {self._buffer} updates, and {clients} clients with rows give one each to "
@@ -103,7 +103,7 @@ class AsynchronousRounds:
         """
         number, registry = played.number, self._parts.channel.registry
         present = registry.refresh(number)
-        able, expected = self._parts.eligibility.clients(self._parts.known.strategy_state, number)
+        able, expected = self._parts.eligibility.clients(self._parts.known.strategy_state, number, present)
         able = [index for index in able if index in present and str(index) not in self._pending and index not in asked]
         while able and (lacking := self._parts.eligibility.cohort_size - len(self._pending)) > 0:
             chosen = self._parts.clock.cohort(number, able, lacking, registry.peers, expected)

@@ -51,8 +51,10 @@ class ClientRegistry:
         self.nodes: dict[int, int] = {}
         self._index_of: dict[int, int] = {}  # by node, the inverse of `nodes`: there may be ten thousand
         self._exchange = exchange
-        self._wanted = experiment.population.clients
-        self._needed = experiment.population.min_replies(self._wanted)
+        population = experiment.population
+        self._most, self._connected = population.clients, population.connected
+        self._wanted = population.min_clients if population.connected else population.clients
+        self._needed = self._wanted if population.connected else population.min_replies(self._wanted)
         self._seconds = experiment.runtime.wait
         self._layout = layout
         self._experiment = experiment
@@ -93,8 +95,14 @@ class ClientRegistry:
             if late:
                 break
             self._exchange.pause(POLL_SECONDS if len(self.peers) < self._wanted else 0)
-        if len(self.peers) == self._wanted:
+        if len(self.peers) >= self._wanted:
             return
+        if self._connected:
+            can_not = f", and {len(self._wrong)} that can't take part" if self._wrong else ""
+            raise QuorumError(
+                f"{len(self.peers)} clients came within runtime.wait={self._seconds:g} s{can_not}; "
+                f"population.min_clients asks for {self._wanted}"
+            )
         missing = [index for index in range(self._wanted) if index not in self.peers]
         named = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
         came = f"{len(self.peers)} of {self._wanted} clients came within runtime.wait={self._seconds:g} s"
@@ -127,7 +135,7 @@ class ClientRegistry:
         Raises:
             FedtuneError: that of the first node which is set up wrongly, if so many are that no quorum is left.
         """
-        if self._wanted - len(self._wrong) < self._needed:
+        if not self._connected and self._wanted - len(self._wrong) < self._needed:
             first = next(iter(self._wrong.values()))
             raise type(first)(
                 f"{len(self._wrong)} of the {self._wanted} clients that are wanted can't take part, and "
@@ -145,7 +153,7 @@ class ClientRegistry:
         for arrival in self._exchange.send(messages, self._seconds):
             try:
                 content = arrival.content()
-                peer = wire.unpack_greeting(content, self._wanted, self._layout.sha256, self._data_sha256)
+                peer = wire.unpack_greeting(content, self._most, self._layout.sha256, self._data_sha256)
                 self._admit(peer, arrival.node, present)
                 if wire.has_lost(content):
                     self._say(f"client {peer.index} can't read what it kept: it starts anew, and is told everything")

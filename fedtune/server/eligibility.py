@@ -1,6 +1,6 @@
 """Who can be asked in a round: who has data, whose device can do it, and who is there."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from fedtune.core.errors import QuorumError
@@ -32,15 +32,28 @@ class Eligibility:
     @property
     def cohort_size(self) -> int:
         """How many clients a round asks: no more than have data."""
-        return min(self._population.cohort_size, self._population.clients - len(self.idle))
+        if self._population.connected:
+            return min(self._population.cohort_size, max(1, len(self._registry.nodes.keys() - self.idle)))
+        return min(self._population.cohort_size, self.most_clients)
+
+    @property
+    def most_clients(self) -> int:
+        """How many clients with data there are."""
+        if self._population.connected:
+            return len(self._registry.peers.keys() - self.idle)
+        return self._population.clients - len(self.idle)
 
     @property
     def is_timed(self) -> bool:
         """Whether the virtual clock runs: devices with limits, or clients still at work from when there were such."""
         return self._clock.runs(self._registry.peers) or bool(self._clock.progress.pending)
 
-    def clients(self, state: Any, number: int) -> tuple[list[int], dict[int, Turn]]:
+    def clients(self, state: Any, number: int, present: Set[int]) -> tuple[list[int], dict[int, Turn]]:
         """Who can take part in round `number`, and what the devices with limits are expected to take.
+
+        Args:
+            present: those whose nodes are connected. Where clients come and go, nobody else is asked; else who should
+                be there and isn't is a failure of the round.
 
         Raises:
             QuorumError: if no device can, or none by the deadline.
@@ -58,7 +71,7 @@ class Eligibility:
         out = self._clock.excluded
         able = [
             index
-            for index in range(self._population.clients)
+            for index in (sorted(present) if self._population.connected else range(self._population.clients))
             if index not in out and index not in idle and self._clock.is_there(number, index, peers)
         ]
         return able, expected
@@ -86,9 +99,12 @@ class Eligibility:
         needed = self._population.min_replies(self.cohort_size)
         if len(able) < needed:
             out, idle = self._clock.excluded, self.idle
-            away = self._population.clients - len(able) - len(out) - len(idle)
+            known = len(self._registry.peers) if self._population.connected else self._population.clients
+            away = known - len(able) - len(out) - len(idle)
             why = [f"client {index} {reason}" for index, reason in out.items()][:1]
             why += [f"{len(idle)} have no rows"] if idle else []
             why += [f"{away} are away in this round, by their devices' availability"] if away else []
             able_of = f"round {number}: {len(able)} of {self._population.clients} clients can take part"
+            if self._population.connected:
+                able_of = f"round {number}: {len(able)} of {known} clients that came are there and can take part"
             raise QuorumError(f"{able_of}, population.quorum asks for {'; '.join([str(needed), *why])}")

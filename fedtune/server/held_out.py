@@ -18,9 +18,13 @@ class HeldOut:
         self._parts = parts
         self._spec = parts.workspace.experiment.evaluate
         self._personal = traits_of(parts.workspace.strategy).personal
+        # Where clients bring their data and the server has none, theirs are all there are
+        brought = parts.workspace.experiment.data.is_brought and not len(parts.workspace.data.server)
+        self._by_clients = self._personal or brought
 
     def score(self, number: int, broadcast: Instruction) -> Score | None:
-        """The round's score, where one is due: of a personal method the clients' own models'.
+        """The round's score, where one is due: of a personal method the clients' own models', and where the server has
+        no data theirs.
 
         Args:
             broadcast: what the server's own model holds, which it is to hold afterwards as well.
@@ -28,7 +32,7 @@ class HeldOut:
         every = self._spec.every
         if not (every and number % every == 0):
             return None
-        return self.ask_clients(number, broadcast) if self._personal else self._parts.workspace.evaluate()
+        return self.ask_clients(number, broadcast) if self._by_clients else self._parts.workspace.evaluate()
 
     def clients_are_due(self, number: int, last: bool) -> bool:
         """Whether clients are to score the global model after this round.
@@ -37,7 +41,7 @@ class HeldOut:
             last: whether the run ends with it.
         """
         every = self._spec.peers == "every" and self._spec.every > 0 and number % self._spec.every == 0
-        return not self._personal and (every or (self._spec.peers == "last" and last))
+        return not self._by_clients and (every or (self._spec.peers == "last" and last))
 
     def ask_clients(self, number: int, broadcast: Instruction) -> Score | None:
         """How good what the clients hold is after round `number` (the global model, or their own), each on its own
@@ -60,6 +64,6 @@ class HeldOut:
                 self._parts.view.note(f"client {index} could not be evaluated: {error}")
             channel.record_reply(number, index, part, arrival)
         self._parts.workspace.install(broadcast, memory={})  # clients in this process had the model meanwhile
-        self._parts.folder.append_clients(number, scores)
+        self._parts.folder.append_clients(number, scores, {index: registry.peers[index].name for index in scores})
         counted = self._parts.aggregator.weights([registry.peers[index].samples for index in scores])
         return mean_score(dict(zip(scores, counted, strict=True)), scores)

@@ -37,7 +37,7 @@ class SynchronousRounds:
         begun = time.monotonic()
         channel, view = self._parts.channel, self._parts.view
         present = channel.registry.refresh(number)
-        able, expected = self._parts.eligibility.clients(self._parts.known.strategy_state, number)
+        able, expected = self._parts.eligibility.clients(self._parts.known.strategy_state, number, present)
         self._parts.eligibility.check(number, able)
         size = self._parts.eligibility.cohort_size
         cohort = self._parts.clock.cohort(number, able, size, channel.registry.peers, expected)

@@ -13,8 +13,6 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from platformdirs import user_state_path
-
 from fedtune.core.errors import ClientError, RunFolderError
 from fedtune.core.files import write_atomically
 from fedtune.core.protocol import Tensors
@@ -22,15 +20,6 @@ from fedtune.core.sealed import seal, unseal
 
 VERSIONS = 2  # the round that the server may have to play again, and the one before it
 RUN = re.compile(r"[0-9a-f]{16}")
-
-
-def home() -> Path:
-    """Where a device keeps what lasts: $FEDTUNE_HOME, or beside what Flower keeps in $FLWR_HOME, or the user's own
-    place for such things."""
-    if named := os.environ.get("FEDTUNE_HOME"):
-        return Path(named).expanduser()
-    flower = os.environ.get("FLWR_HOME")
-    return Path(flower).expanduser() / "fedtune" if flower else user_state_path("fedtune")
 
 
 class ClientStateStore:

@@ -329,6 +329,7 @@ def pack_greeting(peer: ClientInfo, layout_sha256: str, data_sha256: str = "", l
     held = {"version": peer.base_version, "heard": peer.broadcast}
     greeting |= {name: number for name, number in held.items() if number} | ({LOST: True} if lost else {})
     greeting |= {"data": data_sha256} if data_sha256 else {}
+    greeting |= {"name": peer.name, "tokens": peer.tokens} if peer.name else {}
     return RecordDict({GREETING: ConfigRecord(greeting)})
 
 
@@ -349,7 +350,7 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str, data_
     """
     record = dict(_record(content, GREETING, ConfigRecord))
     index, samples, layout = (record.pop(name, None) for name in ("index", "samples", "layout"))
-    data = record.pop("data", "")
+    data, name, tokens = record.pop("data", ""), record.pop("name", ""), record.pop("tokens", 0)
     held = {name: record.pop(name, 0) for name in ("version", "heard")}
     record.pop(LOST, None)
     if not isinstance(index, int) or not 0 <= index < clients:
@@ -368,11 +369,19 @@ def unpack_greeting(content: RecordDict, clients: int, layout_sha256: str, data_
             f"client {index} holds other data than the server, or divides them otherwise: give its device the same "
             "file, tokenizer and versions of fedtune, flwr-datasets and numpy"
         )
-    for name, number in held.items():
+    for key, number in (*held.items(), ("tokens", tokens)):
         if not isinstance(number, int) or number < 0:
-            raise WireError(f"client {index}: '{name}' should be a number from 0 up, got {short(repr(number))}")
+            raise WireError(f"client {index}: '{key}' should be a number from 0 up, got {short(repr(number))}")
+    if not isinstance(name, str):
+        raise WireError(f"client {index}: 'name' should be a text, got {short(repr(name))}")
     try:
         able = DeviceProfile(**record) if record else UNLIMITED
-        return ClientInfo(index, samples, able, base_version=held["version"], broadcast=held["heard"])
+        known = {
+            "base_version": held["version"],
+            "broadcast": held["heard"],
+            "name": short(name) if name else "",
+            "tokens": tokens,
+        }
+        return ClientInfo(index, samples, able, **known)
     except (TypeError, ValueError) as error:
         raise WireError(f"client {index} describes what it can do in a way that is not understood: {error}") from error

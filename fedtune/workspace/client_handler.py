@@ -8,15 +8,19 @@ from typing import Any
 
 from flwr.app import MessageType, RecordDict
 
+from fedtune.config.compatibility import tells_its_work
 from fedtune.config.population import MEASURED
-from fedtune.core.errors import MALFORMED, ClientError, ConfigError, WireError
+from fedtune.core.errors import MALFORMED, CapacityError, ClientError, ConfigError, WireError
 from fedtune.core.protocol import UNLIMITED, ClientInfo, DeviceProfile, Instruction, Score, Update, grid
 from fedtune.core.seeds import derive_seed
 from fedtune.core.text import first_line
+from fedtune.data.federated_data import ClientBatches
+from fedtune.device.home import home
 from fedtune.device.owner import Owner
+from fedtune.device.usage import Usage
 from fedtune.planning.population import profile_of
-from fedtune.training.apply_instruction import BATCH, STEPS
-from fedtune.training.client_state import home
+from fedtune.training.apply_instruction import BATCH, BITS, STEPS
+from fedtune.wire.flower_private import content_bytes
 from fedtune.wire.messages import pack_greeting, pack_score, unpack_question
 from fedtune.workspace.downlink import Downlink
 from fedtune.workspace.uplink import Uplink
@@ -54,8 +58,14 @@ def handle_message(
     Raises:
         FedtuneError: if this client can't do its part.
     """
+    usage = None if owner is None else Usage(home(), owner.file.limits)
     try:
-        return _answer(kind, round, content, workspace_of(run_config, owner), node_config)
+        if usage is not None and kind == MessageType.TRAIN:
+            usage.begin(content_bytes(content))
+        handled = _answer(kind, round, content, workspace_of(run_config, owner), node_config)
+        if usage is not None:
+            usage.answered(content_bytes(handled.content))
+        return handled
     except MALFORMED as error:
         if owner is None:
             raise
@@ -67,7 +77,8 @@ def handle_message(
 def _answer(
     kind: str, round: str, content: RecordDict, workspace: Workspace, node_config: Mapping[str, Any]
 ) -> Handled:
-    index, downlink = index_of(node_config), Downlink(workspace)
+    own = workspace.owner.index if workspace.owner is not None else None
+    index, downlink = index_of(node_config) if own is None else own, Downlink(workspace)
     if kind == MessageType.QUERY:
         return Handled(_greeting(content, workspace, downlink, index, node_config))
     if kind not in (MessageType.TRAIN, MessageType.EVALUATE):
@@ -89,7 +100,11 @@ def _greeting(
     version, heard, lost = downlink.held(run, index, before) if run else (0, 0, False)
     own = home() if workspace.experiment.population.devices == MEASURED else None
     capability = capability_of(node_config, profile_of(index, workspace.experiment, own))
-    peer = ClientInfo(index, workspace.samples(index), capability, base_version=version, broadcast=heard)
+    data = workspace.data
+    name, tokens = (data.names[index], data.tokens(index)) if data.names else ("", 0)
+    peer = ClientInfo(
+        index, workspace.samples(index), capability, base_version=version, broadcast=heard, name=name, tokens=tokens
+    )
     return pack_greeting(peer, workspace.model.layout.sha256, workspace.data.sha256, lost)
 
 
@@ -121,6 +136,8 @@ def _train(workspace: Workspace, run: str, index: int, round: int, instruction: 
     client: Any = workspace.client
     if STEPS in settings:
         client = replace(client, steps=int(settings[STEPS]))
+    if workspace.owner is not None:
+        batches = _within_limits(workspace, client, batches, instruction)
     begun = time.perf_counter()
     update: Update = client.train(model, batches, instruction, memory, key)
     seconds = time.perf_counter() - begun
@@ -130,6 +147,39 @@ def _train(workspace: Workspace, run: str, index: int, round: int, instruction: 
         scores = {"client_eval_loss": found.loss, "client_eval_accuracy": found.accuracy}
         update = replace(update, metrics={**update.metrics, **scores})
     return update, seconds
+
+
+def _within_limits(workspace: Workspace, client: Any, batches: ClientBatches, told: Instruction) -> ClientBatches:
+    """The batches of a turn that the device's owner allows, which end when its time is up.
+
+    Raises:
+        CapacityError: if the owner doesn't.
+    """
+    owner = workspace.owner
+    assert owner is not None
+    limits = owner.file.limits
+    if limits.seconds is not None:
+        batches = replace(batches, seconds=limits.seconds)
+    if (limits.steps, limits.examples, limits.memory_bytes) == (None, None, None):
+        return batches
+    if not tells_its_work(client):
+        raise CapacityError(
+            f"{type(client).__name__} doesn't say what a turn takes (it has no `work`), and this device's owner has "
+            "set limits (device.toml)"
+        )
+    work = client.work(told.settings)
+    passes = max(1, round(work.forward)) if not work.backward else 1
+    size = min(batches.batch_size, batches.examples)
+    memory = 0.0
+    if limits.memory_bytes is not None:
+        model, held = workspace.model, int(told.settings.get(BITS, workspace.bits))
+        costs = workspace.costs
+        if work.backward:
+            memory = float(costs.memory(size, held, 0, model.trainable, 0.0, work.state_bytes))
+        else:
+            memory = costs.base_bytes[str(held)] + costs.fixed_bytes + size * costs.head_bytes
+    owner.check_turn(work.steps, work.steps * passes * size, memory)
+    return batches
 
 
 def evaluate_client(workspace: Workspace, run: str, index: int, round: int, instruction: Instruction) -> Score | None:

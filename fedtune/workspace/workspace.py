@@ -21,6 +21,8 @@ from fedtune.core.errors import DataError, ModelError
 from fedtune.core.protocol import Client, Instruction, Layout, Score, Strategy, Tensors, is_lossless
 from fedtune.core.seeds import derive_seed, permutation
 from fedtune.data.federated_data import FederatedData, load_data
+from fedtune.data.own_data import load_own
+from fedtune.device.home import home
 from fedtune.device.owner import Owner, check_room
 from fedtune.evaluation.scoring import evaluate_all, score
 from fedtune.models.adapted_model import LocalModel
@@ -29,7 +31,7 @@ from fedtune.models.model_checks import check_tokens, positions_for
 from fedtune.models.shared_base import base_for
 from fedtune.planning.cost_probe import base_bytes, costs_of, weights_of
 from fedtune.training.apply_instruction import BITS
-from fedtune.training.client_state import ClientStateStore, home
+from fedtune.training.client_state import ClientStateStore
 from fedtune.wire.delta_coding import build_codec
 
 QUANTIZATION = {4: "nf4", 8: "int8"}  # by the bits that a client is told; as it is otherwise
@@ -103,11 +105,16 @@ class Workspace:
     @cached_property
     def costs(self) -> Costs:
         """What training this model on these data takes."""
-        return costs_of(self.model, self.data, self.experiment.train.batch_size, self.experiment.seed)
+        longest, train = self.data_spec.max_length, self.experiment.train
+        return costs_of(self.model, self.data, train.batch_size, self.experiment.seed, longest)
 
     def _load(self, spec: ModelSpec) -> LocalModel:
         changes = self.experiment.adapter.kind == FULL or self.experiment.model.merge == "requantize"
-        return self._on(base_for(spec, pick_device(self.experiment.runtime.device), changes))
+        own = spec if self.owner is None else self.owner.model(spec)
+        base = base_for(own, pick_device(self.experiment.runtime.device), changes)
+        if self.owner is not None:
+            self.owner.check_base(spec, base.origin.sha256)
+        return self._on(base)
 
     def take(self, base: Base) -> None:
         """Have the model on this base, which was loaded already."""
@@ -123,7 +130,7 @@ class Workspace:
     def data_spec(self) -> DataSpec:
         """The data's settings, with examples no longer than the model has positions for."""
         room = positions_for(self.model.base, self.experiment.adapter)
-        spec = self.experiment.data
+        spec = self.experiment.data if self.owner is None else self.owner.data(self.experiment.data)
         return spec if room is None else replace(spec, max_length=min(spec.max_length, room))
 
     @property
@@ -137,7 +144,9 @@ class Workspace:
     def data(self) -> FederatedData:
         population = self.experiment.population
         clients = population.pooled or population.clients
-        loaded = load_data(self.data_spec, clients, self.model.tokenizer, self.experiment.seed)
+        spec, tokenizer, seed = self.data_spec, self.model.tokenizer, self.experiment.seed
+        own = None if self.owner is None else self.owner.own_data
+        loaded = load_own(spec, clients, tokenizer, seed, own) if own else load_data(spec, clients, tokenizer, seed)
         check_tokens(loaded.corpus, self.model.base)
         data = replace(loaded, pad=self.model.pad)
         return data.pooled() if population.pooled else data
