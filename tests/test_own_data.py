@@ -1,9 +1,10 @@
 """Data that clients bring: files and users as clients, and devices that read their own under their owner's rules."""
 
 import json
+import re
 
 import pytest
-from conftest import PAIRS, SMALL, rows, small, summary_of
+from conftest import PAIRS, SMALL, rows, summary_of
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
@@ -17,7 +18,11 @@ from fedtune.runtime.local import LocalGrid, run_local, server_context
 from fedtune.workspace.client_handler import handle_message
 
 LINES = PAIRS.read_text().splitlines()
-SHARES = {"clinic": LINES[:20], "office": LINES[20:45] + LINES[20:23], "school": LINES[45:]}  # unequal, one with repeats
+SHARES = {
+    "clinic": LINES[:20],
+    "office": LINES[20:45] + LINES[20:23],
+    "school": LINES[45:],
+}  # unequal, one with repeats
 WORDS = tuple(word for word in SMALL if not word.startswith(("data.", "population.")))
 
 
@@ -37,14 +42,14 @@ def simulated(*words, out, **settings):
     return experiment
 
 
-def deployed(files, home, monkeypatch, *words, toml=""):
+def deployed(files, home, monkeypatch, *words, rules={}):  # noqa: B006
     """The same run on devices that read their own files, in this process: real messages, real owners."""
     monkeypatch.setenv("FEDTUNE_HOME", str(home))
     for index, name in enumerate(sorted(SHARES)):
         where = home / name
         where.mkdir(parents=True)
         (where / "device.toml").write_text(
-            f'name = "{name}"\nindex = {index}\n{toml}\n[data]\npath = "{files / name}.jsonl"\n'
+            f'name = "{name}"\nindex = {index}\n{rules.get(name, "")}\n[data]\npath = "{files / name}.jsonl"\n'
         )
     names = sorted(SHARES)
     app = ClientApp()
@@ -81,3 +86,107 @@ def test_devices_with_files_of_their_own_end_in_the_bits_of_a_simulation_over_th
     same_run(tmp_path / "simulated", tmp_path / "deployed")
     named = {row["client"]: row["name"] for row in rows(tmp_path / "deployed", "clients.csv")}
     assert named == {"0": "clinic", "1": "office", "2": "school"}
+
+
+def test_a_server_with_a_test_of_its_own_scores_on_it(files, tmp_path, monkeypatch):
+    test = tmp_path / "test.jsonl"
+    test.write_text("\n".join(LINES[:9]) + "\n")
+    words = ("rounds=1", f"data.heldout_path={test}")
+    simulated(*words, f"data.path={files}/*.jsonl", "data.partition=files", out=tmp_path / "simulated")
+    deployed(files, tmp_path / "home", monkeypatch, *words, "population.clients=3", f"out={tmp_path / 'deployed'}")
+    same_run(tmp_path / "simulated", tmp_path / "deployed")
+    assert summary_of(tmp_path / "simulated")["data"]["server_heldout"] == 9
+    assert not rows(tmp_path / "simulated", "clients.csv")
+
+
+def split(*words):
+    experiment = compose([*WORDS, *words])
+    return experiment, load_data(experiment.data, experiment.population.clients, tiny_tokenizer(), experiment.seed)
+
+
+def test_a_client_trains_on_its_rows_alone_each_of_them_once(files):
+    experiment, data = split(f"data.path={files}", "data.partition=files", "data.client_heldout=0.2")
+    assert (experiment.population.clients, data.names) == (3, ("clinic", "office", "school"))
+    for index, name in enumerate(data.names):
+        held = [*data.train[index], *data.heldout[index]]
+        assert len(set(held)) == len(held) == len(set(SHARES[name]))
+        assert len(data.heldout[index]) == round(0.2 * len(held))
+    assert data.repeated == 3  # within one file; what two files share is nobody's to know
+    assert len(data.server) == 0
+
+
+@pytest.mark.parametrize("form", ["a column", "an object of users", "a column within another"])
+def test_users_are_clients(tmp_path, form):
+    table = [{**json.loads(line), "who": f"u{place % 4}"} for place, line in enumerate(LINES[:40])]
+    path, words = tmp_path / "all.json", ["data.user_column=who"]
+    if form == "an object of users":
+        found = {f"u{n}": [{k: v for k, v in row.items() if k != "who"} for row in table[n::4]] for n in (3, 1, 0, 2)}
+        path.write_text(json.dumps(found))
+        words = ["data.partition=users"]
+    elif form == "a column within another":
+        path.write_text(json.dumps([{**row, "meta": {"who": row.pop("who")}} for row in table]))
+        words = ["data.user_column=meta.who"]
+    else:
+        path.write_text(json.dumps(table))
+    experiment, data = split(f"data.path={path}", *words)
+    assert data.names == ("u0", "u1", "u2", "u3")
+    assert [len(data.train[n]) + len(data.heldout[n]) for n in range(4)] == [10] * 4
+    assert load(experiment.text()) == experiment
+    assert split(f"data.path={path}", *words)[1].sha256 == data.sha256
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data.partition=own"], r"runtime=local has no devices.*data\.partition=files"),
+        (["data.partition=own", "data.path=x.jsonl", "runtime=flower"], "each device reads what its owner names"),
+        (["data.heldout_path=x.jsonl"], "elsewhere it is a share, data.heldout"),
+        (["data.user_column=who", "data.partition=natural"], "leave one of them out"),
+        (["data.partition=files", "method=centralized", "population.clients=3"], "each client keeps its own"),
+        (["population.clients=connected"], "clients come and go on devices"),
+        (["population.clients=connected", "runtime=flower", "method=scaffold"], "goes by the number of all clients"),
+        (["population.clients=connected", "runtime=flower", "population.min_clients=0"], r"population\.min_clients=0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_a_line(words, said):
+    with pytest.raises(ConfigError, match=said):
+        compose(words)
+
+
+def test_what_is_no_folder_of_files_is_refused(files, tmp_path):
+    with pytest.raises(ConfigError, match="is one file: give a folder"):
+        split(f"data.path={files}/clinic.jsonl", "data.partition=files")
+    with pytest.raises(ConfigError, match="makes 3 clients, not 5: leave"):
+        split(f"data.path={files}", "data.partition=files", "population.clients=5")
+    with pytest.raises(ConfigError, match=r"data\.user_column=who: clinic.jsonl line 1 has no such column"):
+        split(f"data.path={files}/clinic.jsonl", "data.user_column=who")
+    with pytest.raises(DataError, match="expected files, a folder"):
+        split("data.path=owner/name", "data.partition=files")
+
+
+LIMITS = {
+    'methods = ["flora"]': r"method=fedit: this device's owner allows methods = \['flora'\]",
+    'adapters = "dora"': r"adapter=lora: this device's owner allows adapters = \['dora'\]",
+    "steps = 1": "2 steps in a round: this device's owner allows steps = 1",
+    "examples = 7": "8 examples in a round: this device's owner allows examples = 7",
+    "memory_bytes = 1e6": "memory bytes in a round: this device's owner allows memory_bytes = 1e",
+    "message_bytes = 3000": "a message of .* this device's owner allows message_bytes = 3,000",
+    "rounds_a_day = 1": "allows rounds_a_day = 1 .*and this message would make it 2",
+    "bytes_a_day = 20000": "allows bytes_a_day = 20,000",
+    "seconds = 1e-9": "training takes longer than seconds = 1e-09",
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_run_that_asks_for_more_than_an_owner_allows_is_refused_in_words_and_booked(
+    limit, files, tmp_path, monkeypatch, capsys
+):
+    """Of one of three devices; the round goes on with the others."""
+    home = tmp_path / "home"
+    words = ("rounds=2", "population.clients=3", "population.quorum=0.3", "runtime.wait=1", f"out={tmp_path / 'run'}")
+    deployed(files, home, monkeypatch, *words, rules={"office": f"[limits]\n{limit}\n"})
+    failures = rows(tmp_path / "run", "failures.csv")
+    assert {row["client"] for row in failures} == {"1"}
+    assert summary_of(tmp_path / "run")["status"] == "finished"
+    said = " ".join([*(row["error"] for row in failures), *capsys.readouterr().out.split()])
+    assert re.search(LIMITS[limit], said), said

@@ -72,6 +72,8 @@ def compose(overrides: Sequence[str]) -> Experiment:
         given = [word for word in words if word.startswith((f"{group}.path=", f"{group}="))]
         if given and all(word.startswith(f"{group}.path=") for word in given):
             words.append(f"{group}=custom")
+    if "data.partition=own" in overrides and not any(word.startswith("data=") for word in words):
+        words.append("data=custom")  # each device's own
     words = _with_clients(words)
     return with_paths(_to_experiment(_compose(words), list(overrides)))
 

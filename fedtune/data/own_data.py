@@ -71,7 +71,9 @@ def load_own(
             )
     test: list[Example] = []
     if own is None and spec.heldout_path is not None:
-        test = load_examples(replace(spec, path=spec.heldout_path))
+        test = load_examples(
+            replace(spec, path=spec.heldout_path, heldout_path=None, partition="iid", user_column=None)
+        )
     examples = [example for _, rows in parts for example in rows] + test
     holders = [place for place, (_, rows) in zip(places, parts, strict=True) for _ in rows] + [-1] * len(test)
     count = max([*places, 0]) + 1

@@ -123,7 +123,7 @@ class Owner:
         if not own.path:
             return asked
         named = {name: value for name in COLUMNS if (value := getattr(own, name)) is not None}
-        return replace(asked, partition="iid", path=list(own.path), **named)
+        return replace(asked, partition="iid", path=list(own.path), heldout_path=None, **named)
 
     @property
     def own_data(self) -> tuple[int, str] | None:
