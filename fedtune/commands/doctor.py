@@ -33,6 +33,7 @@ bases can be trained here, and, with --server, what the link to it carries. It t
   fedtune doctor                                      to device.csv in this device's home, for population=measured
   fedtune doctor --server server.example.org:9000     and the network, if this runs there:
   fedtune doctor --listen 0.0.0.0:9000                the other end of it, until Ctrl-C
+  fedtune doctor --write --data mine.jsonl            and device.toml: this device's own data, and what runs may do
 """
 
 
@@ -42,6 +43,16 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument("--out", metavar="FILE", help="the profile's file (default: device.csv in the device's home)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument(
+        "--write",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="also write device.toml: what runs may do here (in its home)",
+    )
+    parser.add_argument("--data", metavar="PATH", help="with --write: the file or folder that this device trains on")
+    parser.add_argument("--name", default="", help="with --write: what this device is called")
+    parser.add_argument("--index", type=int, metavar="N", help="with --write: which client it is")
     ends = parser.add_mutually_exclusive_group()
     ends.add_argument("--server", metavar="HOST:PORT", help="measure the link to a fedtune doctor --listen there")
     ends.add_argument("--listen", metavar="[HOST:]PORT", help="be that other end (default host: 127.0.0.1)")
@@ -58,7 +69,12 @@ def main(options: argparse.Namespace) -> int:
     if options.listen is not None:
         listen(options.listen)
     else:
+        if options.write is None and (options.data, options.name, options.index) != (None, "", None):
+            raise ConfigError("--data, --name and --index are what device.toml says: they want --write")
+        target = prepare(options) if options.write is not None else None
         examine(Request(options.out, options.device, options.threads, options.server, options.seconds))
+        if target is not None:
+            write_device_file(*target)
     return 0
 
 
@@ -141,6 +157,49 @@ def examine(asked: Request) -> Path:
             "", f"on the server: as {home() / 'device.csv'} on the device, with population=measured runtime=flower"
         )
     return path
+
+
+def prepare(options: argparse.Namespace) -> tuple[Path, str]:
+    """Where device.toml goes, and its text; what is wrong with either is found before anything is measured.
+
+    Raises:
+        FedtuneError: if there is such a file, or the data can't be read.
+    """
+    from fedtune.config.data import DataSpec
+    from fedtune.data.sources import load_examples
+    from fedtune.device import device_file
+    from fedtune.device.home import home
+
+    path = Path(options.write).expanduser() if options.write else home() / device_file.FILE
+    if path.exists():
+        raise ConfigError(
+            f"{path} is there already, and its owner's words are not overwritten: edit it, or name another"
+        )
+    if options.index is not None and options.index < 0:
+        raise ConfigError(f"--index {options.index}: expected a client's number, from 0 up")
+    data = device_file.DataHere()
+    if options.data is not None:
+        whole = os.path.abspath(os.path.expanduser(options.data))  # noqa: PTH100, PTH111 (it may be a pattern)
+        count = len(load_examples(DataSpec(path=whole)))
+        _Page().line("data", f"{count:,} rows in {options.data}; they stay here")
+        data = device_file.DataHere((whole,))
+    return path, device_file.written(device_file.DeviceFile(options.name, options.index, data))
+
+
+def write_device_file(path: Path, text: str) -> None:
+    """Write what `prepare` made.
+
+    Raises:
+        ConfigError: if it can't be written.
+    """
+    page = _Page()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be written: {error.strerror or error}. Give --write another FILE") from error
+    page.line("wrote", f"{path}: what runs may do here, for its owner to edit")
 
 
 def listen(address: str) -> None:

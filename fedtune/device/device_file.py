@@ -4,6 +4,7 @@ It lies in the device's home ($FEDTUNE_HOME), or where --node-config 'device-fil
 anew for every message, so a change counts from the next one on. `fedtune doctor --write` makes one.
 """
 
+import json
 import math
 import os
 import tomllib
@@ -163,3 +164,62 @@ def _expected(type: str) -> str:
     if "tuple" in type:
         return "a text or a list of texts"
     return "a whole number" if "int" in type else "a number" if "float" in type else "a text"
+
+
+HEAD = """\
+# What others' runs may do on this device. fedtune reads it anew for every message: docs/deploy.md
+"""
+EXAMPLES = {
+    "name": '"clinic-3"',
+    "index": "3",
+    "data.path": '"mine.jsonl"',
+    "data.split": '"train"',
+    "data.prompt_column": '"question"',
+    "data.completion_column": '"answer"',
+    "base.allow": '["HuggingFaceTB/SmolLM2-135M-Instruct", "sha256:..."]',
+    "base.path": '"/srv/models/smollm2"',
+    "limits.methods": '["fedit", "flora"]',
+    "limits.adapters": '["lora"]',
+    "limits.steps": "100",
+    "limits.examples": "400",
+    "limits.seconds": "600",
+    "limits.memory_bytes": "4e9",
+    "limits.message_bytes": "50_000_000",
+    "limits.rounds_a_day": "48",
+    "limits.bytes_a_day": "1_000_000_000",
+}
+NOTES = {
+    "name": "shown beside this client's figures, on the server too",
+    "index": "which client this is, where --node-config has no partition-id",
+    "data.path": "a file, a folder or a pattern, or a list of these, from this file's folder; the rows never leave",
+    "base.allow": "models that runs may use, by hub id, folder or hash; without it whatever this device can open",
+    "base.path": "where the allowed one lies here",
+    "limits.methods": "without it all; likewise adapters",
+    "limits.steps": "of the optimizer, in a round",
+    "limits.examples": "in a round, each as often as it is seen",
+    "limits.seconds": "of training, in a round",
+    "limits.memory_bytes": "that training is predicted to take",
+    "limits.message_bytes": "of one message, either way",
+    "limits.bytes_a_day": "both ways",
+}
+
+
+def written(file: DeviceFile) -> str:
+    """The text of a device.toml that says this, with what else it may say as comments."""
+    lines = [HEAD]
+    for section, kind in (("", DeviceFile), *SECTIONS.items()):
+        if section:
+            lines.append(f"\n[{section}]")
+        own = getattr(file, section) if section else file
+        for item in fields(kind):
+            if item.name in SECTIONS:
+                continue
+            key, value = (f"{section}.{item.name}" if section else item.name), getattr(own, item.name)
+            said = item.name + " = " + (EXAMPLES[key] if value in (None, "", ()) else _toml(value))
+            lines += [f"# {NOTES[key]}"] if key in NOTES else []
+            lines.append(("#   " if value in (None, "", ()) else "") + said)
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.core.errors import DeploymentError
+from fedtune.device.device_file import FILE, DataHere, DeviceFile, written
 from simulations.fleet import processes
 from simulations.fleet.credentials import make_node_key
 from simulations.fleet.processes import wait_until
@@ -36,6 +37,7 @@ class Site:
         registered: whether the operator tells the SuperLink its public key.
         trusts: the CA certificate it checks the SuperLink against; the fleet's own if None.
         superlink: where it looks for the SuperLink, such as a proxy's address; the SuperLink's own if empty.
+        own: the file or folder that its owner's device.toml names as its data; None: it reads what a run names.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Site:
     registered: bool = True
     trusts: Path | None = None
     superlink: str = ""
+    own: Path | None = None
 
 
 class Part:
@@ -190,6 +193,10 @@ class Node(Part):
         self.key = self.home / "key"
         place: dict[str, Value] = {"partition-id": partition, "num-partitions": partitions, "name": site.name}
         write_toml(self.home / "node.toml", {**place, **site.config})
+        if site.own is not None:
+            (self.home / "fedtune").mkdir()
+            file = DeviceFile(site.name, data=DataHere((str(site.own.resolve()),)))
+            (self.home / "fedtune" / FILE).write_text(written(file), encoding="utf-8")
 
     def start(self, new_key: bool = False, wait: bool = True, patience: float = 0) -> None:
         """Start it with the key it had, or with a new one.
