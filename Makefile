@@ -13,9 +13,9 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 demo: setup  ## fine-tune SmolLM2 across 20 clients
 	$(RUN)/fedtune run experiment=demo
 
-deploy-demo: setup  ## the same on a SuperLink and three SuperNodes with TLS and keys, on loopback
+deploy-demo: setup  ## the same on a SuperLink and three SuperNodes with files of their own, TLS and keys, on loopback
 	$(RUN)/python -m simulations.fleet --nodes 3 \
-		experiment=demo name=deploy-demo population.clients=3 population.cohort=3 runtime.threads=1
+		--own experiment=demo name=deploy-demo population.clients=3 population.cohort=3 runtime.threads=1
 
 # Three files at a time on two cores: the tests of deployments wait for Flower a third of the time
 WORKERS ?= 3

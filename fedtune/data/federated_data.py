@@ -187,7 +187,7 @@ class FederatedData:
             ("heldout", len(self.server), self.asked[0]),
             ("client_heldout", own, self.asked[1]),
         ):
-            if 2 * got < asked:
+            if 2 * got < asked and not self.names:
                 lines.append(
                     f"         data.{setting}={getattr(spec, setting):g} asks for {asked:,} rows, and {got:,} are held "
                     "out: rows with one prompt are held out together or not at all"

@@ -188,6 +188,8 @@ class ClientRegistry:
         if holder != node and holder in present:
             raise WireError(f"two nodes say they are client {peer.index}: give each its own partition-id")
         self._check_samples(peer)
+        if peer.name and self._exchange.lines.deployed and peer.index not in self.peers:
+            self._say(f"client {peer.index} is {peer.name}: {peer.samples:,} examples, {peer.tokens:,} tokens")
         if holder != node:
             self._say(f"client {peer.index} is back, on another node")
         self._forget(node)

@@ -18,6 +18,7 @@ from fedtune.core.text import clock, size
 from fedtune.data.row_counts import describe
 
 if TYPE_CHECKING:  # torch comes with it, and a report needs none
+    from fedtune.data.federated_data import FederatedData
     from fedtune.workspace.workspace import Workspace
 
 
@@ -220,10 +221,24 @@ def headline(experiment: Experiment, workspace: "Workspace", folder: Path) -> li
         f"{experiment.name}: {method_of(experiment)}, {clients_of(experiment)}, {experiment.rounds} rounds",
         f"base     {experiment.model.name} from {model.origin.source}, {held.removeprefix('torch.')} "
         f"on {model.device}, {model.trainable:,} trainable parameters",
-        f"data     {experiment.data.name}, {len(data.corpus):,} examples, {experiment.data.partition} partition",
+        *_data_lines(experiment, data),
+        f"writing  {folder}",
+    ]
+
+
+def _data_lines(experiment: Experiment, data: "FederatedData") -> list[str]:
+    if not data.shared:
+        test = (
+            f"{len(data.server):,} rows of the server's own" if len(data.server) else "the clients' own held-out rows"
+        )
+        return [f"data     each device's own, which stay there; scored on {test}"]
+    how = (
+        f"each of the {experiment.data.partition} a client" if data.names else f"{experiment.data.partition} partition"
+    )
+    return [
+        f"data     {experiment.data.name}, {len(data.corpus):,} examples, {how}",
         *describe(data.corpus.counts, experiment.data),
         *data.describe(experiment.data),
-        f"writing  {folder}",
     ]
 
 
@@ -238,6 +253,8 @@ def clients_of(experiment: Experiment) -> str:
     population = experiment.population
     if population.pooled:
         return f"1 client that holds the data of all {population.pooled}, {experiment.local_steps} steps a round"
+    if population.connected:
+        return f"whoever comes, from {population.min_clients} clients on, at most {population.cohort_size} a round"
     return f"{population.clients} clients, {population.cohort_size} a round"
 
 

@@ -251,6 +251,9 @@ class RoundLoop:
         more: dict[str, Any] = {}
         if limit := self._spent(self.known.done):
             more["ended_by"] = limit
+        if (population := self._experiment.population).connected:
+            came = {"clients": len(self._channel.registry.peers), "cohort": population.cohort_size}
+            more["population"] = {**came, "pooled": 0, "connected": True}
         if self._memory_bytes is not None:
             more["memory_bytes"] = round(self._memory_bytes)
         if error is not None:
