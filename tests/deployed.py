@@ -9,9 +9,9 @@ from pathlib import Path
 from conftest import rows
 
 HERE = Path(__file__).parent
-# Each node looks for work that often, in seconds; ten times a second, four that wait take a third of a core from the
-# tests beside them
-CALMLY = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.6"}
+# Each node looks for work that often, in seconds, as Flower does unasked; ten times a second, four that wait take a third
+# of a core from the tests beside them
+CALMLY = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}
 PATHS = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
 # Flower's own commands, without what their packages import for other commands beside them: 1 of the 3 CPU seconds that
 # the process of each message takes. Those as installed are in test_fleet.py
