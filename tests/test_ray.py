@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import forked
 import mischief
 import psutil
 import pytest
@@ -74,13 +73,14 @@ def test_ray_stays_on_loopback_and_after_ctrl_c_goes_on_to_the_bits_of_one_proce
     folder = tmp_path / "run"
     more = (*remembering.WORDS, "codec=compeft", "codec_up.feedback=true")
     command = [sys.executable, "-m", "fedtune", "run", *words(folder, *more, "rounds=1000")]
-    process = forked.Popen(
+    process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": PATHS["PYTHONPATH"]},  # the clients of these tests
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         while not (folder / "metrics.csv").exists() or len((folder / "metrics.csv").read_text().splitlines()) < 3:
