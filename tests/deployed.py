@@ -9,8 +9,8 @@ from pathlib import Path
 from conftest import rows
 
 HERE = Path(__file__).parent
-# Each node looks for work that often, in seconds, as Flower does unasked; ten times a second, four that wait take a third
-# of a core from the tests beside them
+# Each node looks for work that often, in seconds, as Flower does unasked; ten times a second, four that wait take a
+# third of a core from the tests beside them
 CALMLY = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}
 PATHS = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
 # Flower's own commands, without what their packages import for other commands beside them: 1 of the 3 CPU seconds that
