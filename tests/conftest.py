@@ -64,7 +64,7 @@ SMALL = (
 
 
 # They wait for Flower most of the time, so they go first and the others beside them
-LONG = ("test_deploy.py", "test_sockets.py", "test_fleet.py")
+LONG = ("test_deploy.py", "test_sockets.py", "test_fleet.py", "test_fleet_ends.py")
 LAST = "test_ray.py"  # its processes take minutes to start beside those of the first
 
 

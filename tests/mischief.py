@@ -1,9 +1,9 @@
 """A client that misbehaves when told to, for tests against real processes.
 
 MISCHIEF="how:seed:round:index ..." in the environment of the process that trains; how is one of `raise`, `die`
-(SIGKILL), `hang`, `slow` (12 s) and `nan`; with `-once` it is so at the first try only (a file in the folder
-MISCHIEF_DONE remembers). But for `slow` the client keeps nothing of such a turn, so a run in which the same turns just
-raise has the same result.
+(SIGKILL), `hang`, `wait` (until the folder MISCHIEF_DONE has a file `go`) and `nan`; with `-once` it is so at the first
+try only (a file in that folder remembers). But for `wait` the client keeps nothing of such a turn, so a run in which
+the same turns just raise has the same result.
 """
 
 import os
@@ -37,6 +37,6 @@ class Mischief(Remembering):
             return Update(broken, batches.examples)
         if how == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        if how in ("hang", "slow"):
-            time.sleep(10_000 if how == "hang" else 12)
+        while how == "hang" or (how == "wait" and not Path(os.environ["MISCHIEF_DONE"], "go").exists()):
+            time.sleep(0.1)
         return super().train(model, batches, instruction, memory, key)

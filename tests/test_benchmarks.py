@@ -9,7 +9,7 @@ from conftest import SMALL, small
 
 from fedtune.runtime.local import run_local
 from simulations import family, picture
-from simulations.benchmarks import costs, worker
+from simulations.benchmarks import costs
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +42,3 @@ def test_costs_are_predicted_beside_what_is_measured(quantization, short_smollm2
     assert all(value > 0 for value in found.values())
     costs.report([setting], 1, {"flop_per_s": 1e10, "read_bytes_per_s": 1e9}, lambda place: found)
     assert re.search(r"worst: memory \d+%, time \d+%", capsys.readouterr().out)
-
-
-@pytest.mark.slow
-def test_what_a_worker_saves_is_read_from_its_nodes_log():
-    words = [word for word in SMALL if not word.startswith("population.")]  # it has one device
-    (found,) = worker.measure(True, words, rounds=1)
-    assert found[0] == 1
-    assert all(seconds >= 0 for seconds in found[1:])

@@ -40,7 +40,8 @@ def test_the_bundle_holds_the_code_the_settings_and_the_licence():
 
 @pytest.mark.slow
 def test_flwr_run_plays_a_toy_on_the_nodes_that_flower_simulates(tmp_path):
-    """`flwr run .`, as somebody types it who has read nothing; the daemon that it starts stays until it is ended."""
+    """`flwr run .`, as somebody types it who has read nothing, but for the rounds, which would all be alike; the daemon
+    that it starts stays until it is ended."""
     mark = secrets.token_hex(8)
     environment = {
         **os.environ,
@@ -54,7 +55,7 @@ def test_flwr_run_plays_a_toy_on_the_nodes_that_flower_simulates(tmp_path):
     }
     out = f"out={tmp_path / 'run'}"
     toy = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]["overrides"]
-    command = [script("flwr"), "run", str(ROOT), "--stream", "--run-config", f'overrides="{toy} {out}"']
+    command = [script("flwr"), "run", str(ROOT), "--stream", "--run-config", f'overrides="{toy} rounds=1 {out}"']
     try:
         done = subprocess.run(
             command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False

@@ -1,12 +1,12 @@
 """fedtune doctor: what it measures, what it refuses to believe, and the profile that it writes."""
 
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
 
+import forked
 import pytest
 import torch
 from hypothesis import given
@@ -299,14 +299,8 @@ def test_what_the_doctor_cannot_do_is_one_message(capsys, monkeypatch, tmp_path,
 
 @pytest.mark.slow
 def test_the_doctor_measures_and_writes_a_profile(fedtune, tmp_path):
-    listener = subprocess.Popen(
-        [sys.executable, "-m", "fedtune", "doctor", "--listen", "0"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        # Whoever started the tests in the background made Ctrl-C be ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    listener = forked.Popen(
+        [sys.executable, "-m", "fedtune", "doctor", "--listen", "0"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
     )
     try:
         server = re.search(r"127\.0\.0\.1:\d+", listener.stdout.readline())[0]

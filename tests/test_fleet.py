@@ -1,89 +1,45 @@
-"""A deployment on loopback: what passes, what is refused, what comes back, and that nothing stays behind."""
+"""A deployment on loopback: what passes, what is refused, what comes back, and the bits of one process."""
 
 import hashlib
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import psutil
+import mischief
 import pytest
-from deployed import CALMLY
+from answering import write_app
+from conftest import SMALL, rows, summary_of
+from deployed import CALMLY, HERE, call, failures, run
 
+from fedtune.config.compose import compose
 from fedtune.core.errors import DeploymentError, RunFolderError
-from simulations.fleet import Fleet, Site, processes
+from fedtune.runtime.local import run_local
+from simulations.benchmarks.worker import figures
+from simulations.fleet import Fleet, Site
 from simulations.fleet.credentials import make_certificates
-from simulations.fleet.processes import MARK, cut, marked, wait_until
+from simulations.fleet.processes import wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-SETTINGS = """
-[project]
-name = "tiny-app"
-version = "1.0.0"
-description = "answers"
-license = "Apache-2.0"
-
-[tool.flwr.app]
-publisher = "tests"
-
-[tool.flwr.app.components]
-serverapp = "fedtune.app:server"
-clientapp = "fedtune.app:client"
-
-[tool.flwr.app.config]
-overrides = ""
-mode = ""
-nodes = 2
-seconds = 0.0
-"""
-
-# The package has the name of one that is installed, to see whose code the nodes import
-APP = """
-import hashlib, json, time
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
-
-client = ClientApp()
-server = ServerApp()
-
-@client.train()
-def train(message, context):
-    time.sleep(float(context.run_config["seconds"]))
-    answer = {"file": __file__, "node": json.dumps(dict(context.node_config), sort_keys=True)}
-    answer["text"] = hashlib.sha256(context.run_config["overrides"].encode()).hexdigest()
-    return Message(RecordDict({"answer": ConfigRecord(answer)}), reply_to=message)
-
-@server.main()
-def main(grid, context):
-    if context.run_config["mode"] == "fail":
-        raise RuntimeError("asked to fail")
-    while len(nodes := list(grid.get_node_ids())) < context.run_config["nodes"]:
-        time.sleep(0.1)
-    for reply in grid.send_and_receive([Message(RecordDict(), node, "train") for node in nodes]):
-        answer = f"error {reply.error.code}" if reply.has_error() else json.dumps(dict(reply.content["answer"]))
-        print("ANSWER", answer, flush=True)
-"""
+REMEMBERING = ("population.clients=2", "population.cohort=2", *mischief.WORDS)
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("app")
-    (folder / "pyproject.toml").write_text(SETTINGS)
-    (folder / "fedtune").mkdir()
-    (folder / "fedtune" / "__init__.py").touch()
-    (folder / "fedtune" / "app.py").write_text(APP)
-    return folder
+def done(tmp_path_factory):
+    """What clients leave for one another, and wait for."""
+    return tmp_path_factory.mktemp("done")
 
 
 @pytest.fixture(scope="module")
-def fleet(app, tmp_path_factory):
+def fleet(done, tmp_path_factory):
+    """It plays our app as well, which `fedtune run` brings along."""
     sites = [Site("site-0"), Site("site-1", {"profile": 'a "phone"', "memory-bytes": 1 << 31})]
-    with Fleet(tmp_path_factory.mktemp("fleet"), sites, app=app, env=CALMLY) as fleet:
+    environment = {
+        "PYTHONPATH": str(HERE),  # the clients of these tests are in no bundle
+        "FEDTUNE_TARGETS": "mischief.Mischief",
+        "MISCHIEF": "wait:1:2:1",
+        "MISCHIEF_DONE": str(done),
+        **CALMLY,
+    }
+    app = write_app(tmp_path_factory.mktemp("app"))
+    with Fleet(tmp_path_factory.mktemp("fleet"), sites, app=app, env=environment) as fleet:
         yield fleet
 
 
@@ -147,66 +103,47 @@ def test_a_taken_port_is_left_for_another(fleet):
     assert node.node_id == before
 
 
-def test_nothing_is_left_of_a_fleet_that_ends_in_the_middle_of_a_run(app, tmp_path):
-    others = set(psutil.Process().children(recursive=True))
-    with Fleet(tmp_path / "fleet", [Site("site-0")], app=app, secure=False) as fleet:
-        fleet.begin({"nodes": 1, "seconds": 60.0})
-        assert wait_until(fleet.nodes[0].client_apps, 60)
-        family = set(psutil.Process().children(recursive=True)) - others
-        ports = [fleet.superlink.port, fleet.nodes[0].port]
-        assert {process.pid for process in family} >= set(marked(fleet.mark))
-        began = time.monotonic()
-    assert time.monotonic() - began < 30  # the run would have gone on for a minute
-    assert not [process for process in family if still_runs(process)]
-    assert not marked(fleet.mark)
-    for port in ports:
-        with socket.socket() as probe:
-            assert probe.connect_ex(("127.0.0.1", port)) != 0
+def words(folder, *more):
+    return [*SMALL, *REMEMBERING, "runtime=flower", "runtime.wait=120", f"out={folder}", *more]
 
 
-def still_runs(process):
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def has_done(node, number):
+    return f"fedtune: round {number}, train" in node.log()
 
 
-def hear_ctrl_c():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def round_is_done(folder, number):
+    return len(rows(folder, "metrics.csv")) > number
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
-def test_nothing_is_left_of_a_command_that_ends_early(app, tmp_path, number):
-    command = [sys.executable, "-m", "simulations.fleet", "--insecure", "--nodes=1"]
-    command += [f"--app={app}", f"--folder={tmp_path / 'fleet'}"]
-    # Whoever starts these tests in the background hands down an ignored Ctrl-C
-    options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True, "preexec_fn": hear_ctrl_c}
-    with subprocess.Popen(command, **options) as process:
-        while "started site-0" not in (line := process.stdout.readline()):
-            assert line
-        marks = [Path(f"/proc/{child.pid}/environ").read_text() for child in psutil.Process(process.pid).children()]
-        mark = next(text.partition(f"{MARK}=")[2].partition("/")[0] for text in marks if f"{MARK}=" in text)
-        assert marked(mark)
-        process.send_signal(number)
-        process.wait(60)  # with its output still open, which it may be about to write to
-    assert process.returncode == (130 if number == signal.SIGINT else -9)
-    assert wait_until(lambda: not marked(mark), 10)
-
-
-def test_a_folder_in_use_is_refused(app, tmp_path):
-    (tmp_path / "anything").touch()
-    with pytest.raises(RunFolderError, match="not empty"), Fleet(tmp_path, [], app=app):
-        pass
-
-
-def test_a_power_cut_finds_what_left_its_group_and_ignores_requests():
-    environment = {**os.environ, MARK: "t35t/part"}
-    stubborn = "trap '' TERM; setsid sleep 60 & sleep 60"
-    with subprocess.Popen(["sh", "-c", stubborn], env=environment) as process:
-        assert wait_until(lambda: len(marked("t35t/part")) == 3, 10)
-        assert not marked("t35t/par")
-        elsewhere = {pid for pid, values, _ in processes._processes_elsewhere() if values.get(MARK) == "t35t/part"}
-        assert elsewhere == set(marked("t35t"))
-        cut("t35t")
-        assert not marked("t35t")
-    assert process.returncode == -signal.SIGKILL
+def test_a_fleet_gives_the_bits_of_one_process_and_resumes_exactly(fleet, done, tmp_path):
+    """The SuperLink is killed inside round 2, in which some clients have learnt already, and they remember what they
+    learnt, what they left out of their answers, and the broadcast that the next will build on. Somebody tries to go on
+    with other settings; then a new Flower run goes on, for a round more than was asked for at first."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    asked = ("seed=1", "codec=compeft", "codec_up.feedback=true")
+    process = call(fleet, *words(folder, *asked, "rounds=2"))
+    assert wait_until(lambda: round_is_done(folder, 1), 200)
+    assert wait_until(lambda: has_done(fleet.nodes[0], 2), 60)
+    fleet.superlink.kill()
+    (done / "go").touch()
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not round_is_done(folder, 2)
+    with pytest.raises(RunFolderError, match=r"was started with other settings: .*train\.lr: 0\.001 -> 0\.5"):
+        run_local(compose(words(folder, *asked, "rounds=2", "train.lr=0.5")), resume=str(folder))
+    fleet.superlink.start()
+    code, out = run(fleet, f"resume={folder}", "rounds=3")
+    assert code == 0, out
+    assert "resumed after round 1" in out
+    run_local(compose([*SMALL, *REMEMBERING, f"out={whole}", *asked, "rounds=3"]))
+    assert summary_of(folder)["state_sha256"] == summary_of(whole)["state_sha256"]
+    assert failures(folder) == {}
+    metrics = rows(folder, "metrics.csv")
+    assert [row["clients"] for row in metrics] == ["0", "2", "2", "2"]
+    same = ("eval_loss", "train_loss", "up_payload_bytes", "down_payload_bytes")
+    for row, other in zip(metrics, rows(whole, "metrics.csv"), strict=True):
+        assert {name: row[name] for name in same} == {name: other[name] for name in same}
+    # The benchmark of workers reads a node's log
+    measured = figures(fleet.nodes[0].log())
+    assert [number for number, *_ in measured] == [1, 2, 2, 3]
+    assert all(seconds >= 0 for _, *times in measured for seconds in times)

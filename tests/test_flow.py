@@ -94,15 +94,26 @@ def progress_of(folder, *words):
     ).progress
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "more",
+    ("method", "more"),
     [
-        (),
-        ("codec=int8", "population.dropout=0.3", "population.quorum=0.1"),
-        ("codec=stc", "train.lr=0.01", "population.dropout=0.3", "population.quorum=0.1", "population.cohort=3"),
+        ("fedasync", ()),
+        ("fedbuff", ("codec=int8", "population.dropout=0.3", "population.quorum=0.1")),
+        *(
+            (
+                method,
+                (
+                    "codec=stc",
+                    "train.lr=0.01",
+                    "population.dropout=0.3",
+                    "population.quorum=0.1",
+                    "population.cohort=3",
+                ),
+            )
+            for method in METHODS
+        ),
     ],
-    ids=["raw", "int8", "stc"],
+    ids=lambda value: value if isinstance(value, str) else (*value, "raw")[0],
 )
 def test_a_resumed_run_is_the_same_to_the_last_bit(method, more, devices, small_run):
     """Stopped while clients are at work. stc's broadcasts build on one another; who dropped out is sent the whole."""

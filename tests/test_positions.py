@@ -371,14 +371,14 @@ def mutate(source, blob):
 
 @pytest.mark.slow
 @BOTH
-def test_thousands_of_damaged_and_made_up_blobs(code):
+def test_two_thousand_damaged_and_made_up_blobs(code):
     source = random.Random(7)
     seeds = []
     for size, density in ((300, 0.1), (2000, 0.02), (150, 0.5), (90, 0.8), (MAX_SIZE, 0)):
         positions = drawn(density, size) if density else some(3, 10**6, 10**14)
         seeds.append((CODES[code][0](positions, size), size, len(positions)))
     passed = 0
-    for _ in range(3000):
+    for _ in range(1000):
         blob, size, count = source.choice(seeds)
         passed += one_of_two(code, mutate(source, blob), size, count)
         size = source.choice([source.randint(1, 30), MAX_SIZE])
@@ -386,7 +386,7 @@ def test_thousands_of_damaged_and_made_up_blobs(code):
         blob = bytes(byte & source.randrange(256) for byte in source.randbytes(source.choice([1, 2, 3, 4, 8, 12])))
         passed += one_of_two(code, blob, size, count)
     # Both outcomes are seen, so the fuzz reaches past the lengths. What the range coder ends in is nearly a checksum
-    assert 10 < passed < 5900
+    assert 0 < passed < 1950
 
 
 @BOTH

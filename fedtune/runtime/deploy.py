@@ -105,7 +105,7 @@ def _status(run: str, link: list[str]) -> tuple[str, str]:
     """
     # The exit code of `flwr run --stream` is 0 for a run that failed
     words = [script("flwr"), "ls", *link, "--run-id", run, "--format", "json"]
-    deadline = time.monotonic() + PATIENCE
+    deadline, pause = time.monotonic() + PATIENCE, 1.0
     while True:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
         try:
@@ -117,7 +117,8 @@ def _status(run: str, link: list[str]) -> tuple[str, str]:
                     f"flwr ls can't tell how run {run} stands: {(done.stderr or done.stdout).strip()}. If its "
                     f"SuperLink is still there, the run goes on; look again with: flwr log {run}"
                 ) from error
-        time.sleep(1)
+        time.sleep(pause)
+        pause *= 2  # asking costs 2 CPU seconds
 
 
 def script(name: str) -> str:

@@ -38,6 +38,11 @@ def measure(stays: bool, words: Sequence[str], rounds: int = ROUNDS) -> list[tup
             log = fleet.nodes[0].log()
     if not result.completed:
         raise SystemExit(f"the run {result.status}: {result.details}")
+    return figures(log)
+
+
+def figures(log: str) -> list[tuple[int, float, float, float]]:
+    """Those of `measure` that a node's log has."""
     return [(int(number), *map(float, rest)) for number, *rest in LINE.findall(log)]
 
 
