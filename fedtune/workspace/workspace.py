@@ -107,7 +107,8 @@ class Workspace:
 
     def _load(self, spec: ModelSpec) -> LocalModel:
         changes = self.experiment.adapter.kind == FULL or self.experiment.model.merge == "requantize"
-        return self._on(base_for(spec, pick_device(self.experiment.runtime.device), changes))
+        runtime = self.experiment.runtime
+        return self._on(base_for(spec, pick_device(runtime.device, runtime.deterministic), changes))
 
     def take(self, base: Base) -> None:
         """Have the model on this base, which was loaded already."""
@@ -117,7 +118,10 @@ class Workspace:
         experiment = self.experiment
         if self.owner is not None and self.owner.is_device:
             check_room(base.model, experiment.adapter)
-        return LocalModel(base, experiment.adapter, experiment.seed, experiment.model.merge == "requantize")
+        model = LocalModel(base, experiment.adapter, experiment.seed, experiment.model.merge == "requantize")
+        if experiment.train.checkpoint_activations:
+            model.checkpoint_activations()
+        return model
 
     @cached_property
     def data_spec(self) -> DataSpec:
