@@ -129,7 +129,7 @@ def test_a_turn_comes_near_that_of_the_cpu(tmp_path):
         answers.append(local_update(workspace, RUN, 0, 1, Instruction(start)).tensors)
     apart = sum(float((answers[0][name] - answers[1][name]).square().sum()) for name in start) ** 0.5
     way = sum(float((answers[1][name] - start[name]).square().sum()) for name in start) ** 0.5
-    assert 0 < way
+    assert way > 0
     assert apart < 1e-3 * way
 
 
@@ -138,7 +138,9 @@ def test_a_turn_comes_near_that_of_the_cpu(tmp_path):
 def test_exact_methods_are_exact_over_a_base_on_the_gpu(form, method, base, tmp_path):
     """The server's change is the mean of the clients' products, to what their own tests ask for."""
     energy = ["method.strategy.energy=1.0"] if method == "florist" else []
-    run_on(LocalGrid, make_client_app(), tmp_path / "run", *on_base(base, form, f"method={method}", "rounds=2", *energy))
+    run_on(
+        LocalGrid, make_client_app(), tmp_path / "run", *on_base(base, form, f"method={method}", "rounds=2", *energy)
+    )
     metrics = finished(tmp_path / "run")
     assert all(float(row["aggregation_error"]) < 1e-6 for row in metrics[1:])
     assert float(metrics[-1]["eval_loss"]) < float(metrics[0]["eval_loss"])
@@ -272,7 +274,7 @@ def test_every_codec_takes_what_a_gpu_made(codec, tmp_path):
 def test_requantizing_on_the_gpu(base, tmp_path):
     words = on_base(base, "nf4", "model.merge=requantize", "method=flora", "rounds=2")
     run_local(small(*words, out=tmp_path / "run"))
-    assert 0 < float(finished(tmp_path / "run")[2]["requantization_error"])
+    assert float(finished(tmp_path / "run")[2]["requantization_error"]) > 0
 
 
 def test_costs_are_measured_there(base, tmp_path):

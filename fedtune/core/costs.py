@@ -14,8 +14,8 @@ the whole base through the processor, however little there is to multiply it wit
 measurements.
 
 Where activations are computed anew (train.checkpoint_activations), `saved_bytes[l]` is the inputs of the blocks from l
-on and all that the largest of them keeps, LoRA's part included, so T is 0; `backward_flop[l]` and `read_bytes[l]` have a
-second forward pass through these blocks.
+on and all that the largest of them keeps, LoRA's part included, so T is 0; `backward_flop[l]` and `read_bytes[l]` have
+a second forward pass through these blocks.
 
 Values that a checkpoint can hold: numbers, lists, and mappings with keys of text.
 """

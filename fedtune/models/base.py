@@ -227,7 +227,7 @@ def _same_bits_each_time(wanted: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
     # Nobody here reads a tensor before it is written, and filling each takes time
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -14,7 +14,6 @@ from fedtune.core.errors import ClientError, ConfigError
 from fedtune.core.protocol import Batch
 from fedtune.models.adapted_model import LocalModel
 
-
 LOSS_SCALE = 2.0**16  # that a turn begins with where the base is in float16
 
 

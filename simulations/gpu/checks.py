@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 
 import torch
 
 from fedtune.config.compose import compose
 from fedtune.core.protocol import ClientInfo
-from fedtune.models.base import pick_device
+from fedtune.device.benchmark import fit, matmul_rates, quantized, short, training_steps
+from fedtune.models.base import pick_device, pick_dtype
 from fedtune.random_directions.hash_noise import SIGMA, Table, accumulate_
 from fedtune.runtime.local import run_local
 from fedtune.workspace.client_handler import local_update
@@ -94,7 +96,12 @@ def seeded(place: Place) -> Iterator[Row]:
         yield Row(f"{kind} noise", same if device.type == "cuda" else None, beside=f"{both[0].numel():,} sums of 8")
     model, which = smollm2_words(place)
     local_steps = 2 if place.tiny else 20
-    words = ["method=fedkseed", "adapter=none", "model.dtype=bfloat16", f"method.strategy.rules.local_steps={local_steps}"]
+    words = [
+        "method=fedkseed",
+        "adapter=none",
+        "model.dtype=bfloat16",
+        f"method.strategy.rules.local_steps={local_steps}",
+    ]
     fresh()
     workspace = Workspace(compose([*data(place, 1), *model, *words, f"out={place.folder / 'run'}"]))
     state = workspace.strategy.init(workspace.layout)
@@ -106,6 +113,23 @@ def seeded(place: Place) -> Iterator[Row]:
         seconds = (time.perf_counter() - begun) / local_steps
         said = f"of {workspace.model.trainable / 1e6:.0f} M weights, {which}, 2 passes"
         yield Row(f"FedKSeed, {label}", seconds, "s a step", said)
+
+
+def doctor(place: Place) -> Iterator[Row]:
+    """What a plan would take this device for."""
+    if place.tiny:
+        raise Unmeasured("`fedtune doctor` says it of any device")
+    device = pick_device("auto")
+    dtype = pick_dtype("auto", device)
+    for found in matmul_rates(device):
+        rate = None if found.reason else found.flop_per_s / 1e12
+        yield Row(f"{short(found.dtype)} products", rate, "TFLOP/s", found.reason)
+    able = fit(training_steps(device, dtype))
+    yield Row("training, frozen weights", able.flop_per_s / 1e12, "TFLOP/s", short(dtype))
+    read = able.read_bytes_per_s / 1e9
+    yield Row("training, reading weights", read if isfinite(read) else "no part of the time", "GB/s", short(dtype))
+    for kind in quantized(device, dtype):
+        yield Row(f"a step of a layer in {kind.name}", kind.reason or kind.times, f"x of {short(dtype)}")
 
 
 def _sums(device: torch.device, kind: str) -> torch.Tensor:

@@ -54,6 +54,7 @@ STEPS = (
     Step("round", "a federated round of 4 clients over the 7B base", "training.federated_round", 30, 90),
     Step("resume", "one seed has one result, also after a resume", "checks.resume", 20, 60),
     Step("seeded", "noise from seeds, and FedKSeed's steps", "checks.seeded", 20, 90),
+    Step("doctor", "what `fedtune doctor` finds here", "checks.doctor", 15, 60),
     Step("contract", "tests/test_contract.py with every run on the GPU", "checks.contract", 40, 150),
 )
 

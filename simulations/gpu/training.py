@@ -143,7 +143,9 @@ def qlora(place: Place) -> Iterator[Row]:
         if label != "activations kept":
             model.checkpoint_activations()
         costs = costs_of(model, workspace.data, BATCH, 0)
-        per_token = sum(costs.input_bytes * weight.columns + costs.inner_bytes * model.layout.rank for weight in weights)
+        per_token = sum(
+            costs.input_bytes * weight.columns + costs.inner_bytes * model.layout.rank for weight in weights
+        )
         predicted = float(costs.memory(BATCH, 4, 0, numbers, per_token, ADAM_BYTES)) / 1e9
         flop = float(costs.compute(BATCH, 4, 1, 0, numbers, costs.slowdown["4"], inf))
         train(workspace, 0, 2)
