@@ -135,7 +135,7 @@ def test_float16_with_a_scaled_loss_goes_where_float32_goes(tmp_path):
 
 
 def test_gradients_that_dont_fit_halve_the_scale_and_no_step_is_lost(tmp_path, monkeypatch):
-    """From a scale that is too large by far, and from one that fits: the same steps, for powers of two round nothing."""
+    """From a scale that is too large by far, and from one that fits: the same steps, as near as float16 comes."""
     answers = []
     for scale in (2.0**16, 2.0**40):
         monkeypatch.setattr(first_order, "LOSS_SCALE", scale)

@@ -1,4 +1,4 @@
-"""simulations.gpu at a toy size, on whatever device is here, and what becomes of steps that fail, hang or come too late."""
+"""simulations.gpu at a toy size, on whatever device is here; what becomes of steps that fail, hang or come too late."""
 
 import json
 
