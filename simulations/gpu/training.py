@@ -125,6 +125,7 @@ def qlora(place: Place) -> Iterator[Row]:
     """LoRA over a base in NF4: tokens a second, and memory beside what the model of memory says."""
     shape, which = big(place)
     device = pick_device("auto")
+    random_nf4(SMALL, device)  # libraries are imported and kernels loaded by it
     fresh()
     begun = time.perf_counter()
     base = random_nf4(shape, device)
