@@ -44,13 +44,17 @@ class ModelSpec:
     min_quantized: float = option(
         0.5, "int8, nf4: the share of the weights, the vocabulary's aside, that has to become so; 0 takes any"
     )
-    dtype: str = option("auto", "auto (bfloat16 where the hardware is fast at it), bfloat16 or float32")
+    dtype: str = option(
+        "auto",
+        "auto (bfloat16 where the hardware is fast at it, else float32), bfloat16, float16 (for GPUs without bfloat16; "
+        "the loss is scaled) or float32",
+    )
 
     def __post_init__(self) -> None:
         one_of("model.quantization", self.quantization, ("none", "int8", "nf4"))
         fraction("model.min_quantized", self.min_quantized)
         one_of("model.merge", self.merge, ("residual", "requantize"))
-        one_of("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        one_of("model.dtype", self.dtype, ("auto", "bfloat16", "float16", "float32"))
 
 
 # Those in C, where PyYAML has them, are four times as fast, and seven times
@@ -119,6 +123,9 @@ class TrainSpec:
     optimizer: str = option("adamw", "adamw or sgd")
     weight_decay: float = option(0.0, "decoupled weight decay")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 leaves them alone")
+    checkpoint_activations: bool = option(
+        False, "keep activations at the blocks' borders alone and compute the others anew: less memory, more time"
+    )
 
     def __post_init__(self) -> None:
         above_zero("train.lr", self.lr)
@@ -175,6 +182,9 @@ class BudgetSpec:
 class RuntimeSpec:
     name: str = option("local", "where clients run: local is this process")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    deterministic: bool = option(
+        True, "on a GPU: the same bits each time; false: faster, and open to models with operations that can't"
+    )
     threads: int = option(0, "CPU threads, part of the result's bits; 0 takes all cores and records how many")
     timeout: float = option(3600.0, "seconds to wait for a round's replies")
     wait: float = option(600.0, "seconds to wait for clients to come, and for each to say who it is")
@@ -241,6 +251,16 @@ class Experiment:
             raise ConfigError(
                 f"adapter=none trains the base's own weights, and with model.quantization={self.model.quantization} "
                 "these are codes that no small step can be put into: take model.quantization=none, or an adapter"
+            )
+        if self.adapter.kind == FULL and self.model.dtype == "float16":
+            raise ConfigError(
+                "adapter=none trains the base's own weights, and float16 has no room for the steps of an optimizer: "
+                "take model.dtype=float32 or bfloat16, or an adapter, which is held in float32"
+            )
+        if self.adapter.kind == "prefix_tuning" and self.train.checkpoint_activations:
+            raise ConfigError(
+                "adapter=prefix_tuning hands keys and values to the blocks from outside, which is lost where "
+                "activations are computed anew: leave out train.checkpoint_activations, or take another adapter"
             )
         if self.evaluate.generate and self.data.loss_on == "all":
             raise ConfigError(
@@ -331,6 +351,11 @@ class Experiment:
         free = ("rounds", "budget", "tracker", "out", "overrides")
         kept = {key: value for key, value in to_dict(self).items() if key not in free}
         runtime = {key: kept["runtime"][key] for key in ("name", "device", "threads")}
+        # Settings that came later are left out where nothing is other than it always was: older runs go on
+        if not self.runtime.deterministic:
+            runtime["deterministic"] = False
+        if not self.train.checkpoint_activations:
+            del kept["train"]["checkpoint_activations"]
         return {**kept, "runtime": runtime}
 
     @cached_property

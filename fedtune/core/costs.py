@@ -13,6 +13,10 @@ of b examples a step on a base in q bits. The second term of `compute` is what s
 the whole base through the processor, however little there is to multiply it with. docs/planning.md compares this with
 measurements.
 
+Where activations are computed anew (train.checkpoint_activations), `saved_bytes[l]` is the inputs of the blocks from l
+on and all that the largest of them keeps, LoRA's part included, so T is 0; `backward_flop[l]` and `read_bytes[l]` have
+a second forward pass through these blocks.
+
 Values that a checkpoint can hold: numbers, lists, and mappings with keys of text.
 """
 

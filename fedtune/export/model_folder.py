@@ -222,7 +222,8 @@ def _base(found: Source, experiment: Experiment) -> Base:
     """
     expected = f"{found.origin.source} (sha256 {found.origin.sha256[:16]}...)"
     try:
-        base = load_base(experiment.model, pick_device(experiment.runtime.device))
+        runtime = experiment.runtime
+        base = load_base(experiment.model, pick_device(runtime.device, runtime.deterministic))
     except ModelError as error:
         raise ExportError(
             f"the model was tuned from {expected}, which isn't to be had here: {error}. "

@@ -40,6 +40,7 @@ class LocalModel:
         quantization: what the base is held in: none, int8, nf4, or what its files say.
         notes: what is to be said of base and adapter when a run starts.
         constants: what an exported adapter needs besides, by such names: VeRA's projections; nothing for other kinds.
+        checkpoints: whether activations are computed anew on the way back (`checkpoint_activations`).
     """
 
     def __init__(self, base: Base, spec: AdapterSpec, seed: int, requantize: bool = False):
@@ -70,6 +71,7 @@ class LocalModel:
         self._changed = False  # ranks, scaling or what is trained differ from the layout's
         self._switched_off: list[Any] = []  # layers that are left as the base has them
         self._resizable = spec.kind in RESIZABLE
+        self.checkpoints = False
         self.base_delta = BaseChange(self._base_layer, requantize)
         self.origin_shift = origin_shift(self.layout, spec)
         BaseChange(self._base_layer).set(self.origin_shift)
@@ -210,6 +212,26 @@ class LocalModel:
     def parameters(self) -> list[nn.Parameter]:
         """The tensors that are being trained, for an optimizer."""
         return list(self.trained().values())
+
+    def checkpoint_activations(self) -> None:
+        """From here on, training keeps activations at the borders of blocks alone; what is between them is computed
+        again on the way back. The gradients are the same.
+
+        Raises:
+            ModelError: if this architecture has no such blocks.
+        """
+        base = self.base
+        if not getattr(base, "supports_gradient_checkpointing", False):
+            raise ModelError(
+                f"{type(base).__name__} can't compute activations anew: leave out train.checkpoint_activations"
+            )
+        # The reentrant kind wants gradients at the blocks' inputs, which a frozen base's embeddings have not
+        kind = {"use_reentrant": False}
+        if hasattr(base, "activation_checkpointing_enable"):  # what newer transformers call it
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
+        else:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
+        self.checkpoints = True
 
     @cached_property
     def seeded(self) -> SeededWeights:

@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import shutil
 import tempfile
 import warnings
@@ -198,27 +199,41 @@ def converted(gguf: Path, sha256: str) -> Path:
     return target
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, deterministic: bool = True) -> torch.device:
     """The device to run on; `auto` is CUDA where there is one.
+
+    Args:
+        deterministic: whether a GPU is to give the same bits for the same work.
 
     Raises:
         ModelError: if the device doesn't exist here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=torch.device(name)).device  # "cuda" with its number, as tensors say it
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
         raise ModelError(f"runtime.device={name} can't be used here: {reason}. Try runtime.device=auto") from error
+    if device.type == "cuda":
+        _same_bits_each_time(deterministic)
     return device
+
+
+def _same_bits_each_time(wanted: bool) -> None:
+    """Whether a GPU adds up in one order: cuBLAS, attention's backward pass and sums by index do so in whatever order
+    threads come, unless they are told. docs/gpu.md has what it costs."""
+    if wanted:  # read by cuBLAS when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    # Nobody here reads a tensor before it is written, and filling each takes time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the base; `auto` is bfloat16 where the hardware multiplies it natively, else float32."""
     if name != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

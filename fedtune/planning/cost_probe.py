@@ -8,6 +8,7 @@ for a base in any precision. What a module multiplies without a layer for it, as
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ def costs_of(model: LocalModel, data: FederatedData, batch_size: int, seed: int,
     with _bare(model):
         linear = _work(base, blocks, round(padded))
         saved = _saved(base, blocks, int(lengths[rows].max()))
+        borders = _borders(base, blocks, int(lengths[rows].max())) if model.checkpoints else []
     head = base.get_output_embeddings()
     vocabulary, width = head.weight.shape if head is not None else (0, 0)
     head_flop = 2.0 * vocabulary * width * answers
@@ -60,19 +62,33 @@ def costs_of(model: LocalModel, data: FederatedData, batch_size: int, seed: int,
     sizes = [0] * len(blocks)
     for name, (_, out, width_in) in _linear(base).items():
         sizes[_block(name, names)] += out * width_in
+    longest = float(lengths[rows].max())
+    again, per_byte = 0.0, ALLOCATOR * 4.0
+    if model.checkpoints:
+        # Kept are the blocks' inputs; on the way back one block at a time is computed again, LoRA's part of it too
+        again, per_byte = 1.0, 0.0
+        inside = [one + longest * 4.0 * lora for one, lora in zip(saved, _lora_columns(model), strict=True)]
+        kept = [sum(borders[place:]) + max(inside[place:]) for place in range(len(blocks))]
+    else:
+        kept = [sum(saved[place:]) for place in range(len(blocks))]
     return Costs(
         base_bytes=base_bytes(model),
         slowdown=dict(SLOWDOWN),
-        tokens=float(lengths[rows].max()),
+        tokens=longest,
         typical_tokens=padded,
         forward_flop=sum(forward) + head_flop,
-        backward_flop=[head_flop + sum(backward[place:]) for place in range(len(blocks))],
-        saved_bytes=[ALLOCATOR * sum(saved[place:]) for place in range(len(blocks))],
+        backward_flop=[
+            head_flop + sum(backward[place:]) + again * sum(forward[place:]) for place in range(len(blocks))
+        ],
+        saved_bytes=[ALLOCATOR * bytes_of for bytes_of in kept],
         head_bytes=ALLOCATOR * LOGIT_BYTES * vocabulary * float(learnt[rows].max()),
         fixed_bytes=FIXED_BYTES,
-        read_bytes=[wide * (sum(sizes) + sum(sizes[place:]) + 2 * vocabulary * width) for place in range(len(blocks))],
-        input_bytes=ALLOCATOR * 4.0,
-        inner_bytes=ALLOCATOR * 4.0,
+        read_bytes=[
+            wide * (sum(sizes) + (1 + again) * sum(sizes[place:]) + 2 * vocabulary * width)
+            for place in range(len(blocks))
+        ],
+        input_bytes=per_byte,
+        inner_bytes=per_byte,
     )
 
 
@@ -137,6 +153,10 @@ def _bare(model: LocalModel) -> Iterator[None]:
                 stack.enter_context(model.module.disable_adapter())
             stack.enter_context(seeded(0, model.device))
             model.base.train()
+            for module in modules:  # what a block keeps is to be seen
+                if getattr(module, "gradient_checkpointing", False):
+                    stack.callback(setattr, module, "gradient_checkpointing", True)
+                    module.gradient_checkpointing = False
             yield
     finally:
         for layer in off:
@@ -264,6 +284,28 @@ def _saved(base: nn.Module, blocks: Mapping[str, nn.Module], length: int) -> lis
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             _forward(base, _embedded(base, length))
     return held
+
+
+def _borders(base: nn.Module, blocks: Mapping[str, nn.Module], length: int) -> list[float]:
+    """Bytes of what each block is handed of one example."""
+    found = [0.0] * len(blocks)
+
+    def measure(_: Any, inputs: tuple[Any, ...], place: int) -> None:
+        found[place] = float(sum(each.nbytes for each in inputs if isinstance(each, Tensor)))
+
+    with ExitStack() as stack, torch.no_grad():
+        for place, block in enumerate(blocks.values()):
+            stack.callback(block.register_forward_pre_hook(partial(measure, place=place)).remove)
+        _forward(base, _embedded(base, length))
+    return found
+
+
+def _lora_columns(model: LocalModel) -> list[int]:
+    """[block]: numbers a token that its LoRA layers keep, if all of them are trained at their full rank."""
+    found = [0] * len(blocks_of(model.base))
+    for module, product in lora_factors(model.layout.initial).items():
+        found[_block(module, list(blocks_of(model.base)))] += sum(product.a.shape)
+    return found
 
 
 def _attention_width(base: Any) -> float:

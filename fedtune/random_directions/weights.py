@@ -255,7 +255,10 @@ def _apart(record: Record) -> tuple[list[int], list[int]]:
 def _threshold(start: Tensor, sparsity: float) -> float:
     """The magnitude of the largest weight that still moves, which is the k-th smallest of all."""
     kept = start.numel() - math.floor(sparsity * start.numel())
-    return math.inf if kept == start.numel() else float(start.abs().flatten().float().kthvalue(kept).values)
+    if kept == start.numel():
+        return math.inf
+    # On the CPU, once a run: a GPU has no k-th smallest among its deterministic operations
+    return float(start.abs().flatten().float().cpu().kthvalue(kept).values)
 
 
 def steps_record(seeds: Sequence[int], counts: Sequence[int]) -> dict[int, int]:

@@ -14,6 +14,8 @@ from fedtune.core.errors import ClientError, ConfigError
 from fedtune.core.protocol import Batch
 from fedtune.models.adapted_model import LocalModel
 
+LOSS_SCALE = 2.0**16  # that a turn begins with where the base is in float16
+
 
 def supervised_logits(module: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Predictions where the loss counts, and only there.
@@ -73,12 +75,14 @@ def fit(
     """
     parameters = model.parameters()
     update = make_optimizer(optimizer, parameters, lr, weight_decay)
+    scale = LOSS_SCALE if model.dtype == "float16" else 1.0
     total = 0.0
     with seeded(key, model.device):
         model.module.train()
         try:
             for step, batch in enumerate(islice(batches, steps), 1):
-                loss = loss_of(model.module, batch.to(model.device))
+                batch = batch.to(model.device)
+                loss = loss_of(model.module, batch)
                 value = loss.item()
                 if not math.isfinite(value):
                     raise ClientError(
@@ -86,9 +90,7 @@ def fit(
                         f"lower train.lr (now {lr:g}) or set train.max_grad_norm"
                     )
                 total += value
-                if penalty is not None:
-                    loss = loss + penalty()
-                loss.backward()  # type: ignore[no-untyped-call]
+                scale = _backward(model, batch, loss, penalty, scale)
                 if watch is not None:
                     watch()
                 # Where the loss is 0 to the last bit there is nothing left to learn
@@ -101,6 +103,44 @@ def fit(
             for parameter in parameters:
                 parameter.grad = None
     return total / steps
+
+
+def _backward(
+    model: LocalModel, batch: Batch, loss: Tensor, penalty: Callable[[], Tensor] | None, scale: float
+) -> float:
+    """Leave the gradients of the loss, and of the penalty if there is one, in the trained tensors.
+
+    A float16 base can't hold gradients as small as they come, nor large ones. So the loss is multiplied by a power of
+    two on the way back, and the float32 gradients that arrive are divided by it, which rounds nothing. Where one has
+    become infinite the scale is halved and the batch taken again: of a turn's few steps none is left out.
+
+    Args:
+        scale: 1 for bases in other dtypes.
+
+    Returns:
+        The scale that was taken in the end, for the next step.
+
+    Raises:
+        ClientError: if no scale makes them finite.
+    """
+    while True:
+        if penalty is not None:
+            loss = loss + penalty()
+        (loss if scale == 1 else loss * scale).backward()  # type: ignore[no-untyped-call]
+        if scale == 1:
+            return scale
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if all(gradient.isfinite().all() for gradient in gradients):
+            torch._foreach_mul_(gradients, 1 / scale)
+            return scale
+        scale /= 2
+        if scale < 2:
+            raise ClientError(
+                "gradients don't fit float16, however the loss is scaled: take model.dtype=float32, or another model"
+            )
+        for parameter in model.parameters():
+            parameter.grad = None
+        loss = loss_of(model.module, batch)
 
 
 def _without_gradient(model: LocalModel, step: int, steps: int, loss: float, lr: float) -> ClientError:

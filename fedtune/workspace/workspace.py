@@ -111,7 +111,8 @@ class Workspace:
     def _load(self, spec: ModelSpec) -> LocalModel:
         changes = self.experiment.adapter.kind == FULL or self.experiment.model.merge == "requantize"
         own = spec if self.owner is None else self.owner.model(spec)
-        base = base_for(own, pick_device(self.experiment.runtime.device), changes)
+        runtime = self.experiment.runtime
+        base = base_for(own, pick_device(runtime.device, runtime.deterministic), changes)
         if self.owner is not None:
             self.owner.check_base(spec, base.origin.sha256)
         return self._on(base)
@@ -124,7 +125,10 @@ class Workspace:
         experiment = self.experiment
         if self.owner is not None and self.owner.is_device:
             check_room(base.model, experiment.adapter)
-        return LocalModel(base, experiment.adapter, experiment.seed, experiment.model.merge == "requantize")
+        model = LocalModel(base, experiment.adapter, experiment.seed, experiment.model.merge == "requantize")
+        if experiment.train.checkpoint_activations:
+            model.checkpoint_activations()
+        return model
 
     @cached_property
     def data_spec(self) -> DataSpec:
