@@ -36,6 +36,7 @@ class ClientBatches:
     batch_size: int
     pad: int
     key: int
+    at_once: int = 0  # examples of a batch that go through the model at a time; 0: all of them
 
     @property
     def examples(self) -> int:
@@ -50,7 +51,7 @@ class ClientBatches:
                 order = permutation(derive_seed(self.key, "epoch", epoch), len(self.rows))
                 waiting.extend(self.rows[order].tolist())
                 epoch += 1
-            yield self.corpus.batch(waiting[:size], self.pad)
+            yield replace(self.corpus.batch(waiting[:size], self.pad), at_once=self.at_once)
             del waiting[:size]
 
 
@@ -67,15 +68,18 @@ class FederatedData:
     repeated: int = 0  # and those left out because another has the same text
     asked: tuple[int, int] = (0, 0)  # rows that the server, and all clients together, were to hold out
 
-    def batches(self, client: int, batch_size: int, key: int) -> ClientBatches:
+    def batches(self, client: int, batch_size: int, key: int, at_once: int = 0) -> ClientBatches:
         """What client `client` trains on.
+
+        Args:
+            at_once: examples of a batch that go through the model at a time; 0: all of them.
 
         Raises:
             DataError: if it has no rows.
         """
         if not len(self.train[client]):
             raise DataError(f"client {client} has no rows to train on, so it should not be asked to")
-        return ClientBatches(self.corpus, self.train[client], batch_size, self.pad, key)
+        return ClientBatches(self.corpus, self.train[client], batch_size, self.pad, key, at_once)
 
     def pooled(self) -> "FederatedData":
         """The same division with one client in place of all: it trains on what any of them trains on."""

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedtune.core.errors import ClientError, ConfigError
+from fedtune.core.errors import ClientError
 from fedtune.core.protocol import Batch
 from fedtune.models.adapted_model import LocalModel
+from fedtune.training.optimizers import make_optimizer as make_optimizer
+from fedtune.training.schedule import RoundSchedule
 
 
 def supervised_logits(module: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -57,6 +59,7 @@ def fit(
     key: int,
     penalty: Callable[[], Tensor] | None = None,
     watch: Callable[[], None] | None = None,
+    schedule: RoundSchedule | None = None,
 ) -> float:
     """Train the model's trainable tensors in place, with a fresh optimizer.
 
@@ -64,6 +67,7 @@ def fit(
         key: seeds dropout, the only random draw here.
         penalty: what is added to the loss at each step, a function of the parameters themselves.
         watch: called at each step between the backward pass and the step, where the gradients, unclipped, are.
+        schedule: what share of `lr` each step has; None: all of it.
 
     Returns:
         The mean of the steps' losses, without the penalty.
@@ -78,17 +82,16 @@ def fit(
         model.module.train()
         try:
             for step, batch in enumerate(islice(batches, steps), 1):
-                loss = loss_of(model.module, batch.to(model.device))
-                value = loss.item()
+                if schedule is not None:
+                    for group in update.param_groups:
+                        group["lr"] = lr * schedule.share(step - 1, steps)
+                value = _backward(model, batch, penalty)
                 if not math.isfinite(value):
                     raise ClientError(
                         f"the training loss became {value} at step {step} of {steps}: "
                         f"lower train.lr (now {lr:g}) or set train.max_grad_norm"
                     )
                 total += value
-                if penalty is not None:
-                    loss = loss + penalty()
-                loss.backward()  # type: ignore[no-untyped-call]
                 if watch is not None:
                     watch()
                 # Where the loss is 0 to the last bit there is nothing left to learn
@@ -103,6 +106,27 @@ def fit(
     return total / steps
 
 
+def _backward(model: LocalModel, batch: Batch, penalty: Callable[[], Tensor] | None) -> float:
+    """Leave the gradient of a batch's mean loss, and of the penalty if there is one, in the trained tensors, one
+    micro-batch after the other.
+
+    Returns:
+        The mean loss, without the penalty. Where it isn't finite there is no gradient.
+    """
+    value = 0.0
+    for part, share in batch.parts():
+        loss = loss_of(model.module, part.to(model.device))
+        if share != 1:
+            loss = loss * share
+        value += loss.item()
+        if not math.isfinite(value):
+            break
+        if penalty is not None:
+            loss, penalty = loss + penalty(), None  # once a step
+        loss.backward()  # type: ignore[no-untyped-call]
+    return value
+
+
 def _without_gradient(model: LocalModel, step: int, steps: int, loss: float, lr: float) -> ClientError:
     """The error of a step whose gradient is zero. From where all start that is the model's own; later it had one, and
     steps that were too large have led to where all is saturated."""
@@ -115,19 +139,6 @@ def _without_gradient(model: LocalModel, step: int, steps: int, loss: float, lr:
         f"training diverged: at step {step} of {steps} the loss is {loss:g} and its gradient zero. Lower train.lr (now "
         f"{lr:g})"
     )
-
-
-def make_optimizer(name: str, parameters: list[torch.nn.Parameter], lr: float, weight_decay: float) -> Any:
-    """Make the optimizer: `adamw` or plain `sgd`.
-
-    Raises:
-        ConfigError: for any other name.
-    """
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay)
-    raise ConfigError(f"optimizer={name} is not known: expected adamw or sgd")
 
 
 @contextmanager
