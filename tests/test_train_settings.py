@@ -311,7 +311,7 @@ def test_a_run_with_all_of_them(tmp_path):
             "population=mixed",
             out=tmp_path / name,
         )
-        run_local(replace(experiment, train=replace(experiment.train, steps=4, epochs=1.0), overrides=[]))
+        run_local(replace(experiment, train=replace(experiment.train, steps=4, epochs=0.3), overrides=[]))
         states.append(summary_of(tmp_path / name))
     assert states[0]["state_sha256"] == states[1]["state_sha256"]
     assert states[0]["base"]["attention"] == "eager"
