@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedtune.core.costs import Work
+from fedtune.core.costs import STATE_BYTES, Work
 from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
 from fedtune.models.adapted_model import LocalModel
 from fedtune.training.apply_instruction import install, metrics_of
 from fedtune.training.first_order import fit
+from fedtune.training.schedule import RoundSchedule, by_engine
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ class FirstOrder:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     mu: float = 0.0  # of the proximal term
+    schedule: RoundSchedule | None = by_engine()
 
     def work(self, settings: Mapping[str, Setting]) -> Work:
-        return Work(self.steps, state_bytes=16 if self.optimizer == "adamw" else 8)
+        return Work(self.steps, STATE_BYTES.get(self.optimizer, STATE_BYTES["sgd"]))
 
     def receive(self, model: LocalModel, instruction: Instruction, memory: Tensors) -> None:
         install(model, instruction, memory)
@@ -60,6 +62,7 @@ class FirstOrder:
             key=key,
             penalty=penalty,
             watch=watch,
+            schedule=self.schedule,
         )
 
 

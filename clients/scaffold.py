@@ -1,7 +1,9 @@
 """SCAFFOLD's local training: plain steps along g + c - c_i, and a new c_i from how far they led.
 
 Option II of the paper: c_i+ = c_i - c + (x - y) / (K lr) is the mean of the K gradients. With max_grad_norm > 0 it is
-what is left of them: g + c - c_i is clipped as one, and c_i then misses what was cut. The paper clips nothing.
+what is left of them: g + c - c_i is clipped as one, and c_i then misses what was cut. The paper clips nothing. Where
+the rate follows a schedule, K lr is the sum of the steps' rates and the mean one weighted by them; where that sum is 0
+c_i stays as it is.
 """
 
 from collections.abc import Mapping
@@ -16,6 +18,7 @@ from fedtune.models.adapted_model import LocalModel
 from fedtune.training.apply_instruction import install, metrics_of
 from fedtune.training.control_variates import CHANGE, CONTROL, own_control, settle, tag
 from fedtune.training.first_order import fit
+from fedtune.training.schedule import RoundSchedule, by_engine
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Scaffold:
     lr: float = 0.1
     steps: int = 4  # K
     max_grad_norm: float = 0.0  # 0 leaves gradients alone
+    schedule: RoundSchedule | None = by_engine()
 
     def work(self, settings: Mapping[str, Setting]) -> Work:
         return Work(self.steps, state_bytes=16)  # weight, gradient, c and its correction
@@ -52,9 +56,11 @@ class Scaffold:
             max_grad_norm=self.max_grad_norm,
             key=key,
             penalty=linear,
+            schedule=self.schedule,
         )
         y = model.read()
-        way = {name: (x[name].double() - y[name].double()) / (self.steps * self.lr) for name in x}
+        rates = (self.steps if self.schedule is None else self.schedule.total(self.steps)) * self.lr
+        way = {name: (x[name].double() - y[name].double()) / rates if rates else c[name].double() for name in x}
         change = {name: (way[name] - c[name].double()).to(x[name].dtype) for name in x}
         memory.update(tag(CONTROL, mine) | tag(CHANGE, change))
         return Update(y | tag(CHANGE, change), batches.examples, {"train_loss": loss, **metrics_of(model)})

@@ -30,7 +30,7 @@ class SharedDirections(ZerothOrder):
         rules, version = rules_of(instruction.settings), int(instruction.settings[VERSION])
         seeds, width = seeds_of(rules, version + 1), rules.perturbations
         by_step = [seeds[place : place + width] for place in range(0, len(seeds), width)]
-        steps = descend(model, batches, rules, by_step, self.clip)
+        steps = descend(model, batches, rules, by_step, self.clip, self.schedule)
         metrics = {"train_loss": steps.loss, "skipped_steps": float(steps.skipped)}
         return Update({"slopes": torch.from_numpy(steps.counts).int()}, batches.examples, metrics)
 

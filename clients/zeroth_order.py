@@ -20,6 +20,7 @@ from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
 from fedtune.core.seeds import bits, derive_seed
 from fedtune.models.adapted_model import LocalModel
 from fedtune.random_directions.weights import pool
+from fedtune.training.schedule import RoundSchedule, by_engine
 from fedtune.training.zeroth_order import descend, rules_of
 
 STATE_BYTES = 10.0  # a weight in 16 bits, besides the one in the base: fedtune/random_directions/weights.py
@@ -28,6 +29,7 @@ STATE_BYTES = 10.0  # a weight in 16 bits, besides the one in the base: fedtune/
 @dataclass(frozen=True)
 class ZerothOrder:
     clip: float = 0.0  # a step is skipped if the losses on its two sides differ by more; 0: none is for that
+    schedule: RoundSchedule | None = by_engine()
 
     def __post_init__(self) -> None:
         if not self.clip >= 0:
@@ -50,7 +52,7 @@ class ZerothOrder:
         )
         seeds = pool(rules.pool_seed, directions)
         by_step = [[seeds[j] for j in step] for step in index.reshape(-1, rules.perturbations)]
-        steps = descend(model, batches, rules, by_step, self.clip)
+        steps = descend(model, batches, rules, by_step, self.clip, self.schedule)
         slopes = steps.counts.reshape(-1)
         gone = slopes != 0
         index, slopes = index[gone], slopes[gone]

@@ -43,7 +43,7 @@ import numpy as np
 import torch
 
 from fedtune.core.checks import at_least
-from fedtune.core.costs import Costs, Weight
+from fedtune.core.costs import STATE_BYTES, Costs, Weight
 from fedtune.core.errors import CapacityError, ConfigError, WireError
 from fedtune.core.protocol import (
     SERVER,
@@ -96,6 +96,7 @@ class FedPipe:
     refresh: int = 5  # R, rounds between scores
     ranks: list[int] | None = None  # that a layer can have; None: adapter.rank and its halves
     bits: list[int] | None = None  # that a base can be held in; None: all there are for this model
+    micro_batch_size: int = 0  # examples of a batch that go through the model at a time; 0: all of them
 
     def __post_init__(self) -> None:
         at_least("method.strategy.refresh", self.refresh, 1)
@@ -167,7 +168,8 @@ class FedPipe:
             steps=self.steps,
             deadline=float("inf") if self.deadline is None else float(self.deadline),
             wire_bytes=MESSAGE_BYTES + 2 * TENSOR_BYTES * len(state.blocks),
-            state_bytes=(16 if self.optimizer == "adamw" else 8) + SCORE_BYTES,
+            state_bytes=STATE_BYTES[self.optimizer] + SCORE_BYTES,
+            micro_batch=self.micro_batch_size,
         )
 
     def values(self, state: State, ranks: Sequence[int]) -> np.ndarray:

@@ -101,7 +101,7 @@ def test_what_depends_on_the_machine_is_recorded():
         ("rounds=abc", ["rounds=abc", "could not be converted to Integer"]),
         ("rounds=0", ["rounds=0 is too small: expected at least 1"]),
         ("train.lr=-1", ["train.lr=-1.0 must be above 0"]),
-        ("train.optimizer=adam", ["did you mean adamw?"]),
+        ("train.optimizer=adam", ["did you mean adamw or adamw8bit?"]),
         ("model.quantization=nf5", ["expected none, int8, nf4", "did you mean nf4?"]),
         ("data.heldout=1", ["data.heldout=1.0 must be a fraction"]),
         ("population.cohort=50", ["more clients a round than there are (population.clients=20)"]),

@@ -41,7 +41,7 @@ def test_a_choice_names_every_setting_and_says_what_the_class_does(name):
     if "method" in found:
         found = found["method"]
     for path, kind, said in described(found, ""):
-        known = {item.name: item for item in fields(kind) if item.init}
+        known = {item.name: item for item in fields(kind) if item.init and "by_engine" not in item.metadata}
         # Whether a codec has error feedback is for whoever keeps what is left out (fedtune/wire/delta_coding.py)
         said = {key: value for key, value in said.items() if key != "feedback"}
         inside = {"base"} if name.startswith("server_optimizer") else {"feedback"}  # put there by `Experiment.strategy`

@@ -1,6 +1,6 @@
 """What a method can't do, said at start."""
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from typing_extensions import TypeIs
@@ -60,6 +60,49 @@ def check_traits(experiment: Experiment, traits: Traits) -> None:
     if kind not in LOW_RANK and (traits.needs_low_rank or ranks is not None):
         why = f"method={name} works on B A" if traits.needs_low_rank else f"population.ranks={ranks} is about B A"
         raise ConfigError(f"{why}, which adapter={kind} hasn't got: take adapter={', '.join(LOW_RANK)}")
+
+
+def check_training(experiment: Experiment, traits: Traits, client: Any) -> None:
+    """Check that the method's clients can train as `train.` says.
+
+    Raises:
+        ConfigError: for a schedule, epochs or an optimizer that means nothing to them.
+    """
+    name, train, kind = experiment.method_name, experiment.train, type(client).__name__
+
+    def has(field: str) -> bool:
+        return is_dataclass(client) and field in {item.name for item in fields(client)}
+
+    if getattr(client, "schedule", None) is not None:
+        raise ConfigError("method.client.schedule is no setting: train.schedule says how the rate goes")
+    if train.is_scheduled:
+        if (rate := experiment.learning_rate) is None or not has("schedule"):
+            asked = f"train.schedule={train.schedule}, train.warmup_rounds={train.warmup_rounds}"
+            raise ConfigError(
+                f"{asked}: {kind}, the client of method={name}, has no learning rate that is scheduled (no field "
+                "`schedule`, as clients/first_order.py has one): take train.schedule=constant and no warm-up"
+            )
+        if train.lr_end > rate:
+            raise ConfigError(
+                f"train.lr_end={train.lr_end:g} is above the rate that a schedule comes down from, which is {rate:g} "
+                f"for method={name}: take a smaller one"
+            )
+    if train.epochs is not None and traits.plans:
+        raise ConfigError(
+            f"train.epochs={train.epochs:g}: method={name} plans the same number of steps for all devices: take "
+            "train.steps"
+        )
+    if train.epochs is not None and (traits.local_steps or not has(EngineSetting.STEPS)):
+        where = f"method.strategy.{traits.local_steps}" if traits.local_steps else "the client's own settings"
+        raise ConfigError(
+            f"train.epochs={train.epochs:g}: method={name} takes its number of steps from {where}: leave train.epochs "
+            "out"
+        )
+    if train.optimizer.endswith("8bit") and not has("optimizer"):
+        raise ConfigError(
+            f"train.optimizer={train.optimizer}: clients of method={name} have steps of their own kind, without an "
+            "optimizer that keeps anything: leave it out"
+        )
 
 
 def check_client(experiment: Experiment, strategy: Any, client: Any) -> None:

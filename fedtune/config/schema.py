@@ -20,6 +20,8 @@ from fedtune.config.data import OWN
 from fedtune.config.data import DataSpec as DataSpec
 from fedtune.config.population import PopulationSpec
 from fedtune.config.targets import TARGET, declared_traits, name_of
+from fedtune.config.train import TrainSpec as TrainSpec
+from fedtune.config.train import both_said
 from fedtune.core.checks import above_zero, at_least, fraction, one_of, option
 from fedtune.core.errors import ConfigError
 from fedtune.core.settings import EngineSetting
@@ -49,14 +51,31 @@ class ModelSpec:
         "auto (bfloat16 where the hardware is fast at it, else float32), bfloat16, float16 (for GPUs without bfloat16; "
         "the loss is scaled) or float32",
     )
+    attention: str = option(
+        "auto", "transformers' attention: auto (its choice), eager, sdpa, flash_attention_2 or flex_attention"
+    )
 
     def __post_init__(self) -> None:
         one_of("model.quantization", self.quantization, ("none", "int8", "nf4"))
         fraction("model.min_quantized", self.min_quantized)
         one_of("model.merge", self.merge, ("residual", "requantize"))
         one_of("model.dtype", self.dtype, ("auto", "bfloat16", "float16", "float32"))
+        one_of("model.attention", self.attention, ("auto", "eager", "sdpa", "flash_attention_2", "flex_attention"))
 
 
+# Settings that came later: left out of `fixed` where all is as it always was, so that older runs go on
+_LATER = {
+    "train": (
+        "schedule",
+        "lr_end",
+        "warmup_rounds",
+        "schedule_interval",
+        "epochs",
+        "micro_batch_size",
+        "checkpoint_activations",
+    ),
+    "model": ("attention",),
+}
 # Those in C, where PyYAML has them, are four times as fast, and seven times
 SafeDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -113,27 +132,6 @@ class AdapterSpec:
         at_least("adapter.tokens", self.tokens, 1)
         at_least("adapter.layers", 1 if self.layers is None else self.layers, 1)
         at_least("adapter.block_size", self.block_size, 2)
-
-
-@dataclass(frozen=True)
-class TrainSpec:
-    lr: float = option(1e-3, "learning rate of a client's optimizer")
-    steps: int = option(4, "optimizer steps a client takes in a round")
-    batch_size: int = option(4, "examples per step")
-    optimizer: str = option("adamw", "adamw or sgd")
-    weight_decay: float = option(0.0, "decoupled weight decay")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 leaves them alone")
-    checkpoint_activations: bool = option(
-        False, "keep activations at the blocks' borders alone and compute the others anew: less memory, more time"
-    )
-
-    def __post_init__(self) -> None:
-        above_zero("train.lr", self.lr)
-        at_least("train.steps", self.steps, 1)
-        at_least("train.batch_size", self.batch_size, 1)
-        one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
-        at_least("train.weight_decay", self.weight_decay, 0)
-        at_least("train.max_grad_norm", self.max_grad_norm, 0)
 
 
 @dataclass(frozen=True)
@@ -262,6 +260,14 @@ class Experiment:
                 "adapter=prefix_tuning hands keys and values to the blocks from outside, which is lost where "
                 "activations are computed anew: leave out train.checkpoint_activations, or take another adapter"
             )
+        if self.train.warmup_rounds >= self.rounds:
+            raise ConfigError(
+                f"train.warmup_rounds={self.train.warmup_rounds} leave none of rounds={self.rounds} at the full rate: "
+                "take fewer"
+            )
+        said = [word for word in self.overrides if word.partition("=")[0] in ("train.steps", "method.client.steps")]
+        if self.train.epochs is not None and said:
+            raise both_said(said[-1], self.train.epochs)
         if self.evaluate.generate and self.data.loss_on == "all":
             raise ConfigError(
                 "evaluate.generate answers prompts, and with data.loss_on=all what is asked is learnt like the answer: "
@@ -314,9 +320,12 @@ class Experiment:
             population, clients=1, cohort=1, pooled=population.clients, selection="uniform", candidates=None
         )
         object.__setattr__(self, "population", together)
-        object.__setattr__(self, "train", replace(self.train, steps=self.train.steps * cohort))
-        client, strategy = dict(method.client), dict(method.strategy)
-        if EngineSetting.STEPS in client:
+        client, strategy, epochs = dict(method.client), dict(method.strategy), self.train.epochs
+        if epochs is not None:  # of the data of all, as many examples as a cohort sees of its own
+            object.__setattr__(self, "train", replace(self.train, epochs=epochs * cohort / population.clients))
+        else:
+            object.__setattr__(self, "train", replace(self.train, steps=self.train.steps * cohort))
+        if EngineSetting.STEPS in client and epochs is None:
             client[EngineSetting.STEPS] *= cohort
         said = declared_traits(str(strategy.get(TARGET)))
         strategy = _changed(strategy, said.population_size, lambda clients: 1)
@@ -340,6 +349,13 @@ class Experiment:
         return self.train.steps if found is None else int(found)
 
     @property
+    def learning_rate(self) -> float | None:
+        """The rate of the method's clients, wherever it is set; None if they have none."""
+        name = declared_traits(str(self.method.strategy.get(TARGET))).learning_rate
+        found = setting_of(self.method.strategy, name) if name else self.method.client.get("lr")
+        return None if found is None else float(found)
+
+    @property
     def strategy(self) -> dict[str, Any]:
         """The server's whole side: the method's, within the server optimizer's if there is one."""
         inner = self.method.strategy
@@ -347,15 +363,19 @@ class Experiment:
 
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share with its beginning: they decide the result's bits, or where
-        clients find what they kept."""
+        clients find what they kept. Where the learning rate follows a schedule, `rounds` is what it is spread over."""
         free = ("rounds", "budget", "tracker", "out", "overrides")
         kept = {key: value for key, value in to_dict(self).items() if key not in free}
+        if self.train.schedule != "constant":
+            kept["rounds"] = self.rounds
+        for section, names in _LATER.items():
+            default = {item.name: item.default for item in fields(getattr(self, section))}
+            as_ever = {name for name in names if kept[section][name] == default[name]}
+            kept[section] = {name: value for name, value in kept[section].items() if name not in as_ever}
         runtime = {key: kept["runtime"][key] for key in ("name", "device", "threads")}
         # Settings that came later are left out where nothing is other than it always was: older runs go on
         if not self.runtime.deterministic:
             runtime["deterministic"] = False
-        if not self.train.checkpoint_activations:
-            del kept["train"]["checkpoint_activations"]
         return {**kept, "runtime": runtime}
 
     @cached_property

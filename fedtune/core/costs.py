@@ -11,7 +11,8 @@ keep,
 
 of b examples a step on a base in q bits. The second term of `compute` is what small batches wait for: every step takes
 the whole base through the processor, however little there is to multiply it with. docs/planning.md compares this with
-measurements.
+measurements. Where a batch goes through the base in micro-batches of m examples (train.micro_batch_size), memory is
+that of m, and the second term counts ceil(b / m) times.
 
 Where activations are computed anew (train.checkpoint_activations), `saved_bytes[l]` is the inputs of the blocks from l
 on and all that the largest of them keeps, LoRA's part included, so T is 0; `backward_flop[l]` and `read_bytes[l]` have
@@ -24,6 +25,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+# Per trainable number, by optimizer: itself and its gradient in float32, and what the optimizer keeps of it. AdamW in 8
+# bits keeps two bytes and, of each 256, two scales; what it pages out where memory is short is counted all the same
+STATE_BYTES = {"adamw": 16.0, "sgd": 8.0, "adamw8bit": 10 + 8 / 256, "paged_adamw8bit": 10 + 8 / 256}
+
+
+def at_once(batch: int, micro_batch: int) -> int:
+    """Examples of a batch that go through the model at a time; a micro-batch of 0 is the whole."""
+    return min(batch, micro_batch) if micro_batch else batch
 
 
 @dataclass(frozen=True)
@@ -47,24 +57,41 @@ class Costs:
         """Bytes that a step takes. `block`, P and T may be arrays of one shape, as the answer then is.
 
         Args:
+            batch: examples that go through the model at a time.
             state_bytes: per trainable number: itself, its gradient, and what the optimizer keeps.
         """
         kept = np.asarray(self.saved_bytes)[block] + self.head_bytes + self.tokens * np.asarray(per_token)
         return self.base_bytes[str(bits)] + self.fixed_bytes + batch * kept + state_bytes * np.asarray(parameters)
 
     def compute(
-        self, batch: int, bits: int, steps: int, block: Any, parameters: Any, flop_per_s: Any, read_bytes_per_s: Any
+        self,
+        batch: int,
+        bits: int,
+        steps: int,
+        block: Any,
+        parameters: Any,
+        flop_per_s: Any,
+        read_bytes_per_s: Any,
+        micro_batch: int = 0,
     ) -> Any:
-        """Seconds of so many steps. The last four may be arrays that fit together."""
+        """Seconds of so many steps. `block`, P and the two rates may be arrays that fit together.
+
+        Args:
+            micro_batch: examples of a batch that go through the model at a time; 0: all of them.
+        """
         of_one = (
             self.forward_flop + np.asarray(self.backward_flop)[block] + 6 * self.typical_tokens * np.asarray(parameters)
         )
-        step = batch * of_one / flop_per_s + np.asarray(self.read_bytes)[block] / read_bytes_per_s
+        passes = -(-batch // at_once(batch, micro_batch))
+        step = batch * of_one / flop_per_s + passes * np.asarray(self.read_bytes)[block] / read_bytes_per_s
         return steps * self.slowdown[str(bits)] * step
 
-    def forward(self, batch: int, bits: int, passes: float, flop_per_s: float, read_bytes_per_s: float) -> float:
-        """Seconds of so many forward passes, without a backward one."""
-        once = batch * self.forward_flop / flop_per_s + self.read_bytes[0] / 2 / read_bytes_per_s
+    def forward(
+        self, batch: int, bits: int, passes: float, flop_per_s: float, read_bytes_per_s: float, micro_batch: int = 0
+    ) -> float:
+        """Seconds of so many forward passes of a batch, without a backward one."""
+        parts = -(-batch // at_once(batch, micro_batch))
+        once = batch * self.forward_flop / flop_per_s + parts * self.read_bytes[0] / 2 / read_bytes_per_s
         return passes * self.slowdown[str(bits)] * once
 
 

@@ -22,6 +22,8 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "perturbations": (1, 10_000),
     "directions": (1, 1 << 22),
     "batch_size": (1, 1 << 16),
+    "micro_batch_size": (0, 1 << 16),
+    "warmup_rounds": (0, 1_000_000_000),
     "max_length": (2, 1 << 20),
     "max_new_tokens": (1, 1 << 16),
     "rank": (0, 1 << 16),  # 0, in a message: everybody's

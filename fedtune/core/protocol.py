@@ -171,9 +171,27 @@ class Batch:
 
     tokens: Tensor  # (examples, length) int64
     targets: Tensor  # (examples, length) bool: the tokens whose loss counts
+    at_once: int = 0  # examples that go through the model at a time; 0: all of them
 
     def to(self, device: torch.device) -> "Batch":
-        return self if device.type == "cpu" else Batch(self.tokens.to(device), self.targets.to(device))
+        return self if device.type == "cpu" else Batch(self.tokens.to(device), self.targets.to(device), self.at_once)
+
+    def parts(self) -> Iterator[tuple["Batch", float]]:
+        """Its micro-batches, each with its share of the tokens whose loss counts: the mean over the batch is the sum of
+        their means, times these. Each is cut behind the last such token, after which nothing is learnt.
+
+        The first token of an example has nothing that it could be told from, so it never counts.
+        """
+        size = len(self.tokens)
+        if not 0 < self.at_once < size:
+            yield self, 1.0
+            return
+        counts = self.targets[:, 1:].sum(1).tolist()
+        for start in range(0, size, self.at_once):
+            part = slice(start, start + self.at_once)
+            if learnt := sum(counts[part]):
+                width = int(self.targets[part].any(0).nonzero().max()) + 1
+                yield Batch(self.tokens[part, :width], self.targets[part, :width]), learnt / sum(counts)
 
 
 FIGURES = ("loss", "accuracy", "exact_match", "rouge_l", "choice_accuracy")  # of a score, in the order of columns

@@ -39,6 +39,7 @@ class ClientBatches:
     pad: int
     key: int
     seconds: float = math.inf  # after which there are no more
+    at_once: int = 0  # examples of a batch that go through the model at a time; 0: all of them
 
     @property
     def examples(self) -> int:
@@ -58,7 +59,7 @@ class ClientBatches:
                 order = permutation(derive_seed(self.key, "epoch", epoch), len(self.rows))
                 waiting.extend(self.rows[order].tolist())
                 epoch += 1
-            yield self.corpus.batch(waiting[:size], self.pad)
+            yield replace(self.corpus.batch(waiting[:size], self.pad), at_once=self.at_once)
             del waiting[:size]
 
 
@@ -77,15 +78,18 @@ class FederatedData:
     names: tuple[str, ...] = ()  # by client index, where files or users are the clients
     shared: bool = True  # whether server and clients hold the same rows, divided alike
 
-    def batches(self, client: int, batch_size: int, key: int) -> ClientBatches:
+    def batches(self, client: int, batch_size: int, key: int, at_once: int = 0) -> ClientBatches:
         """What client `client` trains on.
+
+        Args:
+            at_once: examples of a batch that go through the model at a time; 0: all of them.
 
         Raises:
             DataError: if it has no rows.
         """
         if not len(self.train[client]):
             raise DataError(f"client {client} has no rows to train on, so it should not be asked to")
-        return ClientBatches(self.corpus, self.train[client], batch_size, self.pad, key)
+        return ClientBatches(self.corpus, self.train[client], batch_size, self.pad, key, at_once)
 
     def tokens(self, client: int) -> int:
         """How many tokens client `client` trains on."""

@@ -25,7 +25,8 @@ from fedtune.core.files import beside, new_folder
 from fedtune.core.seeds import bits, derive_seed
 from fedtune.device.owner import user
 from fedtune.models.adapted_model import LocalModel
-from fedtune.models.base import Base, Origin, load_base, pick_device
+from fedtune.models.attention import lacking
+from fedtune.models.base import Base, Origin, load_base, pick_device, pick_dtype
 from fedtune.runs.adapter_files import adapter_files
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runs.model_file import NAME, TunedModel, malformed, read
@@ -134,13 +135,15 @@ def source_of(path: Path) -> Source:
 
 def workspace_for(found: Source, base: str | None, **settings: Any) -> Workspace:
     """A workspace of the run, which has loaded nothing yet: on whatever device is here, in the dtype that `auto` was
-    where the run was made.
+    where the run was made, and with the run's attention where this machine has it.
 
     Args:
         base: where the base is on this machine, if not where the run found it.
         settings: sections of the experiment that are to be others, as evaluate.
     """
-    spec = replace(found.experiment.model, dtype=found.dtype)
+    spec, device = replace(found.experiment.model, dtype=found.dtype), pick_device("auto")
+    if lacking(spec.attention, device, pick_dtype(spec.dtype, device)):
+        spec = replace(spec, attention="auto")
     if base is not None:
         spec = replace(spec, path=base, revision=None)
     runtime = replace(found.experiment.runtime, device="auto")

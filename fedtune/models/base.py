@@ -31,6 +31,7 @@ from fedtune.core.caches import cache_folder
 from fedtune.core.errors import ModelError
 from fedtune.core.lean_imports import import_bitsandbytes
 from fedtune.core.text import first_line
+from fedtune.models.attention import check_attention, expect_attention, with_attention
 from fedtune.models.model_checks import (
     check_config,
     check_quantization,
@@ -76,12 +77,16 @@ def load_base(spec: ModelSpec, device: torch.device) -> Base:
     """
     quiet()
     dtype = pick_dtype(spec.dtype, device)
+    check_attention(spec.attention, device, dtype)
     if spec.name == "tiny" and spec.path is None:
         if spec.quantization != "none":
             raise ModelError("model=tiny is too small to quantize: use model.quantization=none, or model=smollm2")
         from fedtune.models.tiny import tiny_model, tiny_tokenizer
 
         model = tiny_model().to(dtype)
+        with with_attention(spec.attention) as asked:
+            for attention in asked.values():
+                model.set_attn_implementation(attention)
         origin = Origin("code:tiny", _hash_parameters(model), None, None)
         tokenizer = tiny_tokenizer()
         return Base(_freeze(model.to(device)), tokenizer, origin, tokenizer.pad_token_id)
@@ -105,8 +110,9 @@ def load_base(spec: ModelSpec, device: torch.device) -> Base:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # whatever its class, which its config names, does without its files
         raise no_tokenizer(spec.path, str(where), first_line(error)) from error
-    with _named_failure(spec.path):
-        model = AutoModelForCausalLM.from_pretrained(where, **options)
+    with _named_failure(spec.path), with_attention(spec.attention) as asked:
+        model = AutoModelForCausalLM.from_pretrained(where, **options, **asked)
+    expect_attention(model, spec.attention, spec.path)
     if held == "none":
         model = model.to(device)
     for module in model.modules():

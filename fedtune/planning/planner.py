@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.core.costs import Costs, Weight
+from fedtune.core.costs import Costs, Weight, at_once
 from fedtune.core.errors import ConfigError
 from fedtune.core.protocol import DeviceProfile
 from fedtune.core.text import size
@@ -51,6 +51,7 @@ class Rules:
     state_bytes: float = 16  # per trainable number: float32 weight, gradient and AdamW's two moments; 8 for SGD
     wire_bytes_per_number: float = 4
     wire_bytes: float = 0  # of a message, whatever it holds
+    micro_batch: int = 0  # examples of a batch that go through the model at a time; 0: all of them
 
     def __post_init__(self) -> None:
         expect_ranks(self.ranks)
@@ -62,6 +63,10 @@ class Rules:
         for name in ("state_bytes", "wire_bytes_per_number", "wire_bytes"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} should be a number of bytes from 0, got {getattr(self, name)}")
+
+    def at_once(self, batch: int) -> int:
+        """Examples of such a batch whose activations are in memory at a time."""
+        return at_once(batch, self.micro_batch)
 
     def message(self, parameters: Any) -> Any:
         """Bytes of a message that holds so many numbers."""
@@ -162,14 +167,14 @@ def _best_values(selections: Selections, costs: Costs, rules: Rules, devices: Se
             if not open_to.any():
                 continue
             memory = costs.memory(
-                batch, bits, run.block, parameters, selections.per_token_bytes[part], rules.state_bytes
+                rules.at_once(batch), bits, run.block, parameters, selections.per_token_bytes[part], rules.state_bytes
             )
             able = np.flatnonzero(open_to & (memory_bytes >= memory.min()))
             if len(able):
                 found, most = _best_of(run, parameters, memory, value, limit[able], memory_bytes[able])
                 best[able] = np.maximum(best[able], found)
                 # Were T any dearer, P would be counted as less than the memory that it takes
-                if run.price * rules.state_bytes <= batch * costs.tokens:
+                if run.price * rules.state_bytes <= rules.at_once(batch) * costs.tokens:
                     bound[able] = np.minimum(bound[able], most)
     return best
 
@@ -208,7 +213,7 @@ def _most_parameters(
     high = np.full(len(devices), selections.parameters.max() + 1)
     while (high - low > 1).any():
         middle = np.floor((low + high) / 2)
-        seconds = costs.compute(batch, bits, rules.steps, block, middle, speeds, reads)
+        seconds = costs.compute(batch, bits, rules.steps, block, middle, speeds, reads, rules.micro_batch)
         meets = seconds + rules.message(middle) * links <= rules.deadline
         low, high = np.where(meets, middle, low), np.where(meets, high, middle)
     return low
@@ -221,7 +226,7 @@ def _first(selections: Selections, costs: Costs, rules: Rules, device: DevicePro
     transfer = rules.message(parameters) * _seconds_per_byte(device)
     for batch in sorted(rules.batches, reverse=True):
         for bits in sorted(rules.bits, reverse=True):
-            memory = costs.memory(batch, bits, block, parameters, per_token, rules.state_bytes)
+            memory = costs.memory(rules.at_once(batch), bits, block, parameters, per_token, rules.state_bytes)
             compute = _compute(costs, rules, batch, bits, block, parameters, device)
             fits = (memory <= device.memory_bytes) & (compute + transfer <= rules.deadline)
             if fits.any():
@@ -246,7 +251,10 @@ def _reason(selections: Selections, costs: Costs, rules: Rules, device: DevicePr
     columns = np.array([weight.columns for weight in selections.weights], np.float64)
     per_token = costs.input_bytes * columns + costs.inner_bytes * rank
     memory = np.array(
-        [costs.memory(batch, bits, block, parameters, per_token, rules.state_bytes) for bits in rules.bits]
+        [
+            costs.memory(rules.at_once(batch), bits, block, parameters, per_token, rules.state_bytes)
+            for bits in rules.bits
+        ]
     )
     fits = memory <= device.memory_bytes
     if not fits.any():
@@ -269,7 +277,14 @@ def _compute(
     costs: Costs, rules: Rules, batch: int, bits: int, block: Ints, parameters: Floats, device: DeviceProfile
 ) -> Floats:
     found: Floats = costs.compute(
-        batch, bits, rules.steps, block, parameters, device.flop_per_s, device.read_bytes_per_s
+        batch,
+        bits,
+        rules.steps,
+        block,
+        parameters,
+        device.flop_per_s,
+        device.read_bytes_per_s,
+        rules.micro_batch,
     )
     return found
 

@@ -20,7 +20,7 @@ LONGEST = 40  # characters of a value
 # What a table should show wherever entries differ in it, whatever their methods
 _HEADS = ("server_optimizer", "codec_up._target_", "codec_down._target_", "adapter.kind", "adapter.rank",
           "model.quantization")  # fmt: skip
-_POOLED = ("population.", "train.steps", "method.client.steps")  # what pooling changes by itself
+_POOLED = ("population.", "train.steps", "train.epochs", "method.client.steps")  # what pooling changes by itself
 
 
 def settings(experiment: Experiment) -> dict[str, Any]:

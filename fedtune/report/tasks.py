@@ -16,9 +16,9 @@ _LOOKS_AT = {
 }
 _WHERE = {"base": ("name", "path", "revision"), "data": ("name", "path", "subset", "split")}
 # What a person wants to know of a whole group, in this order, where all share it
-_COMMON = ("train.steps", "train.batch_size", "train.lr", "train.optimizer", "adapter.kind", "adapter.rank",
-           "adapter.alpha", "model.quantization", "population.cohort", "population.deadline", "population.straggler",
-           "population.dropout", "population.selection")  # fmt: skip
+_COMMON = ("train.steps", "train.epochs", "train.batch_size", "train.lr", "train.optimizer", "adapter.kind",
+           "adapter.rank", "adapter.alpha", "model.quantization", "population.cohort", "population.deadline",
+           "population.straggler", "population.dropout", "population.selection")  # fmt: skip
 
 
 def tasks(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -114,6 +114,10 @@ def _facts(run: Run) -> dict[str, str]:
         "rounds": str(experiment.rounds),
     }
     found |= {key: shown(table[key]) for key in _COMMON if table.get(key) is not None}
+    if experiment.train.epochs is not None:  # which is instead
+        del found["train.steps"]
+    if experiment.train.is_scheduled:
+        found["train.schedule"] = experiment.train.schedule
     found["fedtune"] = _text(summary, "versions", "fedtune") or ""
     found["torch"] = _text(summary, "versions", "torch") or ""
     return {key: value for key, value in found.items() if value}

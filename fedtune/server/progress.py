@@ -252,7 +252,9 @@ def clients_of(experiment: Experiment) -> str:
     """Who trains."""
     population = experiment.population
     if population.pooled:
-        return f"1 client that holds the data of all {population.pooled}, {experiment.local_steps} steps a round"
+        epochs, steps = experiment.train.epochs, experiment.local_steps
+        turn = f"{steps} steps" if epochs is None else f"{epochs:g} epochs"
+        return f"1 client that holds the data of all {population.pooled}, {turn} a round"
     if population.connected:
         return f"whoever comes, from {population.min_clients} clients on, at most {population.cohort_size} a round"
     return f"{population.clients} clients, {population.cohort_size} a round"

@@ -9,6 +9,7 @@ from typing import Any
 import fedtune
 from fedtune.config.schema import to_dict
 from fedtune.data.sources import describe_source
+from fedtune.models.attention import attention_of
 from fedtune.workspace.workspace import Workspace
 
 PACKAGES = ("torch", "transformers", "peft", "flwr", "bitsandbytes", "numpy", "safetensors", "tokenizers")
@@ -57,6 +58,7 @@ def summarise(
             **to_dict(model.origin),
             "dtype": model.dtype,
             "quantization": model.quantization,
+            "attention": attention_of(model.base),
         },
         "adapter": {
             "kind": experiment.adapter.kind,

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.config.compatibility import tells_its_work, traits_of
-from fedtune.core.costs import Costs, Weight, Work
+from fedtune.core.costs import Costs, Weight, Work, at_once
 from fedtune.core.errors import CapacityError, QuorumError
 from fedtune.core.optional import PlansAhead
 from fedtune.core.protocol import ClientInfo, DeviceProfile, Instruction, size_of
@@ -37,7 +37,7 @@ from fedtune.planning.turn_times import Timed, Turn
 from fedtune.runs.checkpoint import Progress
 from fedtune.server.instructions import Instructions
 from fedtune.server.state import ServerState
-from fedtune.training.apply_instruction import BATCH, BITS, RANK, STEPS, TRAIN
+from fedtune.training.apply_instruction import BATCH, BITS, RANK, STEPS, TRAIN, with_steps
 from fedtune.workspace.workspace import Workspace
 
 BESIDE_BYTES = 500  # of a message that holds no tensor, about
@@ -108,18 +108,23 @@ class Clock:
             down_bytes: of the message's content; likewise `up_bytes`.
         """
         can, costs = peer.capability, self._costs
-        work = self._work(told)
-        batch = min(int(told.settings.get(BATCH, self._workspace.experiment.train.batch_size)), max(peer.samples, 1))
+        work, train = self._work(peer, told), self._workspace.experiment.train
+        batch = min(int(told.settings.get(BATCH, train.batch_size)), max(peer.samples, 1))
+        micro = train.micro_batch_size
+        held_at_once = at_once(batch, micro)
         held = int(told.settings.get(BITS, self._workspace.bits))
         ranks, numbers, block, per_token = self._trained(peer, told)
         with np.errstate(over="ignore"):  # a stranger may say that it takes one operation in 1e300 seconds
             if work.backward:
-                memory = costs.memory(batch, held, block, numbers, per_token, work.state_bytes)
-                compute = costs.compute(batch, held, work.steps, block, numbers, can.flop_per_s, can.read_bytes_per_s)
+                memory = costs.memory(held_at_once, held, block, numbers, per_token, work.state_bytes)
+                compute = costs.compute(
+                    batch, held, work.steps, block, numbers, can.flop_per_s, can.read_bytes_per_s, micro
+                )
             else:
                 memory = costs.base_bytes[str(held)] + costs.fixed_bytes
-                memory += batch * costs.head_bytes + work.state_bytes * numbers
-                compute = costs.forward(batch, held, work.steps * work.forward, can.flop_per_s, can.read_bytes_per_s)
+                memory += held_at_once * costs.head_bytes + work.state_bytes * numbers
+                passes = work.steps * work.forward
+                compute = costs.forward(batch, held, passes, can.flop_per_s, can.read_bytes_per_s, micro)
         return Turn(
             device=can.device,
             down_bytes=down_bytes,
@@ -162,10 +167,9 @@ class Clock:
         size = _expected_bytes(told)
         self._measured = [max(self._measured[0], down_bytes / size), max(self._measured[1], up_bytes / size)]
 
-    def _work(self, told: Instruction) -> Work:
-        client: Any = self._workspace.client
-        if STEPS in told.settings:
-            client = replace(client, steps=int(told.settings[STEPS]))
+    def _work(self, peer: ClientInfo, told: Instruction) -> Work:
+        workspace = self._workspace
+        client = with_steps(workspace.client, workspace.experiment.train, told.settings, peer.samples)
         work: Work = client.work(told.settings)
         return work
 
@@ -200,7 +204,8 @@ class Clock:
             strategy.plan_for_all(state, [peer.capability for peer in peers.values()])
         expected: dict[int, Turn] = {}
         known: dict[tuple[DeviceProfile, int, int, int], Turn | str] = {}
-        least = self._workspace.experiment.train.batch_size
+        train = self._workspace.experiment.train
+        least = train.batch_size if train.epochs is None else ANY_BATCH  # epochs: as many steps as samples ask for
         for index, peer in sorted(peers.items()):
             key = (peer.capability, peer.rank, peer.base_version, min(peer.samples, least))
             if key not in known:
@@ -227,7 +232,7 @@ class Clock:
             told = self.instructions.prepare(state, number, peer)
         except CapacityError as error:
             return str(error)
-        if not peer.capability.backprop and self._work(told).backward:
+        if not peer.capability.backprop and self._work(peer, told).backward:
             return "can compute forward only, and this method's clients need gradients"
         turn = self.expected(peer, told)
         if turn.memory_bytes > peer.capability.memory_bytes:

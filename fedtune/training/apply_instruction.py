@@ -1,7 +1,12 @@
 """How a client makes its model what an instruction describes, and what it says of itself in return."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fedtune.config.train import TrainSpec
 from fedtune.core.errors import ClientError, WireError
-from fedtune.core.protocol import Instruction, Tensors, Update
+from fedtune.core.protocol import Instruction, Setting, Tensors, Update
 from fedtune.core.settings import EngineSetting
 from fedtune.lowrank.averaging import truncate_rank
 from fedtune.lowrank.residual import update_residual
@@ -42,6 +47,19 @@ def install(model: LocalModel, instruction: Instruction, memory: Tensors) -> Non
     )
     if TRAIN in instruction.settings:
         model.train_only([str(instruction.settings[TRAIN])])
+
+
+def with_steps(client: Any, train: TrainSpec, settings: Mapping[str, Setting], samples: int) -> Any:
+    """The client with the steps of this turn: as many as the server says, else as train.epochs come to.
+
+    Args:
+        samples: training examples that it holds.
+    """
+    if STEPS in settings:
+        return replace(client, steps=int(settings[STEPS]))
+    if train.epochs is None:
+        return client
+    return replace(client, steps=train.steps_of(samples, int(settings.get(BATCH, train.batch_size))))
 
 
 def metrics_of(model: LocalModel) -> dict[str, float]:

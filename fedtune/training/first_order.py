@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedtune.core.errors import ClientError, ConfigError
+from fedtune.core.errors import ClientError
 from fedtune.core.protocol import Batch
 from fedtune.models.adapted_model import LocalModel
+from fedtune.training.optimizers import make_optimizer as make_optimizer
+from fedtune.training.schedule import RoundSchedule
 
 LOSS_SCALE = 2.0**16  # that a turn begins with where the base is in float16
 
@@ -59,6 +61,7 @@ def fit(
     key: int,
     penalty: Callable[[], Tensor] | None = None,
     watch: Callable[[], None] | None = None,
+    schedule: RoundSchedule | None = None,
 ) -> float:
     """Train the model's trainable tensors in place, with a fresh optimizer.
 
@@ -66,6 +69,7 @@ def fit(
         key: seeds dropout, the only random draw here.
         penalty: what is added to the loss at each step, a function of the parameters themselves.
         watch: called at each step between the backward pass and the step, where the gradients, unclipped, are.
+        schedule: what share of `lr` each step has; None: all of it.
 
     Returns:
         The mean of the steps' losses, without the penalty.
@@ -81,16 +85,16 @@ def fit(
         model.module.train()
         try:
             for step, batch in enumerate(islice(batches, steps), 1):
-                batch = batch.to(model.device)
-                loss = loss_of(model.module, batch)
-                value = loss.item()
+                if schedule is not None:
+                    for group in update.param_groups:
+                        group["lr"] = lr * schedule.share(step - 1, steps)
+                value, scale = _backward(model, batch.to(model.device), penalty, scale)
                 if not math.isfinite(value):
                     raise ClientError(
                         f"the training loss became {value} at step {step} of {steps}: "
                         f"lower train.lr (now {lr:g}) or set train.max_grad_norm"
                     )
                 total += value
-                scale = _backward(model, batch, loss, penalty, scale)
                 if watch is not None:
                     watch()
                 # Where the loss is 0 to the last bit there is nothing left to learn
@@ -106,8 +110,8 @@ def fit(
 
 
 def _backward(
-    model: LocalModel, batch: Batch, loss: Tensor, penalty: Callable[[], Tensor] | None, scale: float
-) -> float:
+    model: LocalModel, batch: Batch, penalty: Callable[[], Tensor] | None, scale: float
+) -> tuple[float, float]:
     """Leave the gradients of the loss, and of the penalty if there is one, in the trained tensors.
 
     A float16 base can't hold gradients as small as they come, nor large ones. So the loss is multiplied by a power of
@@ -118,21 +122,19 @@ def _backward(
         scale: 1 for bases in other dtypes.
 
     Returns:
-        The scale that was taken in the end, for the next step.
+        The mean loss, without the penalty, and the scale that was taken in the end, for the next step.
 
     Raises:
         ClientError: if no scale makes them finite.
     """
     while True:
-        if penalty is not None:
-            loss = loss + penalty()
-        (loss if scale == 1 else loss * scale).backward()  # type: ignore[no-untyped-call]
-        if scale == 1:
-            return scale
+        value = _accumulate(model, batch, penalty, scale)
+        if scale == 1 or not math.isfinite(value):
+            return value, scale
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if all(gradient.isfinite().all() for gradient in gradients):
             torch._foreach_mul_(gradients, 1 / scale)
-            return scale
+            return value, scale
         scale /= 2
         if scale < 2:
             raise ClientError(
@@ -140,7 +142,26 @@ def _backward(
             )
         for parameter in model.parameters():
             parameter.grad = None
-        loss = loss_of(model.module, batch)
+
+
+def _accumulate(model: LocalModel, batch: Batch, penalty: Callable[[], Tensor] | None, scale: float) -> float:
+    """Add up `scale` times the gradient of a batch's mean loss, one micro-batch after the other.
+
+    Returns:
+        The mean loss, without the penalty. Where it isn't finite there is no gradient.
+    """
+    value = 0.0
+    for part, share in batch.parts():
+        loss = loss_of(model.module, part)
+        if share != 1:
+            loss = loss * share
+        value += loss.item()
+        if not math.isfinite(value):
+            break
+        if penalty is not None:
+            loss, penalty = loss + penalty(), None  # once a step
+        (loss if scale == 1 else loss * scale).backward()  # type: ignore[no-untyped-call]
+    return value
 
 
 def _without_gradient(model: LocalModel, step: int, steps: int, loss: float, lr: float) -> ClientError:
@@ -155,19 +176,6 @@ def _without_gradient(model: LocalModel, step: int, steps: int, loss: float, lr:
         f"training diverged: at step {step} of {steps} the loss is {loss:g} and its gradient zero. Lower train.lr (now "
         f"{lr:g})"
     )
-
-
-def make_optimizer(name: str, parameters: list[torch.nn.Parameter], lr: float, weight_decay: float) -> Any:
-    """Make the optimizer: `adamw` or plain `sgd`.
-
-    Raises:
-        ConfigError: for any other name.
-    """
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay)
-    raise ConfigError(f"optimizer={name} is not known: expected adamw or sgd")
 
 
 @contextmanager

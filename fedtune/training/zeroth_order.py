@@ -30,6 +30,7 @@ from fedtune.models.adapted_model import LocalModel
 from fedtune.random_directions.hash_noise import coefficient
 from fedtune.random_directions.weights import SeededWeights, Space, steps_record
 from fedtune.training.first_order import loss_of
+from fedtune.training.schedule import RoundSchedule
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -145,13 +146,20 @@ def slopes_along(
 
 
 def descend(
-    model: LocalModel, batches: Iterable[Batch], rules: Rules, seeds: Sequence[Sequence[int]], clip: float = 0.0
+    model: LocalModel,
+    batches: Iterable[Batch],
+    rules: Rules,
+    seeds: Sequence[Sequence[int]],
+    clip: float = 0.0,
+    schedule: RoundSchedule | None = None,
 ) -> Steps:
     """Take one step for each of `seeds`, from where the model's seeded weights are.
 
     Args:
         seeds: (steps, P).
         clip: a step with |L+ - L-| above it is skipped, as is one whose loss isn't finite; 0 doesn't clip.
+        schedule: what share of `rules.lr` each step has; None: all of it. The quantum stays that of `rules.lr`, so what
+            was counted under one rate adds up with what was under another.
 
     Raises:
         ClientError: if every step had to be skipped, or a slope is too large to be written down.
@@ -167,7 +175,8 @@ def descend(
         )
         if not all(map(math.isfinite, slopes)) or (clip and widest > clip):
             continue
-        steps = space.counts(np.array(slopes) / rules.perturbations)
+        wanted = np.array(slopes) / rules.perturbations
+        steps = space.counts(wanted if schedule is None else wanted * schedule.share(place, len(seeds)))
         if (np.abs(steps) >= space.limit).any():
             worst = max(slopes, key=abs)
             raise ClientError(
@@ -187,7 +196,7 @@ def descend(
 
 def _loss(module: nn.Module, batch: Batch) -> float:
     with torch.inference_mode():
-        return float(loss_of(module, batch))
+        return sum(share * float(loss_of(module, part)) for part, share in batch.parts())
 
 
 def check_counts(name: str, counts: Tensor, shape: tuple[int, ...], space: Space) -> None:

@@ -11,6 +11,7 @@ from flwr.app import MessageType, RecordDict
 from fedtune.config.compatibility import tells_its_work
 from fedtune.config.population import MEASURED
 from fedtune.core.errors import MALFORMED, CapacityError, ClientError, ConfigError, WireError
+from fedtune.core.limits import BOUNDS
 from fedtune.core.protocol import UNLIMITED, ClientInfo, DeviceProfile, Instruction, Score, Update, grid
 from fedtune.core.seeds import derive_seed
 from fedtune.core.text import first_line
@@ -19,7 +20,8 @@ from fedtune.device.home import home
 from fedtune.device.owner import Owner
 from fedtune.device.usage import Usage
 from fedtune.planning.population import profile_of
-from fedtune.training.apply_instruction import BATCH, BITS, STEPS
+from fedtune.training.apply_instruction import BATCH, BITS, STEPS, with_steps
+from fedtune.training.schedule import schedule_of
 from fedtune.wire.flower_private import content_bytes
 from fedtune.wire.messages import pack_greeting, pack_score, unpack_question
 from fedtune.workspace.downlink import Downlink
@@ -130,12 +132,16 @@ def _train(workspace: Workspace, run: str, index: int, round: int, instruction: 
     memory = workspace.client_states.load(run, index, round)
     model = workspace.install(instruction, memory)
     settings = instruction.settings
-    batches = workspace.data.batches(index, int(settings.get(BATCH, experiment.train.batch_size)), key)
+    train = experiment.train
+    size = int(settings.get(BATCH, train.batch_size))
+    batches = workspace.data.batches(index, size, key, train.micro_batch_size)
     own = workspace.data.heldout[index]
     found = workspace.score(own, model) if experiment.evaluate.clients and len(own) else None
-    client: Any = workspace.client
-    if STEPS in settings:
-        client = replace(client, steps=int(settings[STEPS]))
+    client = with_steps(workspace.client, train, settings, batches.examples)
+    if train.epochs is not None and client.steps > (most := BOUNDS[STEPS][1]):
+        raise ClientError(f"train.epochs={train.epochs:g} are {client.steps:g} steps here: at most {most} are taken")
+    if (schedule := schedule_of(experiment, round)) is not None:
+        client = replace(client, schedule=schedule)
     if workspace.owner is not None:
         batches = _within_limits(workspace, client, batches, instruction)
     begun = time.perf_counter()

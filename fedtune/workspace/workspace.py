@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fedtune.config.compatibility import check_codecs, check_traits, traits_of
+from fedtune.config.compatibility import check_codecs, check_training, check_traits, traits_of
 from fedtune.config.compose import build, from_run_config
 from fedtune.config.schema import FULL, DataSpec, Experiment, ModelSpec
 from fedtune.core.costs import Costs, Weight
@@ -32,6 +32,7 @@ from fedtune.models.shared_base import base_for
 from fedtune.planning.cost_probe import base_bytes, costs_of, weights_of
 from fedtune.training.apply_instruction import BITS
 from fedtune.training.client_state import ClientStateStore
+from fedtune.training.optimizers import IN_8_BITS, check_optimizer
 from fedtune.wire.delta_coding import build_codec
 
 QUANTIZATION = {4: "nf4", 8: "int8"}  # by the bits that a client is told; as it is otherwise
@@ -53,6 +54,7 @@ class Workspace:
         self.strategy: Strategy[Any] = build(experiment.strategy, "method.strategy", allowed)
         self.client: Client[LocalModel] = build(experiment.method.client, "method.client", allowed)
         check_traits(experiment, traits_of(self.strategy))
+        check_training(experiment, traits_of(self.strategy), self.client)
         self.codec_up, self.feedback = build_codec(experiment.codec_up, "codec_up", feedback=False, allowed=allowed)
         # Whether a broadcast is the difference from the one before
         self.codec_down, self.chained = build_codec(experiment.codec_down, "codec_down", feedback=True, allowed=allowed)
@@ -106,16 +108,24 @@ class Workspace:
     def costs(self) -> Costs:
         """What training this model on these data takes."""
         longest, train = self.data_spec.max_length, self.experiment.train
-        return costs_of(self.model, self.data, train.batch_size, self.experiment.seed, longest)
+        return costs_of(self.model, self.data, train.at_once, self.experiment.seed, longest)
 
     def _load(self, spec: ModelSpec) -> LocalModel:
         changes = self.experiment.adapter.kind == FULL or self.experiment.model.merge == "requantize"
-        own = spec if self.owner is None else self.owner.model(spec)
-        runtime = self.experiment.runtime
-        base = base_for(own, pick_device(runtime.device, runtime.deterministic), changes)
+        runtime, own = self.experiment.runtime, spec if self.owner is None else self.owner.model(spec)
+        device = pick_device(runtime.device, runtime.deterministic)
+        if self._trains_here and (optimizer := getattr(self.client, "optimizer", "")) in IN_8_BITS:
+            check_optimizer(optimizer, device)
+        base = base_for(own, device, changes)
         if self.owner is not None:
             self.owner.check_base(spec, base.origin.sha256)
         return self._on(base)
+
+    @property
+    def _trains_here(self) -> bool:
+        """Whether clients train on this very machine, as far as that can be told before one does."""
+        on_device = self.owner is not None and self.owner.is_device
+        return on_device or (self.owner is None and self.experiment.runtime.name == "local")
 
     def take(self, base: Base) -> None:
         """Have the model on this base, which was loaded already."""
