@@ -215,7 +215,12 @@ def _texts() -> Iterator[str]:
             yield outer.name
 
 
-PATHS = ("model.path", "data.path", "population.devices")  # which may be lists, and shares of devices, as well
+PATHS = (
+    "model.path",
+    "data.path",
+    "adapter.path",
+    "population.devices",
+)  # which may be lists, and shares of devices, as well
 TEXTS = frozenset([*_texts(), *PATHS])
 
 

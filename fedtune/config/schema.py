@@ -90,6 +90,10 @@ class AdapterSpec:
     tokens: int = option(10, "adaption_prompt, prompt_tuning, prefix_tuning: how many virtual tokens")
     layers: int | None = option(None, "adaption_prompt: how many of the topmost layers; null takes all")
     block_size: int = option(16, "oft: width of a rotated block; has to divide a layer's inputs")
+    path: str | None = option(
+        None, "a PEFT adapter's folder, or a run's, to go on from: kind, rank, alpha and targets are the folder's"
+    )
+    sha256: str | None = option(None, "of the tensors' file in adapter.path; written down when a run begins")
 
     def __post_init__(self) -> None:
         one_of("adapter.kind", self.kind, tuple(ADAPTERS))
@@ -97,7 +101,7 @@ class AdapterSpec:
             object.__setattr__(self, "targets", _names("adapter.targets", self.targets))
         for item in fields(self):
             value, takes = getattr(self, item.name), ADAPTERS[self.kind]
-            if item.name not in ("kind", *takes) and value != item.default:
+            if item.name not in ("kind", "path", "sha256", *takes) and value != item.default:
                 raise ConfigError(
                     f"adapter.{item.name}={value} means nothing to adapter.kind={self.kind}, "
                     f"which has {', '.join(takes)}"
@@ -108,6 +112,11 @@ class AdapterSpec:
         at_least("adapter.tokens", self.tokens, 1)
         at_least("adapter.layers", 1 if self.layers is None else self.layers, 1)
         at_least("adapter.block_size", self.block_size, 2)
+        if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ConfigError(
+                f"adapter.sha256={self.sha256[:70]}: expected 64 hexadecimal digits. A run writes it down itself: "
+                "leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -250,6 +259,11 @@ class Experiment:
             raise ConfigError(
                 f"evaluate.peers={self.evaluate.peers}: data.client_heldout=0 leaves clients nothing to score a model "
                 "with. Set it above 0, or evaluate.peers=none"
+            )
+        if self.adapter.path is not None and self.population.ranks is not None:
+            raise ConfigError(
+                f"adapter.path={self.adapter.path} is of one rank, and population.ranks={self.population.ranks} would "
+                "have clients start from parts of it: leave out one of them"
             )
         if self.method.pooled and not self.population.pooled:  # else it was pooled already: this is a run's own config
             self._pool()
