@@ -215,12 +215,8 @@ def _texts() -> Iterator[str]:
             yield outer.name
 
 
-PATHS = (
-    "model.path",
-    "data.path",
-    "adapter.path",
-    "population.devices",
-)  # which may be lists, and shares of devices, as well
+# Some may be lists, and shares of devices, as well
+PATHS = ("model.path", "data.path", "adapter.path", "population.devices")
 TEXTS = frozenset([*_texts(), *PATHS])
 
 

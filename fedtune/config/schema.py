@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from fedtune.config.data import DataSpec as DataSpec
+from fedtune.config.keep import KeepSpec
 from fedtune.config.population import PopulationSpec
 from fedtune.config.targets import TARGET, declared_traits, name_of
 from fedtune.core.checks import above_zero, at_least, fraction, one_of, option
@@ -231,6 +232,7 @@ class Experiment:
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     budget: BudgetSpec = field(default_factory=BudgetSpec)
     tracker: TrackerSpec = field(default_factory=TrackerSpec)
+    keep: KeepSpec = field(default_factory=KeepSpec)
     server_optimizer: dict[str, Any] = option(
         {}, "how the server steps towards the clients' average; empty: all the way"
     )
@@ -259,6 +261,11 @@ class Experiment:
             raise ConfigError(
                 f"evaluate.peers={self.evaluate.peers}: data.client_heldout=0 leaves clients nothing to score a model "
                 "with. Set it above 0, or evaluate.peers=none"
+            )
+        if self.keep.best and not (self.evaluate.every and self.data.heldout):
+            raise ConfigError(
+                f"keep.best=true goes by the held-out loss, and evaluate.every={self.evaluate.every} with "
+                f"data.heldout={self.data.heldout:g} measures none: set both above 0, or leave out keep.best"
             )
         if self.adapter.path is not None and self.population.ranks is not None:
             raise ConfigError(
@@ -315,7 +322,7 @@ class Experiment:
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share with its beginning: they decide the result's bits, or where
         clients find what they kept."""
-        free = ("rounds", "budget", "tracker", "out", "overrides")
+        free = ("rounds", "budget", "tracker", "keep", "out", "overrides")
         kept = {key: value for key, value in to_dict(self).items() if key not in free}
         runtime = {key: kept["runtime"][key] for key in ("name", "device", "threads")}
         return {**kept, "runtime": runtime}

@@ -7,6 +7,7 @@ base, which rounds each weight once to the base's dtype.
 
 import hashlib
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from fedtune.models.base import Base, Origin, load_base, pick_device
 from fedtune.runs.adapter_files import adapter_files
 from fedtune.runs.checkpoint import load_checkpoint
 from fedtune.runs.model_file import NAME, TunedModel, malformed, read
+from fedtune.runs.run_folder import BEST, ROUNDS
 from fedtune.workspace.downlink import Downlink
 from fedtune.workspace.workspace import Workspace
 
@@ -60,18 +62,19 @@ class Source:
     data: Mapping[str, Any] = field(default_factory=dict)  # what summary.json says of the run's data
 
 
-def export(source: str, out: str, base: str | None = None) -> Exported:
+def export(source: str, out: str, base: str | None = None, round: str | None = None) -> Exported:
     """Write the model of a run, or of a .fedtune file, into a new folder.
 
     Args:
         base: where the base is on this machine (a folder, a GGUF file or a hub id), if not where the run found it.
+        round: as for `source_of`.
 
     Raises:
         FedtuneError: if there is nothing to export, it can't be one model, the base isn't here or is another, or `out`
             can't be written; nothing is left of `out` then.
     """
     target = new_folder(out)
-    found = source_of(Path(source).expanduser())
+    found = source_of(Path(source).expanduser(), round)
     workspace = workspace_for(found, base)
     experiment = workspace.experiment
     _check_exportable(found, workspace)
@@ -98,12 +101,17 @@ def export(source: str, out: str, base: str | None = None) -> Exported:
     return Exported(target, written, found.experiment, number, origin)
 
 
-def source_of(path: Path) -> Source:
+def source_of(path: Path, round: str | None = None) -> Source:
     """What `path` is: a run folder, or a .fedtune file.
 
+    Args:
+        round: of a run's folder, the round to take of those that it kept: its number, or "best"; None: the last.
+
     Raises:
-        ExportError: if it is neither, or a run that has finished no round.
+        ExportError: if it is neither, a run that has finished no round, or one that didn't keep that round.
     """
+    if round is not None:
+        return _kept(path, round)
     if path.is_file():
         file = read(path)
         return Source(path, file.experiment, file.origin, file.dtype, file)
@@ -130,6 +138,21 @@ def source_of(path: Path) -> Source:
             f"{path}/summary.json doesn't say which base the run was on ({type(error).__name__}: {error}): "
             f"fedtune run resume={path} writes it again"
         ) from error
+
+
+def _kept(run: Path, round: str) -> Source:
+    folder = run / BEST if round == BEST else run / ROUNDS / round
+    if not re.fullmatch(rf"{BEST}|[0-9]{{1,18}}", round) or not (folder / NAME).is_file():
+        kept = sorted(
+            (each.parent.name for each in (run / ROUNDS).glob(f"*/{NAME}")), key=lambda name: (len(name), name)
+        )
+        named = ", ".join([*kept, *([BEST] if (run / BEST / NAME).is_file() else [])])
+        raise ExportError(
+            f"--round {round}: {run} kept {named or 'no round'} beside the last. A run keeps rounds where keep.every=N "
+            "or keep.best=true says so"
+        )
+    last = source_of(run)
+    return replace(source_of(folder / NAME), data=last.data)
 
 
 def workspace_for(found: Source, base: str | None, **settings: Any) -> Workspace:
