@@ -23,12 +23,14 @@ from fedtune.config.compose import load_file
 from fedtune.config.schema import FULL, Experiment
 from fedtune.core.errors import ExportError, ModelError
 from fedtune.core.files import beside, new_folder
+from fedtune.core.protocol import ClientInfo
 from fedtune.core.seeds import bits, derive_seed
 from fedtune.device.owner import user
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import Base, Origin, load_base, pick_device
+from fedtune.planning.population import assign_rank, profile_of
 from fedtune.runs.adapter_files import adapter_files
-from fedtune.runs.checkpoint import load_checkpoint
+from fedtune.runs.checkpoint import Checkpoint, load_checkpoint
 from fedtune.runs.model_file import NAME, TunedModel, malformed, read
 from fedtune.runs.run_folder import BEST, ROUNDS
 from fedtune.workspace.downlink import Downlink
@@ -227,14 +229,54 @@ def tuned(found: Source, workspace: Workspace) -> tuple[LocalModel, int]:
         if found.file is not None:
             workspace.install(found.file.instruction, memory={})
             return workspace.model, found.file.round
+    checkpoint = _checkpoint(found, workspace)
+    broadcast = Downlink(workspace).broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1)
+    workspace.install(broadcast, memory={})
+    return workspace.model, checkpoint.round
+
+
+def client_model(found: Source, workspace: Workspace, client: int) -> tuple[LocalModel, int]:
+    """What a client of a simulation holds after the last round, and that round: what it would be sent, and its own.
+
+    Args:
+        workspace: of the run in its own folder, where its clients keep what is theirs.
+
+    Raises:
+        FedtuneError: if clients have no models of their own, there is no such client, or it is on another machine.
+    """
+    experiment = workspace.experiment
+    if not traits_of(workspace.strategy).personal:
+        raise ExportError(
+            f"--client {client}: with method={experiment.method_name} all clients have one model: leave out --client"
+        )
+    if not 0 <= client < experiment.population.clients:
+        raise ExportError(f"--client {client}: the run has clients 0 to {experiment.population.clients - 1}")
+    if found.file is not None or experiment.runtime.name == "flower":
+        raise ExportError(
+            f"--client {client}: what a client keeps for itself is on its own machine, and not in {found.path}"
+        )
+    with malformed(found.path):
+        workspace.take(_base(found, experiment))
+    checkpoint = _checkpoint(found, workspace)
+    downlink, number = Downlink(workspace), checkpoint.round + 1
+    if experiment.population.ranks is None:
+        told = downlink.broadcast(checkpoint.sent, checkpoint.state, number)
+    else:
+        able = ClientInfo(client, 1, profile_of(client, experiment))
+        peer = assign_rank(able, experiment, workspace.model.layout)
+        meant = workspace.strategy.configure(checkpoint.state, number, peer)
+        told = downlink.encode(meant, number, checkpoint.run).decoded
+    memory = workspace.client_states.load(checkpoint.run, client, number)
+    return workspace.install(told, memory), checkpoint.round
+
+
+def _checkpoint(found: Source, workspace: Workspace) -> Checkpoint:
     checkpoint = load_checkpoint(_state(found.path), workspace.strategy.init(workspace.model.layout))
     if checkpoint.config_sha256 != found.experiment.sha256:
         raise ExportError(
             f"{found.path} was run with other settings than its config.yaml has now: put back what was changed"
         )
-    broadcast = Downlink(workspace).broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1)
-    workspace.install(broadcast, memory={})
-    return workspace.model, checkpoint.round
+    return checkpoint
 
 
 def _base(found: Source, experiment: Experiment) -> Base:
