@@ -145,8 +145,8 @@ def inside(module: Any) -> tuple[Any, int, bool]:
 
 
 def stop_tokens(base: Any, tokenizer: Any) -> set[int]:
-    """What ends an answer: the tokenizer's end of text, and those of the model's own generation settings, for a turn may
-    end by another."""
+    """What ends an answer: the tokenizer's end of text, and those of the model's own generation settings: a turn
+    may end by another."""
     named = getattr(base.generation_config, "eos_token_id", None)
     named = named if isinstance(named, list) else [named]
     return {int(token) for token in (tokenizer.eos_token_id, *named) if token is not None}
