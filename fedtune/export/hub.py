@@ -110,7 +110,8 @@ def push(asked: Push, create: bool, private: bool) -> Pushed:
 def _source(asked: Push) -> Source:
     if not (asked.run / "config.yaml").is_file():
         raise ExportError(f"{asked.run} holds no run (no config.yaml): give the folder that out= named")
-    return source_of(asked.run, asked.round)
+    source_of(asked.run, asked.round)  # which it has to have
+    return source_of(asked.run)
 
 
 def _write(asked: Push, found: Source, folder: Path) -> None:

@@ -63,8 +63,8 @@ def model_card(
 
 # {name.rpartition("/")[2]}
 
-{"A model" if merged else "A PEFT adapter"} fine-tuned by federated learning with fedtune: clients kept their data, and
-sent updates.
+{"A model" if merged else "A PEFT adapter"} fine-tuned by federated learning with fedtune: clients kept their data and
+sent updates{"" if experiment.runtime.name == "flower" else ", simulated on one system"}.
 
 | | |
 |---|---|

@@ -33,6 +33,7 @@ from fedtune.runs.adapter_files import adapter_files
 from fedtune.runs.checkpoint import Checkpoint, load_checkpoint
 from fedtune.runs.model_file import NAME, TunedModel, malformed, read
 from fedtune.runs.run_folder import BEST, ROUNDS
+from fedtune.training.client_state import ClientStateStore
 from fedtune.workspace.downlink import Downlink
 from fedtune.workspace.workspace import Workspace
 
@@ -238,9 +239,6 @@ def tuned(found: Source, workspace: Workspace) -> tuple[LocalModel, int]:
 def client_model(found: Source, workspace: Workspace, client: int) -> tuple[LocalModel, int]:
     """What a client of a simulation holds after the last round, and that round: what it would be sent, and its own.
 
-    Args:
-        workspace: of the run in its own folder, where its clients keep what is theirs.
-
     Raises:
         FedtuneError: if clients have no models of their own, there is no such client, or it is on another machine.
     """
@@ -266,7 +264,8 @@ def client_model(found: Source, workspace: Workspace, client: int) -> tuple[Loca
         peer = assign_rank(able, experiment, workspace.model.layout)
         meant = workspace.strategy.configure(checkpoint.state, number, peer)
         told = downlink.encode(meant, number, checkpoint.run).decoded
-    memory = workspace.client_states.load(checkpoint.run, client, number)
+    kept = ClientStateStore(found.path / "clients", found.path)  # a workspace of a user's would look in their home
+    memory = kept.load(checkpoint.run, client, number)
     return workspace.install(told, memory), checkpoint.round
 
 

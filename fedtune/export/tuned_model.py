@@ -57,12 +57,11 @@ def tuned_model(
     from peft import PeftModel
 
     found = source_of(path, round)
+    workspace = workspace_for(found, base)
     if client is None:
-        workspace = workspace_for(found, base)
         check_one_model(found, workspace)
         local, number = tuned(found, workspace)
     else:
-        workspace = workspace_for(found, base, out=str(found.path))
         local, number = client_model(found, workspace, client)
     tokenizer, spec, device = local.tokenizer, workspace.experiment.model, local.device
     data = workspace.data_spec
