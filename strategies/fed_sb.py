@@ -41,7 +41,10 @@ class FedSB:
 
     def init(self, layout: Layout) -> State:
         if not layout.starts_at_zero:
-            raise ConfigError("method=fed_sb puts its own B0 and A0 beside W0, so B has to start at zero: adapter=lora")
+            raise ConfigError(
+                "method=fed_sb puts its own B0 and A0 beside W0, so B has to start at zero: "
+                "take adapter=lora, without adapter.path"
+            )
         return State(zero_core(layout))
 
     def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:

@@ -110,7 +110,7 @@ class FedPipe:
         if not layout.starts_at_zero:
             raise ConfigError(
                 "method=fedpipe leaves layers as the base has them, so B A has to start at 0: take adapter=lora or "
-                "adapter=rslora"
+                "adapter=rslora, without adapter.path"
             )
         if self.ranks is not None and layout.rank not in self.ranks:
             raise ConfigError(

@@ -64,7 +64,10 @@ class HetLoRA:
 
     def init(self, layout: Layout) -> State:
         if not layout.starts_at_zero:
-            raise ConfigError("method=hetlora prunes components of B A, which have to start as nothing: adapter=lora")
+            raise ConfigError(
+                "method=hetlora prunes components of B A, which have to start as nothing: take adapter=lora, "
+                "without adapter.path"
+            )
         return State(dict(layout.initial), layout.scaling)
 
     def configure(self, state: State, round: int, peer: ClientInfo) -> Instruction:

@@ -100,7 +100,20 @@ def test_the_comparison_of_the_results_page_is_one():
 def test_what_else_the_pages_call_is_there():
     """Subcommands, modules and make's targets."""
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    subcommands = {"run", "methods", "export", "compare", "report", "serve", "evaluate", "plan", "doctor", "compress"}
+    subcommands = {
+        "run",
+        "methods",
+        "export",
+        "compare",
+        "report",
+        "serve",
+        "evaluate",
+        "plan",
+        "doctor",
+        "compress",
+        "chat",
+        "push",
+    }
     for page, words in commands():
         if words[0] == "make":
             assert words[1] in targets, (page, words)

@@ -151,6 +151,7 @@ CONFIGS = {
     "a file of the user's home": (put("data", "path", value="~/.ssh/id_ed25519"), "opens only files"),
     "the working folder": (put("data", "path", value="text"), "opens only files"),
     "a path with a nul": (put("data", "path", value="a\0b"), "opens only files|can't be read"),
+    "an adapter of its own": (put("adapter", "path", value="adapter"), "adapter.path=adapter: this device opens only"),
     "a model of its own": (put("model", "path", value="model"), "model.path=model: this device opens only"),
     "a table of devices": (put("population", "devices", value="devices.csv"), "population.devices=devices.csv: this"),
     "a device of torch's": (put("runtime", "device", value="meta"), "runtime.device='meta': expected"),

@@ -43,6 +43,9 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument("--tasks", metavar="A,B", default="", help="tasks of lm-evaluation-harness")
     parser.add_argument("--include-path", metavar="DIR", help="a folder with task files of your own")
     parser.add_argument("--base", help="the base: a folder, a GGUF file or a hub id (default: what the run had)")
+    parser.add_argument(
+        "--round", metavar="N", help="a round that the run kept: its number, or best (default: the last)"
+    )
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
     parser.set_defaults(func=main)
 
@@ -71,6 +74,7 @@ class Request:
     generate: int | None = None  # examples to answer; None: as many as the run did
     limit: int | None = None  # examples at most, 0 for all; None: as many as the run took, and whole tasks
     out: str | None = None  # a JSON file
+    round: str | None = None  # one that the run kept, or "best"; None: the last
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def evaluate(request: Request) -> EvaluationReport:
         raise ConfigError(f"--include-path {request.include_path} is no folder: expected one with task files")
     if request.tasks:
         check_installed()
-    found = source_of(Path(request.run).expanduser())
+    found = source_of(Path(request.run).expanduser(), request.round)
     spec = found.experiment.evaluate
     if request.generate is not None:
         spec = replace(spec, generate=request.generate)

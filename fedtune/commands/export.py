@@ -9,6 +9,7 @@ Write the model of a run as a Hugging Face folder, with its tokenizer: the train
 adapter merged into it.
 
   fedtune export runs/demo tuned
+  fedtune export runs/demo tuned --round best             a round that keep.best or keep.every kept
   fedtune export model.fedtune tuned                      the small file of a run along seeded directions
   fedtune export model.fedtune tuned --base models/smol   where the base is on this machine
 """
@@ -20,6 +21,9 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument("source", metavar="FROM", help="a run's folder, or a .fedtune file")
     parser.add_argument("out", metavar="OUT", help="the folder to make")
     parser.add_argument("--base", help="the base: a folder, a GGUF file or a hub id (default: what the run had)")
+    parser.add_argument(
+        "--round", metavar="N", help="a round that the run kept: its number, or best (default: the last)"
+    )
     parser.set_defaults(func=main)
 
 
@@ -33,7 +37,7 @@ def main(options: argparse.Namespace) -> int:
     from fedtune.core.text import size
     from fedtune.export.model_folder import export
 
-    done = export(options.source, options.out, options.base)
+    done = export(options.source, options.out, options.base, options.round)
     of = done.experiment
     merged = "" if of.adapter.kind == FULL else f", adapter={of.adapter.kind} merged into the base"
     print(f"wrote    {done.path}  ({size(done.bytes)})")

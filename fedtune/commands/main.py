@@ -8,6 +8,7 @@ from typing import Any
 
 from fedtune import __version__
 from fedtune.commands import (
+    chat,
     compare,
     compress,
     decompress,
@@ -16,6 +17,7 @@ from fedtune.commands import (
     export,
     methods,
     plan,
+    push,
     report,
     run,
     serve,
@@ -23,7 +25,7 @@ from fedtune.commands import (
 from fedtune.core.broken_pipe import outlast_readers
 from fedtune.core.errors import FedtuneError, Interrupted
 
-COMMANDS = (run, compare, plan, export, evaluate, compress, decompress, report, serve, methods, doctor)
+COMMANDS = (run, compare, plan, export, evaluate, chat, push, compress, decompress, report, serve, methods, doctor)
 SUMMARY = """\
 Federated fine-tuning of language models: many clients, one base, and the true cost of each method.
 
@@ -35,7 +37,9 @@ Federated fine-tuning of language models: many clients, one base, and the true c
   fedtune report runs                  compare runs on one page
   fedtune serve runs                   the same page, while they go on
   fedtune evaluate runs/demo           how good its model is
+  fedtune chat runs/demo               talk to it, beside its base
   fedtune export runs/demo tuned       its model as a Hugging Face folder
+  fedtune push runs/demo me/demo       its adapter on the Hugging Face hub, with a model card
   fedtune compress adapter small       a PEFT adapter, many times smaller
   fedtune methods                      what method= can be
   fedtune doctor                       what this device can do, as a profile

@@ -88,7 +88,12 @@ def run(overrides: Sequence[str]) -> Path | None:
                 f"{'; '.join(changed)}. Leave them out, or start a new run with out="
             )
         experiment = replace(
-            experiment, rounds=asked.rounds, budget=asked.budget, tracker=asked.tracker, overrides=asked.overrides
+            experiment,
+            rounds=asked.rounds,
+            budget=asked.budget,
+            tracker=asked.tracker,
+            keep=asked.keep,
+            overrides=asked.overrides,
         )
     return start(experiment, str(folder))
 

@@ -55,6 +55,8 @@ def asked(cell: PlannedRun) -> tuple[Experiment, Experiment | None]:
     if not stored.is_file():
         return experiment, None
     before = load_file(stored)
+    if before.adapter.path is not None and before.adapter.path == experiment.adapter.path:
+        experiment = replace(experiment, adapter=before.adapter)  # with what that folder said
     if changed := differences(before.fixed(), experiment.fixed()):
         raise RunFolderError(
             f"{cell.folder} holds a run with other settings: {'; '.join(changed)}. Take another out=, or leave "

@@ -52,6 +52,11 @@ def check_traits(experiment: Experiment, traits: Traits) -> None:
             f"method={name} leaves part of the model with each client, so it is evaluated there: data.client_heldout=0 "
             "leaves nothing to do that with. Set it above 0, or evaluate.every=0"
         )
+    if traits.personal and (experiment.keep.best or experiment.keep.every):
+        raise ConfigError(
+            f"method={name} leaves part of the model with each client, and what the server could keep of a round is "
+            "not one model: leave out keep.best and keep.every"
+        )
     if kind == "pissa" and ranks is not None:
         raise ConfigError(
             f"population.ranks={ranks}: adapter=pissa takes as many factors out of the base as the widest client has, "

@@ -7,7 +7,7 @@ from typing import Any
 from fedtune.config.schema import Experiment
 
 # Which may be lists, and shares of devices, as well
-PATHS = ("model.path", "data.path", "data.heldout_path", "population.devices")
+PATHS = ("model.path", "data.path", "data.heldout_path", "adapter.path", "population.devices")
 
 
 def with_paths(experiment: Experiment) -> Experiment:

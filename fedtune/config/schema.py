@@ -18,11 +18,17 @@ import yaml
 
 from fedtune.config.data import OWN
 from fedtune.config.data import DataSpec as DataSpec
+from fedtune.config.keep import KeepSpec
+from fedtune.config.model import ADAPTERS as ADAPTERS
+from fedtune.config.model import ALL_LINEAR as ALL_LINEAR
+from fedtune.config.model import FULL as FULL
+from fedtune.config.model import AdapterSpec as AdapterSpec
+from fedtune.config.model import ModelSpec as ModelSpec
 from fedtune.config.population import PopulationSpec
 from fedtune.config.targets import TARGET, declared_traits, name_of
 from fedtune.config.train import TrainSpec as TrainSpec
 from fedtune.config.train import both_said
-from fedtune.core.checks import above_zero, at_least, fraction, one_of, option
+from fedtune.core.checks import above_zero, at_least, one_of, option
 from fedtune.core.errors import ConfigError
 from fedtune.core.settings import EngineSetting
 
@@ -32,35 +38,6 @@ class MethodSpec:
     strategy: dict[str, Any] = option({}, "the server's side: a class and its hyper-parameters")
     client: dict[str, Any] = option({}, "the client's side: a class and its hyper-parameters")
     pooled: bool = option(False, "one client gets the data of all, and takes the steps of a whole cohort")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    name: str = option("custom", "label of the base model")
-    path: str | None = option(None, "a hub id, a folder, or a GGUF file")
-    revision: str | None = option(None, "branch, tag or commit of a hub id")
-    quantization: str = option("none", "how the frozen base is held: none, int8 or nf4")
-    merge: str = option(
-        "residual", "how a change of the base is held: residual (beside it, exact) or requantize (rounded into it)"
-    )
-    min_quantized: float = option(
-        0.5, "int8, nf4: the share of the weights, the vocabulary's aside, that has to become so; 0 takes any"
-    )
-    dtype: str = option(
-        "auto",
-        "auto (bfloat16 where the hardware is fast at it, else float32), bfloat16, float16 (for GPUs without bfloat16; "
-        "the loss is scaled) or float32",
-    )
-    attention: str = option(
-        "auto", "transformers' attention: auto (its choice), eager, sdpa, flash_attention_2 or flex_attention"
-    )
-
-    def __post_init__(self) -> None:
-        one_of("model.quantization", self.quantization, ("none", "int8", "nf4"))
-        fraction("model.min_quantized", self.min_quantized)
-        one_of("model.merge", self.merge, ("residual", "requantize"))
-        one_of("model.dtype", self.dtype, ("auto", "bfloat16", "float16", "float32"))
-        one_of("model.attention", self.attention, ("auto", "eager", "sdpa", "flash_attention_2", "flex_attention"))
 
 
 # Settings that came later: left out of `fixed` where all is as it always was, so that older runs go on
@@ -75,63 +52,13 @@ _LATER = {
         "checkpoint_activations",
     ),
     "model": ("attention",),
+    "adapter": ("path", "sha256"),
+    "data": ("user_column", "heldout_path"),
+    "population": ("connected", "min_clients"),
 }
 # Those in C, where PyYAML has them, are four times as fast, and seven times
 SafeDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_LAYERED = ("rank", "dropout", "targets")
-ALL_LINEAR = "all-linear"  # among adapter.targets: every layer that is a matrix
-FULL = "none"  # the kind that is no adapter: the base's own weights are trained
-
-# The kinds of adapter, and which settings each has
-ADAPTERS: dict[str, tuple[str, ...]] = {
-    "lora": ("alpha", *_LAYERED),
-    "rslora": ("alpha", *_LAYERED),
-    "dora": ("alpha", *_LAYERED),
-    "pissa": ("alpha", *_LAYERED),
-    "ia3": ("targets",),
-    "vera": _LAYERED,
-    "oft": ("block_size", "targets"),
-    "bone": _LAYERED,
-    "adaption_prompt": ("tokens", "layers"),
-    "prompt_tuning": ("tokens",),
-    "prefix_tuning": ("tokens",),
-    FULL: ("targets",),
-}
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    kind: str = option("lora", "what is trained, none: the base itself; adapter=NAME sets it, and the rest as suits it")
-    rank: int = option(8, "r: inner width of B A, and of VeRA's and Bone's matrices")
-    alpha: float = option(16.0, "B A is multiplied by alpha / r; by alpha / sqrt(r) in rslora")
-    dropout: float = option(0.0, "dropout on the adapter's input while training")
-    targets: Any = option(
-        None,
-        "names of the layers to adapt, as q_proj or [q_proj,v_proj], or all-linear; null: PEFT's choice for the "
-        "architecture, all-linear where it has none, all weights for adapter=none",
-    )
-    tokens: int = option(10, "adaption_prompt, prompt_tuning, prefix_tuning: how many virtual tokens")
-    layers: int | None = option(None, "adaption_prompt: how many of the topmost layers; null takes all")
-    block_size: int = option(16, "oft: width of a rotated block; has to divide a layer's inputs")
-
-    def __post_init__(self) -> None:
-        one_of("adapter.kind", self.kind, tuple(ADAPTERS))
-        if self.targets is not None:
-            object.__setattr__(self, "targets", _names("adapter.targets", self.targets))
-        for item in fields(self):
-            value, takes = getattr(self, item.name), ADAPTERS[self.kind]
-            if item.name not in ("kind", *takes) and value != item.default:
-                raise ConfigError(
-                    f"adapter.{item.name}={value} means nothing to adapter.kind={self.kind}, "
-                    f"which has {', '.join(takes)}"
-                )
-        at_least("adapter.rank", self.rank, 1)
-        above_zero("adapter.alpha", self.alpha)
-        fraction("adapter.dropout", self.dropout)
-        at_least("adapter.tokens", self.tokens, 1)
-        at_least("adapter.layers", 1 if self.layers is None else self.layers, 1)
-        at_least("adapter.block_size", self.block_size, 2)
 
 
 @dataclass(frozen=True)
@@ -231,6 +158,7 @@ class Experiment:
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     budget: BudgetSpec = field(default_factory=BudgetSpec)
     tracker: TrackerSpec = field(default_factory=TrackerSpec)
+    keep: KeepSpec = field(default_factory=KeepSpec)
     server_optimizer: dict[str, Any] = option(
         {}, "how the server steps towards the clients' average; empty: all the way"
     )
@@ -279,6 +207,16 @@ class Experiment:
                 "with. Set it above 0, or evaluate.peers=none"
             )
         self._check_who_comes()
+        if self.keep.best and not (self.evaluate.every and (self.data.heldout or self.data.is_brought)):
+            raise ConfigError(
+                f"keep.best=true goes by the held-out loss, and evaluate.every={self.evaluate.every} with "
+                f"data.heldout={self.data.heldout:g} measures none: set both above 0, or leave out keep.best"
+            )
+        if self.adapter.path is not None and self.population.ranks is not None:
+            raise ConfigError(
+                f"adapter.path={self.adapter.path} is of one rank, and population.ranks={self.population.ranks} would "
+                "have clients start from parts of it: leave out one of them"
+            )
         if self.method.pooled and not self.population.pooled:  # else it was pooled already: this is a run's own config
             self._pool()
         if isinstance(self.population.ranks, list) and "alpha" in ADAPTERS[self.adapter.kind]:
@@ -364,7 +302,7 @@ class Experiment:
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share with its beginning: they decide the result's bits, or where
         clients find what they kept. Where the learning rate follows a schedule, `rounds` is what it is spread over."""
-        free = ("rounds", "budget", "tracker", "out", "overrides")
+        free = ("rounds", "budget", "tracker", "keep", "out", "overrides")
         kept = {key: value for key, value in to_dict(self).items() if key not in free}
         if self.train.schedule != "constant":
             kept["rounds"] = self.rounds
@@ -402,21 +340,6 @@ def _changed(spec: Mapping[str, Any], name: str, change: Callable[[Any], Any]) -
         return dict(spec)
     first, _, rest = name.partition(".")
     return {**spec, first: _changed(spec[first], rest, change) if rest else change(spec[first])}
-
-
-def _names(key: str, value: Any) -> list[str]:
-    """One name or several as a list.
-
-    Raises:
-        ConfigError: for anything else.
-    """
-    names = [value] if isinstance(value, str) else value
-    if isinstance(names, str | Mapping) or not hasattr(names, "__iter__") or not all(isinstance(n, str) for n in names):
-        raise ConfigError(f"{key}={value}: expected a name, as q_proj, or several, as [q_proj,v_proj]")
-    names = list(names)
-    if ALL_LINEAR in names and len(names) > 1:
-        raise ConfigError(f"{key}={value}: {ALL_LINEAR} is all layers already: leave out the others")
-    return names
 
 
 def to_dict(value: Any) -> Any:

@@ -112,6 +112,12 @@ def _declared(target: str, seen: set[str]) -> dict[str, Any]:
     return next(filter(None, (_declared(places.get(base, f"{module}.{base}"), seen) for base in bases)), {})
 
 
+def told_of(target: str) -> str:
+    """What the file of a class says at its top; "" if it isn't found."""
+    tree = _parsed(target.rpartition(".")[0])
+    return (ast.get_docstring(tree) if tree else None) or ""
+
+
 def _plain(arguments: Sequence[ast.keyword]) -> dict[str, Any]:
     """Those of the arguments that are `Traits`' and plain values."""
     known = {item.name for item in fields(Traits)}

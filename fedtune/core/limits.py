@@ -30,6 +30,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "tokens": (1, 1 << 16),
     "layers": (1, 1 << 12),
     "block_size": (2, 1 << 16),
+    "keep.every": (0, 1_000_000_000),
     "population.clients": (1, 10_000_000),
     "population.pooled": (0, 10_000_000),
     "classes": (1, 1 << 16),

@@ -134,6 +134,7 @@ class Layout:
     slots: tuple[Slot, ...]
     initial: Tensors = field(compare=False, repr=False)
     base: str = ""  # Origin.sha256 where the base's own weights are what is trained and starts; "" for adapters
+    start: str = ""  # AdapterSpec.sha256 where the values are a given adapter's; "" where they follow from the seed
     costs: Costs | None = field(default=None, compare=False, repr=False)  # for methods that plan
     weights: tuple[Weight, ...] = field(default=(), compare=False, repr=False)  # the adapted layers, likewise
 
@@ -160,8 +161,9 @@ class Layout:
     @cached_property
     def sha256(self) -> str:
         """The manifest's hash: names, shapes, dtypes, roles, scaling and order, but no values; those of a base's own
-        weights are in it by the base's hash."""
-        manifest = repr((self.slots, self.base) if self.base else self.slots)
+        weights, and of an adapter that was given, are in it by their files' hash."""
+        given = self.base or self.start
+        manifest = repr((self.slots, given) if given else self.slots)
         return hashlib.sha256(manifest.encode()).hexdigest()
 
 

@@ -31,7 +31,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?|xpu(:\d{1,3})?")
 NUMBER_BYTES = 8  # of an adapter's number, with its gradient
 # Settings whose values are the names of files on the machine that they are read on
-FILES = ("model.path", "data.path", "population.devices")
+FILES = ("model.path", "data.path", "adapter.path", "population.devices")
 COLUMNS = ("split", "prompt_column", "completion_column")
 
 

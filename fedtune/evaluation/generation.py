@@ -64,14 +64,14 @@ def greedy(model: LocalModel, prompts: Sequence[Sequence[int]], pad: int, max_ne
     every step reads the whole text anew, as training does: PEFT takes no positions beside these, and so would place
     what is padded on the left somewhere else.
     """
-    base, virtual, adds_tokens = _inside(model.module)
+    base, virtual, adds_tokens = inside(model.module)
     width = max(map(len, prompts))
     # None in architectures without a limit
     if (positions := getattr(base.config, "max_position_embeddings", None)) is not None:
         max_new_tokens = min(max_new_tokens, positions - virtual - width)
     if max_new_tokens < 1:
         return [[] for _ in prompts]
-    stop = _stop_tokens(base, model.tokenizer)
+    stop = stop_tokens(base, model.tokenizer)
     with torch.inference_mode():
         if adds_tokens:
             return _reread(model, prompts, pad, max_new_tokens, stop)
@@ -134,7 +134,7 @@ def _parts(corpus: Corpus, row: int) -> tuple[list[int], list[int]]:
     return tokens[:first].tolist(), tokens[first:last].tolist()
 
 
-def _inside(module: Any) -> tuple[Any, int, bool]:
+def inside(module: Any) -> tuple[Any, int, bool]:
     """The base, with whatever adapters are in its layers; how many virtual tokens stand before the text; and whether
     there are any, there or in the layers."""
     config = getattr(module, "peft_config", {}).get("default")
@@ -144,8 +144,9 @@ def _inside(module: Any) -> tuple[Any, int, bool]:
     return module.get_base_model(), before, config.is_prompt_learning or config.is_adaption_prompt
 
 
-def _stop_tokens(base: Any, tokenizer: Any) -> set[int]:
-    """The tokenizer's end of text, and those of the model's own generation settings: a turn may end by another."""
+def stop_tokens(base: Any, tokenizer: Any) -> set[int]:
+    """What ends an answer: the tokenizer's end of text, and those of the model's own generation settings: a turn
+    may end by another."""
     named = getattr(base.generation_config, "eos_token_id", None)
     named = named if isinstance(named, list) else [named]
     return {int(token) for token in (tokenizer.eos_token_id, *named) if token is not None}

@@ -7,6 +7,7 @@ base, which rounds each weight once to the base's dtype.
 
 import hashlib
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -22,14 +23,18 @@ from fedtune.config.compose import load_file
 from fedtune.config.schema import FULL, Experiment
 from fedtune.core.errors import ExportError, ModelError
 from fedtune.core.files import beside, new_folder
+from fedtune.core.protocol import ClientInfo
 from fedtune.core.seeds import bits, derive_seed
 from fedtune.device.owner import user
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.attention import lacking
 from fedtune.models.base import Base, Origin, load_base, pick_device, pick_dtype
+from fedtune.planning.population import assign_rank, profile_of
 from fedtune.runs.adapter_files import adapter_files
-from fedtune.runs.checkpoint import load_checkpoint
+from fedtune.runs.checkpoint import Checkpoint, load_checkpoint
 from fedtune.runs.model_file import NAME, TunedModel, malformed, read
+from fedtune.runs.run_folder import BEST, ROUNDS
+from fedtune.training.client_state import ClientStateStore
 from fedtune.workspace.downlink import Downlink
 from fedtune.workspace.workspace import Workspace
 
@@ -61,18 +66,19 @@ class Source:
     data: Mapping[str, Any] = field(default_factory=dict)  # what summary.json says of the run's data
 
 
-def export(source: str, out: str, base: str | None = None) -> Exported:
+def export(source: str, out: str, base: str | None = None, round: str | None = None) -> Exported:
     """Write the model of a run, or of a .fedtune file, into a new folder.
 
     Args:
         base: where the base is on this machine (a folder, a GGUF file or a hub id), if not where the run found it.
+        round: as for `source_of`.
 
     Raises:
         FedtuneError: if there is nothing to export, it can't be one model, the base isn't here or is another, or `out`
             can't be written; nothing is left of `out` then.
     """
     target = new_folder(out)
-    found = source_of(Path(source).expanduser())
+    found = source_of(Path(source).expanduser(), round)
     workspace = workspace_for(found, base)
     experiment = workspace.experiment
     _check_exportable(found, workspace)
@@ -99,12 +105,17 @@ def export(source: str, out: str, base: str | None = None) -> Exported:
     return Exported(target, written, found.experiment, number, origin)
 
 
-def source_of(path: Path) -> Source:
+def source_of(path: Path, round: str | None = None) -> Source:
     """What `path` is: a run folder, or a .fedtune file.
 
+    Args:
+        round: of a run's folder, the round to take of those that it kept: its number, or "best"; None: the last.
+
     Raises:
-        ExportError: if it is neither, or a run that has finished no round.
+        ExportError: if it is neither, a run that has finished no round, or one that didn't keep that round.
     """
+    if round is not None:
+        return _kept(path, round)
     if path.is_file():
         file = read(path)
         return Source(path, file.experiment, file.origin, file.dtype, file)
@@ -131,6 +142,21 @@ def source_of(path: Path) -> Source:
             f"{path}/summary.json doesn't say which base the run was on ({type(error).__name__}: {error}): "
             f"fedtune run resume={path} writes it again"
         ) from error
+
+
+def _kept(run: Path, round: str) -> Source:
+    folder = run / BEST if round == BEST else run / ROUNDS / round
+    if not re.fullmatch(rf"{BEST}|[0-9]{{1,18}}", round) or not (folder / NAME).is_file():
+        kept = sorted(
+            (each.parent.name for each in (run / ROUNDS).glob(f"*/{NAME}")), key=lambda name: (len(name), name)
+        )
+        named = ", ".join([*kept, *([BEST] if (run / BEST / NAME).is_file() else [])])
+        raise ExportError(
+            f"--round {round}: {run} kept {named or 'no round'} beside the last. A run keeps rounds where keep.every=N "
+            "or keep.best=true says so"
+        )
+    last = source_of(run)
+    return replace(source_of(folder / NAME), data=last.data)
 
 
 def workspace_for(found: Source, base: str | None, **settings: Any) -> Workspace:
@@ -207,14 +233,52 @@ def tuned(found: Source, workspace: Workspace) -> tuple[LocalModel, int]:
         if found.file is not None:
             workspace.install(found.file.instruction, memory={})
             return workspace.model, found.file.round
+    checkpoint = _checkpoint(found, workspace)
+    broadcast = Downlink(workspace).broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1)
+    workspace.install(broadcast, memory={})
+    return workspace.model, checkpoint.round
+
+
+def client_model(found: Source, workspace: Workspace, client: int) -> tuple[LocalModel, int]:
+    """What a client of a simulation holds after the last round, and that round: what it would be sent, and its own.
+
+    Raises:
+        FedtuneError: if clients have no models of their own, there is no such client, or it is on another machine.
+    """
+    experiment = workspace.experiment
+    if not traits_of(workspace.strategy).personal:
+        raise ExportError(
+            f"--client {client}: with method={experiment.method_name} all clients have one model: leave out --client"
+        )
+    if not 0 <= client < experiment.population.clients:
+        raise ExportError(f"--client {client}: the run has clients 0 to {experiment.population.clients - 1}")
+    if found.file is not None or experiment.runtime.name == "flower":
+        raise ExportError(
+            f"--client {client}: what a client keeps for itself is on its own machine, and not in {found.path}"
+        )
+    with malformed(found.path):
+        workspace.take(_base(found, experiment))
+    checkpoint = _checkpoint(found, workspace)
+    downlink, number = Downlink(workspace), checkpoint.round + 1
+    if experiment.population.ranks is None:
+        told = downlink.broadcast(checkpoint.sent, checkpoint.state, number)
+    else:
+        able = ClientInfo(client, 1, profile_of(client, experiment))
+        peer = assign_rank(able, experiment, workspace.model.layout)
+        meant = workspace.strategy.configure(checkpoint.state, number, peer)
+        told = downlink.encode(meant, number, checkpoint.run).decoded
+    kept = ClientStateStore(found.path / "clients", found.path)  # a workspace of a user's would look in their home
+    memory = kept.load(checkpoint.run, client, number)
+    return workspace.install(told, memory), checkpoint.round
+
+
+def _checkpoint(found: Source, workspace: Workspace) -> Checkpoint:
     checkpoint = load_checkpoint(_state(found.path), workspace.strategy.init(workspace.model.layout))
     if checkpoint.config_sha256 != found.experiment.sha256:
         raise ExportError(
             f"{found.path} was run with other settings than its config.yaml has now: put back what was changed"
         )
-    broadcast = Downlink(workspace).broadcast(checkpoint.sent, checkpoint.state, checkpoint.round + 1)
-    workspace.install(broadcast, memory={})
-    return workspace.model, checkpoint.round
+    return checkpoint
 
 
 def _base(found: Source, experiment: Experiment) -> Base:

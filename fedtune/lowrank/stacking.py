@@ -44,8 +44,8 @@ def fresh_layers(layout: Layout) -> dict[str, LowRank]:
     """
     if not layout.starts_at_zero:
         raise ConfigError(
-            "this method begins each round with B = 0, and this adapter begins with a part of the base in B A: take "
-            "adapter=lora or adapter=rslora"
+            "this method begins each round with B = 0, and this adapter begins with something in B A: take "
+            "adapter=lora or adapter=rslora, without adapter.path"
         )
     return lora_factors(layout.initial)
 

@@ -21,6 +21,7 @@ from fedtune.lowrank.algebra import ROLES, lora_factors, name_of
 from fedtune.models.adapter_kinds import RESIZABLE, attach, constants, origin_shift, slot_of, starting_values, trainable
 from fedtune.models.base import Base
 from fedtune.models.base_delta import BaseChange
+from fedtune.models.given_adapter import fitting, given_values, hints
 from fedtune.random_directions.weights import SeededWeights
 
 
@@ -52,17 +53,21 @@ class LocalModel:
         Raises:
             ModelError: if a target names no layer that can be adapted, or this kind can't adapt this base.
         """
-        attached: tuple[Any, str] = attach(base.model, spec, base.reached)
+        with fitting(spec):
+            attached: tuple[Any, str] = attach(base.model, spec, base.reached)
         self.module, said = attached
-        self.notes = [*base.notes, *([said] if said else [])]
+        self.notes = [*base.notes, *([said] if said else []), *hints(spec, base.origin)]
         self.quantization, self.pad = base.quantization, base.pad
         self.tokenizer = base.tokenizer
         self.origin = base.origin
         self.device: torch.device = next(base.model.parameters()).device
         self._live = trainable(self.module, spec)
         slots = tuple(slot_of(self.module, name, p, spec) for name, p in self._live.items())
-        start = starting_values(self.module, self._live, spec, seed)
-        self.layout = Layout(slots, start, base.origin.sha256 if spec.kind == FULL else "")
+        given = spec.path is not None
+        start = (
+            given_values(self.module, slots, spec) if given else starting_values(self.module, self._live, spec, seed)
+        )
+        self.layout = Layout(slots, start, base.origin.sha256 if spec.kind == FULL else "", spec.sha256 or "")
         self.constants = constants(self.module, seed)
         self._tensors: list[Tensor] = list(self._live.values())
         self._start = list(self.layout.initial.values())

@@ -62,19 +62,19 @@ def costs_of(model: LocalModel, data: FederatedData, batch_size: int, seed: int,
     sizes = [0] * len(blocks)
     for name, (_, out, width_in) in _linear(base).items():
         sizes[_block(name, names)] += out * width_in
-    longest = float(lengths[rows].max())
+    tokens = float(lengths[rows].max())
     again, per_byte = 0.0, ALLOCATOR * 4.0
     if model.checkpoints:
         # Kept are the blocks' inputs; on the way back one block at a time is computed again, LoRA's part of it too
         again, per_byte = 1.0, 0.0
-        inside = [one + longest * 4.0 * lora for one, lora in zip(saved, _lora_columns(model), strict=True)]
+        inside = [one + tokens * 4.0 * lora for one, lora in zip(saved, _lora_columns(model), strict=True)]
         kept = [sum(borders[place:]) + max(inside[place:]) for place in range(len(blocks))]
     else:
         kept = [sum(saved[place:]) for place in range(len(blocks))]
     return Costs(
         base_bytes=base_bytes(model),
         slowdown=dict(SLOWDOWN),
-        tokens=longest,
+        tokens=tokens,
         typical_tokens=padded,
         forward_flop=sum(forward) + head_flop,
         backward_flop=[

@@ -107,7 +107,7 @@ class Run:
         return path if (path / "adapter_config.json").is_file() else None
 
     def load_model(
-        self, base: str | os.PathLike[str] | None = None
+        self, base: str | os.PathLike[str] | None = None, round: int | str | None = None
     ) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":
         """The tuned model after the last finished round, ready to generate, on the device that is here.
 
@@ -117,6 +117,7 @@ class Run:
 
         Args:
             base: where the base is on this machine (a folder, a GGUF file or a hub id), if not where the run found it.
+            round: one that keep.every or keep.best kept: its number, or "best"; None: the last.
 
         Returns:
             The transformers model, in evaluation mode, and its tokenizer.
@@ -133,9 +134,10 @@ class Run:
             ... ).to(model.device)
             >>> tokenizer.decode(model.generate(**prompt, max_new_tokens=30)[0])
         """
-        from fedtune.python_api.tuned_model import tuned_model
+        from fedtune.export.tuned_model import tuned_model
 
-        return tuned_model(self.path, None if base is None else os.fspath(base))
+        made = tuned_model(self.path, None if base is None else os.fspath(base), None if round is None else str(round))
+        return made.module, made.tokenizer
 
     def __repr__(self) -> str:
         rounds = self._arrays.rounds

@@ -11,6 +11,8 @@ summary.json    totals, versions, hashes; replaced after each round
 checkpoint/     the strategy's state after the last finished round
 adapter/        the global adapter, for PeftModel.from_pretrained; none where the base itself is trained
 start/          what it was before the first round, for fedtune compress --start
+best/           keep.best: the round with the lowest held-out loss: its adapter, its model.fedtune, and which it was
+rounds/N/       keep.every: the same of each Nth round
 tracker.json    by which ids trackers know the run (fedtune/server/trackers.py); TensorBoard's and wandb's files lie
                 beside it
 model.fedtune   all that makes the model of its base, where that is numbers along seeded directions: a few kB
@@ -19,6 +21,7 @@ model.fedtune   all that makes the model of its base, where that is numbers alon
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, replace
@@ -31,7 +34,7 @@ from fedtune.config.compose import load_file
 from fedtune.config.schema import Experiment
 from fedtune.core.csv_cells import guarded
 from fedtune.core.errors import RunFolderError
-from fedtune.core.files import hold, write_atomically
+from fedtune.core.files import hold, sync_folder, write_atomically
 from fedtune.core.protocol import Score
 from fedtune.planning.turn_times import Timed
 from fedtune.runs import model_file
@@ -39,6 +42,15 @@ from fedtune.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.runs.ledger import LedgerRow
 from fedtune.runs.metrics_columns import CLOCK, METRICS, MORE_SCORES, SIMILARITY
 from fedtune.runs.tables import COLUMNS, Tables, csv_text, read_lines
+
+BEST, ROUNDS = "best", "rounds"
+KEPT = "kept.json"  # in such a folder: {"round": N, "eval_loss": x}
+
+
+def best_of(round: int) -> str:
+    """Where the best round's folder waits until the checkpoint is written, with which the round counts: the one before
+    it stays whole until then."""
+    return f".{BEST}-{round}"
 
 
 class RunFolder:
@@ -176,6 +188,40 @@ class RunFolder:
     def write_model(self, content: bytes) -> None:
         with self._writing(model_file.NAME) as path:
             write_atomically(path, content)
+
+    def write_kept(self, place: str, files: Mapping[str, bytes]) -> None:
+        """Write the folder `place` with these files, whole or not at all, for whatever was there."""
+        with self._writing(place) as path:
+            unfinished = path.with_name(f".{path.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            for name, content in files.items():
+                write_atomically(unfinished / name, content)
+            sync_folder(unfinished)
+            shutil.rmtree(path, ignore_errors=True)
+            unfinished.rename(path)
+
+    def settle_kept(self, done: int) -> None:
+        """Make what was kept agree with the checkpoint: round `done`'s is the best if it was found to be so, and what
+        is of later rounds goes."""
+        with self._writing(BEST) as best:
+            for waiting in self.path.glob(f".{BEST}-*"):
+                if waiting.name == best_of(done):
+                    shutil.rmtree(best, ignore_errors=True)
+                    waiting.rename(best)
+                else:
+                    shutil.rmtree(waiting)
+            for kept in (self.path / ROUNDS).glob("*"):
+                if not kept.name.isdecimal() or int(kept.name) > done:
+                    shutil.rmtree(kept)
+
+    def best(self) -> dict[str, Any]:
+        """Which round is in best/, and its held-out loss; nothing if none is."""
+        try:
+            found = json.loads((self.path / BEST / KEPT).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def forget_after(self, round: int) -> list[LedgerRow]:
         """Take out what follows `round`, that of the checkpoint that was read, and return the ledger.

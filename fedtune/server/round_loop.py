@@ -199,6 +199,7 @@ class RoundLoop:
         """Go on with what the folder's tables say of finished rounds."""
         done = self.known.done
         entries = self._folder.forget_after(done)
+        self._folder.settle_kept(done)
         self._channel.ledger = Ledger(entries)
         self._seconds, self._loss, last = self._folder.spent()
         earlier = Ledger(entry for entry in entries if entry.round < done)

@@ -1,6 +1,8 @@
 """What a round leaves behind: lines first and the checkpoint last, so that a round counts as done only when all of it
 is on disk."""
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,8 +10,8 @@ from fedtune.core.optional import residual_of
 from fedtune.core.protocol import ClientInfo, Instruction, Score
 from fedtune.runs.adapter_files import ADAPTER_CONFIG, adapter_files
 from fedtune.runs.ledger import Ledger, sums
-from fedtune.runs.model_file import TunedModel, dump
-from fedtune.runs.run_folder import RunFolder
+from fedtune.runs.model_file import NAME, TunedModel, dump
+from fedtune.runs.run_folder import KEPT, ROUNDS, RunFolder, best_of
 from fedtune.server.round import Round
 from fedtune.server.state import ServerState
 from fedtune.server.summary import summarise
@@ -72,12 +74,29 @@ class RoundRecorder:
         folder.append_similarity(number, every_two(played.signs))
         folder.append_metrics(row)
         self._write_adapter(number)
+        tuned = TunedModel(self._workspace.experiment, broadcast, model.origin, model.dtype, number)
         if model.is_seeded:
-            tuned = TunedModel(self._workspace.experiment, broadcast, model.origin, model.dtype, number)
             folder.write_model(dump(tuned))
+        self._keep(tuned, score)
         sha256, identity = self._workspace.experiment.sha256, self._workspace.data.identity
         folder.save_checkpoint(self._known.checkpoint(number, sha256, identity, peers))
+        if self._workspace.experiment.keep.best:
+            folder.settle_kept(number)
         return row
+
+    def _keep(self, tuned: TunedModel, score: Score | None) -> None:
+        """Keep this round's model, where that is asked for: as an adapter, and as what makes it whatever it is."""
+        keep, folder = self._workspace.experiment.keep, self._folder
+        best = keep.best and score is not None and score.loss < folder.best().get("eval_loss", math.inf)
+        every = keep.every > 0 and tuned.round > 0 and tuned.round % keep.every == 0
+        if not (best or every):
+            return
+        which = {"round": tuned.round, "eval_loss": score.loss if score else None}
+        files = adapter_files(self._workspace.model) | {NAME: dump(tuned), KEPT: json.dumps(which).encode()}
+        if every:
+            folder.write_kept(f"{ROUNDS}/{tuned.round}", files)
+        if best:
+            folder.write_kept(best_of(tuned.round), files)
 
     def _write_adapter(self, number: int) -> None:
         files = adapter_files(self._workspace.model)
@@ -96,7 +115,8 @@ class RoundRecorder:
             totals: of the ledger, over the whole run.
             more: what else there is to say.
         """
-        found = {**self._folder.scores(), **more}
+        best = self._folder.best()
+        found = {**self._folder.scores(), **({"best": best} if best else {}), **more}
         known = self._known
         summary = summarise(self._workspace, status, known.done, totals, known.sha256, found)
         self._folder.write_summary(summary)

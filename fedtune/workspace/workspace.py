@@ -27,6 +27,7 @@ from fedtune.device.owner import Owner, check_room
 from fedtune.evaluation.scoring import evaluate_all, score
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import Base, pick_device
+from fedtune.models.given_adapter import with_given_adapter
 from fedtune.models.model_checks import check_tokens, positions_for
 from fedtune.models.shared_base import base_for
 from fedtune.planning.cost_probe import base_bytes, costs_of, weights_of
@@ -48,6 +49,7 @@ class Workspace:
     def __init__(self, experiment: Experiment, owner: Owner | None = None):
         if owner is not None:
             owner.check(experiment)
+        experiment = with_given_adapter(experiment)
         self.experiment, self.owner = experiment, owner
         allowed = None if owner is None else owner.targets
         self._beside: dict[int, LocalModel] = {}  # by bits, beside `model`
