@@ -19,7 +19,7 @@ class Toy:
     """What of `LocalModel` a client uses."""
 
     def __init__(self, start):
-        self.device = torch.device("cpu")
+        self.device, self.dtype = torch.device("cpu"), "float32"
         self.scaling = 2.0
         self.module = torch.nn.Module()
         self.live = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}

@@ -38,8 +38,8 @@ class ClientBatches:
     batch_size: int
     pad: int
     key: int
-    seconds: float = math.inf  # after which there are no more
     at_once: int = 0  # examples of a batch that go through the model at a time; 0: all of them
+    seconds: float = math.inf  # after which there are no more
 
     @property
     def examples(self) -> int:
