@@ -129,7 +129,7 @@ def test_what_is_rebuilt_is_right_in_the_mean_and_as_far_off_as_derived(noise, e
     draw = torch.Generator().manual_seed(0)
     delta = {"a": torch.randn(4, 5, generator=draw) * 1e-3, "b": torch.randn(30, generator=draw) * 1e-3}
     whole = torch.cat([value.flatten() for value in delta.values()]).double().numpy()
-    rules, trials = Projection(20, noise=noise, finest=2.0**-34), 500
+    rules, trials = Projection(20, noise=noise, finest=2.0**-34), 150
     found = rebuilt(rules, delta, trials)
     square = whole @ whole
     along = found @ whole / square
