@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-from functools import cache
 
 import pytest
 import yaml
@@ -40,20 +39,14 @@ def test_every_experiment_composes(name):
 )
 def test_every_choice_of_a_group_composes_and_reads_back(group):
     for name in choices(group):
-        experiment = _composed(group, name)
+        experiment = compose([f"{group}={name}"])
         assert load(experiment.text()) == experiment
-
-
-@cache
-def _composed(group, name):
-    """It takes a quarter of a second."""
-    return compose([f"{group}={name}"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", choices("method"))
 def test_a_methods_yaml_lists_all_hyper_parameters_and_builds(name):
-    composed = _composed("method", name).method
+    composed = compose([f"method={name}"]).method
     for side in (composed.strategy, composed.client):
         module, _, cls = side["_target_"].rpartition(".")
         fields = {item.name for item in dataclasses.fields(getattr(importlib.import_module(module), cls))}
