@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import suppress
 
+import forked
 import pytest
 from conftest import SMALL
 
@@ -129,40 +130,26 @@ def test_of_processes_that_want_a_folder_at_once_one_has_it_until_it_is_killed(t
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-# One process imports everything once, and its children are the runs: `fedtune run` each, as the command line starts it
-RUNS = """
-import os, sys
-import fedtune.runtime.local
-from fedtune.commands.main import main
-count, words = int(sys.argv[1]), sys.argv[2:]
-runs = []
-for out in words[:count]:
-    if not (run := os.fork()):
-        sys.stdout, sys.stderr = open(os.devnull, "w"), open(f"{out}.txt", "w", buffering=1)
-        os._exit(main(["run", *words[count:], f"out={out}"]))
-    runs.append(run)
-print(*runs, flush=True)
-print(*(os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]) for run in runs))
-"""
-
-
 def test_a_run_that_was_told_to_end_and_one_that_was_killed(tmp_path):
     """Both stop in the middle of 9000 rounds. TERM is written down as Ctrl-C is; of kill -9 the lock tells, and a page
     that is watched changes though no file does."""
     told, killed = tmp_path / "told", tmp_path / "killed"
-    command = [sys.executable, "-c", RUNS, "2", str(told), str(killed), *SMALL, "rounds=9000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        try:
-            runs = [int(word) for word in process.stdout.readline().split()]
-            _wait_until(lambda: all((folder / "metrics.csv").exists() for folder in (told, killed)), process)
-            assert [read(folder).status for folder in (told, killed)] == ["running", "running"]
-            assert not any("resume=" in note for note in load([tmp_path]).notes)
-            for run, number in zip(runs, (signal.SIGTERM, signal.SIGKILL), strict=True):
-                os.kill(run, number)
-            assert process.stdout.readline().split() == ["130", str(-signal.SIGKILL)]
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+    command = [sys.executable, "-m", "fedtune", "run", *SMALL, "rounds=9000"]
+    runs = []
+    try:
+        for folder in (told, killed):
+            with (tmp_path / f"{folder.name}.txt").open("w") as said:
+                runs.append(forked.Popen([*command, f"out={folder}"], stdout=subprocess.DEVNULL, stderr=said))
+        for run, folder in zip(runs, (told, killed), strict=True):
+            _wait_until((folder / "metrics.csv").exists, run)
+        assert [read(folder).status for folder in (told, killed)] == ["running", "running"]
+        assert not any("resume=" in note for note in load([tmp_path]).notes)
+        for run, number in zip(runs, (signal.SIGTERM, signal.SIGKILL), strict=True):
+            run.send_signal(number)
+        assert [run.wait(60) for run in runs] == [130, -signal.SIGKILL]
+    finally:
+        for run in runs:
+            run.kill()
     assert f"go on with: fedtune run resume={told}" in (tmp_path / "told.txt").read_text()
     assert json.loads((told / "summary.json").read_text())["status"] == "interrupted"
     assert json.loads((killed / "summary.json").read_text())["status"] == "running", "nobody was there to write it"

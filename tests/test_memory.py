@@ -1,13 +1,12 @@
 """What clients keep between rounds: theirs alone, and exact after whatever happens."""
 
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import SMALL, run_on, summary_of
@@ -123,9 +122,11 @@ def test_a_killed_run_resumes_to_the_same_state_with_memories(tmp_path, small_ru
     whole = small_run(*WORDS, name="whole", rounds=30)
     folder = tmp_path / "killed"
     words = [*SMALL, *WORDS, "rounds=30", f"out={folder}"]
-    code = "import sys; from fedtune.commands.main import main; sys.exit(main(['run', *sys.argv[1:]]))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([sys.executable, "-c", code, *words], env=environment)
+    code = (
+        "import sys; from fedtune.commands.main import main\n"
+        "sys.path[:], words = sys.argv[1].split('|'), sys.argv[2:]; sys.exit(main(['run', *words]))"
+    )
+    process = forked.Popen([sys.executable, "-c", code, "|".join(sys.path), *words])  # which finds the test's client
     while not (folder / "metrics.csv").exists() or len((folder / "metrics.csv").read_text().splitlines()) < 8:
         assert process.poll() is None
         time.sleep(0.02)

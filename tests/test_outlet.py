@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import SMALL, summary_of
 
@@ -17,7 +18,8 @@ PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 def piped(words, folder, read, **environment):
     """A command whose reader takes `read` lines and closes its end of the pipe; returns them, what was said on standard
     error, and the exit code."""
-    process = subprocess.Popen(
+    start = subprocess.Popen if environment else forked.Popen  # a locale is what Python starts with
+    process = start(
         [*COMMAND, *words],
         cwd=folder,
         stdout=subprocess.PIPE,
@@ -50,7 +52,7 @@ def test_a_reader_that_closes_at_once_costs_no_traceback(tmp_path, words):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_an_output_that_is_full_ends_the_printing(tmp_path):
     with Path("/dev/full").open("wb") as full:
-        done = subprocess.run([*COMMAND, "methods"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, check=False)
+        done = forked.run([*COMMAND, "methods"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
 
 

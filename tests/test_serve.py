@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import contextmanager
 
+import forked
 import pytest
 
 from fedtune.core.errors import DeploymentError
@@ -148,13 +149,11 @@ def test_no_port_is_said(served):
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent otherwise elsewhere")
 def test_ctrl_c_ends_the_command(tmp_path):
     words = [sys.executable, "-m", "fedtune", "serve", str(tmp_path / "none"), "--port", "0"]
-    process = subprocess.Popen(
+    process = forked.Popen(
         words,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Whoever started the tests in the background made Ctrl-C be ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     lines = [process.stdout.readline(), process.stdout.readline()]
     assert "http://127.0.0.1:" in lines[1]

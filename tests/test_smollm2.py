@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedtune.config.compose import compose
 from fedtune.runtime.local import run_local
 
+SHORT = ("train.batch_size=2", "evaluate.examples=16", "evaluate.batch_size=2", "data.max_length=64")  # little padding
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
@@ -16,7 +18,9 @@ def test_a_run_learns_and_its_adapter_answers_in_plain_peft(tmp_path):
     overrides = [
         "population.cohort=2",
         "rounds=2",
-        "evaluate.examples=24",
+        "train.steps=3",
+        "train.lr=4e-3",
+        *SHORT,
         "runtime.threads=1",
         f"out={tmp_path / 'run'}",
     ]
@@ -44,7 +48,7 @@ def test_a_run_learns_and_its_adapter_answers_in_plain_peft(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "quantization"), [("flora", "nf4"), ("fedex_lora", "int8")])
 def test_methods_that_change_the_base_are_exact_on_a_quantized_one(tmp_path, method, quantization, short_smollm2):
-    overrides = ["population.cohort=3", "rounds=2", "train.steps=2", "evaluate.examples=24", "runtime.threads=1"]
+    overrides = ["population.cohort=3", "rounds=2", "train.steps=2", "runtime.threads=1", *SHORT]
     run_local(
         compose(
             [

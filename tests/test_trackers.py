@@ -1,7 +1,6 @@
 """What TensorBoard and MLflow read back is what metrics.csv says, each round once, whatever happened in between."""
 
 import json
-import os
 import resource
 import shutil
 import signal
@@ -10,8 +9,8 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from conftest import SMALL, rows, small, summary_of
@@ -123,42 +122,25 @@ def test_a_tracker_that_comes_later_is_told_of_the_rounds_before(tracker, small_
     check_same(Read(tracker, folder), folder)
 
 
-# Imports everything once, then forks a run for each tracker and prints its process
-TWO_RUNS = """
-import os, sys
-from pathlib import Path
-import fedtune.server.round_loop, torch.utils.tensorboard
-from conftest import small
-from fedtune.runtime.local import run_local
-
-for tracker, folder in zip(("tensorboard", "mlflow"), sys.argv[1:]):
-    if (process := os.fork()) == 0:
-        run_local(small("rounds=5000", "tracker=" + tracker, out=Path(folder)))
-    print(process, flush=True)
-os.wait()
-os.wait()
-"""
-
-
 @pytest.mark.slow
 def test_killed_runs_lose_no_round_and_tell_none_twice(tmp_path):
     folders = {"tensorboard": tmp_path / "other" / "run", "mlflow": tmp_path / "run"}
-    both = subprocess.Popen(
-        [sys.executable, "-c", TWO_RUNS, *map(str, folders.values())],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    processes = [int(both.stdout.readline()) for _ in folders]
-    running = dict(zip(folders.values(), processes, strict=True))
+    command = [sys.executable, "-m", "fedtune", "run", *SMALL, "rounds=5000"]
+    running = {
+        folder: forked.Popen([*command, f"tracker={tracker}", f"out={folder}"], stdout=subprocess.DEVNULL)
+        for tracker, folder in folders.items()
+    }
     deadline = time.monotonic() + 100
-    while running:
-        assert time.monotonic() < deadline
-        for folder in list(running):
-            if len(rows(folder, "metrics.csv")) > 4:
-                os.kill(running.pop(folder), signal.SIGKILL)
-        time.sleep(0.001)
-    both.communicate(timeout=20)
+    try:
+        while any(process.poll() is None for process in running.values()):
+            assert time.monotonic() < deadline
+            for folder, process in running.items():
+                if len(rows(folder, "metrics.csv")) > 4:
+                    process.kill()
+            time.sleep(0.001)
+    finally:
+        for process in running.values():
+            process.kill()
     for tracker, folder in folders.items():
         assert summary_of(folder)["status"] == "running"
         go_on(folder, rounds=len(rows(folder, "metrics.csv")) + 2)
