@@ -135,9 +135,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _used() -> list[float]:
-    """CPU seconds of this process, and of those of its children that have ended and were waited for."""
+    """CPU seconds of this process, and of those of its children that have ended and were waited for; the server that
+    forks (tests/forked.py) and its children among them."""
     times = os.times()
-    return [times.user + times.system, times.children_user + times.children_system]
+    return [times.user + times.system, times.children_user + times.children_system + forked.cpu_seconds()]
 
 
 def pytest_runtest_logstart() -> None:

@@ -12,11 +12,22 @@ import runpy
 import signal
 import subprocess
 import sys
+from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fedtune.comparisons.processes import starting, take_environment, without_script
+
+
+def cpu_seconds() -> float:
+    """What this process's server and those of its children that have ended have taken."""
+    if (pid := getattr(forkserver._forkserver, "_forkserver_pid", None)) is None:
+        return 0.0
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system + times.children_user + times.children_system)
 
 
 def hear_ctrl_c() -> None:

@@ -128,7 +128,7 @@ def mishaps(fleet, done, tmp_path_factory):
     assert wait_until(lambda: working_on(fourth, 3), 60)
     fourth.stop()
     fourth.start()
-    (done / "go").touch()
+    (done / "go-3").touch()
     out, _ = process.communicate(timeout=240)
     return Mishaps(folder, process.returncode, out, failures(folder), second.log(), len(watching))
 

@@ -5,8 +5,8 @@ import hashlib
 import mischief
 import pytest
 from answering import write_app
-from conftest import SMALL, rows, summary_of
-from deployed import CALMLY, HERE, call, failures, run
+from conftest import PAIRS, SMALL, rows, summary_of
+from deployed import CALMLY, HERE, call, failures
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import DeploymentError, RunFolderError
@@ -17,8 +17,6 @@ from simulations.fleet.credentials import make_certificates
 from simulations.fleet.processes import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-REMEMBERING = ("population.clients=2", "population.cohort=2", *mischief.WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def fleet(done, tmp_path_factory):
     environment = {
         "PYTHONPATH": str(HERE),  # the clients of these tests are in no bundle
         "FEDTUNE_TARGETS": "mischief.Mischief",
-        "MISCHIEF": "wait:1:2:1",
+        "MISCHIEF": "wait:1:2:1 wait:1:3:0 wait:1:5:0",
         "MISCHIEF_DONE": str(done),
         **CALMLY,
     }
@@ -103,10 +101,6 @@ def test_a_taken_port_is_left_for_another(fleet):
     assert node.node_id == before
 
 
-def words(folder, *more):
-    return [*SMALL, *REMEMBERING, "runtime=flower", "runtime.wait=120", f"out={folder}", *more]
-
-
 def has_done(node, number):
     return f"fedtune: round {number}, train" in node.log()
 
@@ -115,35 +109,64 @@ def round_is_done(folder, number):
     return len(rows(folder, "metrics.csv")) > number
 
 
-def test_a_fleet_gives_the_bits_of_one_process_and_resumes_exactly(fleet, done, tmp_path):
-    """The SuperLink is killed inside round 2, in which some clients have learnt already, and they remember what they
-    learnt, what they left out of their answers, and the broadcast that the next will build on. Somebody tries to go on
-    with other settings; then a new Flower run goes on, for a round more than was asked for at first."""
+def test_devices_with_files_of_their_own_that_come_and_go_give_the_bits_of_a_simulation(
+    fleet, done, tmp_path, monkeypatch
+):
+    """Unequal files, which the server never sees; it knows neither how many clients there will be. The SuperLink is
+    killed inside round 2, in which some have learnt already, and they remember what they learnt, what they left out of
+    their answers, and the broadcast that the next will build on. Somebody tries to go on with other settings; then a
+    new Flower run goes on, for more rounds than were asked for at first. Then a third device joins, and in round 5 the
+    second leaves. In the simulation over the same files the turns of who isn't there fail."""
+    lines, files, test = PAIRS.read_text().splitlines(), tmp_path / "files", tmp_path / "test.jsonl"
+    files.mkdir()
+    for index, (begin, end) in enumerate(((0, 12), (12, 40), (40, 100))):
+        (files / f"{index}.jsonl").write_text("\n".join(lines[begin:end]) + "\n")
+    test.write_text("\n".join(lines[100:]) + "\n")
+    first, second = fleet.nodes[:2]
+    for index, node in enumerate((first, second)):
+        node.own(files / f"{index}.jsonl")
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    asked = ("seed=1", "codec=compeft", "codec_up.feedback=true")
-    process = call(fleet, *words(folder, *asked, "rounds=2"))
+    asked = ("seed=1", "codec=compeft", "codec_up.feedback=true", f"data.heldout_path={test}", *mischief.WORDS)
+    plain = [word for word in SMALL if not word.startswith(("data.", "population."))]
+    theirs = ("data.partition=own", "population.clients=connected", "population.cohort=3", "runtime=flower")
+    deployed = [*plain, *asked, *theirs, "runtime.wait=120", f"out={folder}"]
+    process = call(fleet, *deployed, "rounds=2")
     assert wait_until(lambda: round_is_done(folder, 1), 200)
-    assert wait_until(lambda: has_done(fleet.nodes[0], 2), 60)
+    assert wait_until(lambda: has_done(first, 2), 60)
     fleet.superlink.kill()
-    (done / "go").touch()
+    (done / "go-2").touch()
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert not round_is_done(folder, 2)
     with pytest.raises(RunFolderError, match=r"was started with other settings: .*train\.lr: 0\.001 -> 0\.5"):
-        run_local(compose(words(folder, *asked, "rounds=2", "train.lr=0.5")), resume=str(folder))
+        run_local(compose([*deployed, "rounds=2", "train.lr=0.5"]), resume=str(folder))
     fleet.superlink.start()
-    code, out = run(fleet, f"resume={folder}", "rounds=3")
-    assert code == 0, out
+    process = call(fleet, f"resume={folder}", "rounds=6")
+    third = fleet.add(Site("site-2", {"partition-id": 2}, own=files / "2.jsonl"))
+    third.start()
+    assert wait_until(lambda: has_done(second, 3), 100)
+    (done / "go-3").touch()
+    assert wait_until(lambda: has_done(second, 5), 100)
+    second.stop()
+    (done / "go-5").touch()
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
     assert "resumed after round 1" in out
-    run_local(compose([*SMALL, *REMEMBERING, f"out={whole}", *asked, "rounds=3"]))
+    assert "client 2 is site-2: 54 examples" in out
+    ledger = rows(folder, "ledger.csv")
+    there = {(int(r["round"]), int(r["client"])) for r in ledger if (r["part"], r["direction"]) == ("train", "up")}
+    absent = {(number, index) for number in range(1, 7) for index in range(3)} - there
+    assert {(1, 2), (6, 1)} <= absent <= {(1, 2), (2, 2), (3, 2), (5, 1), (6, 1)}
+    monkeypatch.setenv("MISCHIEF", " ".join(f"raise:1:{number}:{index}" for number, index in absent))
+    same = ("population.cohort=3", "population.quorum=0.3", f"data.path={files}", "data.partition=files")
+    run_local(compose([*plain, *asked, *same, f"out={whole}", "rounds=6"]))
     assert summary_of(folder)["state_sha256"] == summary_of(whole)["state_sha256"]
-    assert failures(folder) == {}
+    assert failures(folder).keys() <= {(5, 1)}  # it had learnt, and left before its answer was on its way
     metrics = rows(folder, "metrics.csv")
-    assert [row["clients"] for row in metrics] == ["0", "2", "2", "2"]
-    same = ("eval_loss", "train_loss", "up_payload_bytes", "down_payload_bytes")
+    assert [int(row["clients"]) for row in metrics] == [sum(one == n for one, _ in there) for n in range(7)]
     for row, other in zip(metrics, rows(whole, "metrics.csv"), strict=True):
-        assert {name: row[name] for name in same} == {name: other[name] for name in same}
+        assert (row["eval_loss"], row["train_loss"]) == (other["eval_loss"], other["train_loss"])
     # The benchmark of workers reads a node's log
     measured = figures(fleet.nodes[0].log())
-    assert [number for number, *_ in measured] == [1, 2, 2, 3]
+    assert [number for number, *_ in measured] == [1, 2, 2, 3, 4, 5, 6]
     assert all(seconds >= 0 for _, *times in measured for seconds in times)

@@ -194,9 +194,13 @@ class Node(Part):
         place: dict[str, Value] = {"partition-id": partition, "num-partitions": partitions, "name": site.name}
         write_toml(self.home / "node.toml", {**place, **site.config})
         if site.own is not None:
-            (self.home / "fedtune").mkdir()
-            file = DeviceFile(site.name, data=DataHere((str(site.own.resolve()),)))
-            (self.home / "fedtune" / FILE).write_text(written(file), encoding="utf-8")
+            self.own(site.own)
+
+    def own(self, data: Path) -> None:
+        """Have its owner's device.toml name this as its data, from the next message on."""
+        (self.home / "fedtune").mkdir(exist_ok=True)
+        file = DeviceFile(self.site.name, data=DataHere((str(data.resolve()),)))
+        (self.home / "fedtune" / FILE).write_text(written(file), encoding="utf-8")
 
     def start(self, new_key: bool = False, wait: bool = True, patience: float = 0) -> None:
         """Start it with the key it had, or with a new one.
