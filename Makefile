@@ -17,10 +17,10 @@ deploy-demo: setup  ## the same on a SuperLink and three SuperNodes with files o
 	$(RUN)/python -m simulations.fleet --nodes 3 \
 		--own experiment=demo name=deploy-demo population.clients=3 population.cohort=3 runtime.threads=1
 
-# Three files at a time on two cores: the tests of deployments wait for Flower a third of the time
-WORKERS ?= 3
+# Four files at a time on two cores: three are tests of deployments at first, which wait for Flower most of the time
+WORKERS ?= 4
 
-test: setup  ## run every test, three files at a time; prints what each file took
+test: setup  ## run every test, four files at a time; prints what each file took
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 --cpu
 
 quick: setup  ## run what plays no runs, but for two rounds of each method: what one runs while working

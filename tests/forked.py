@@ -30,11 +30,6 @@ def cpu_seconds() -> float:
     return float(times.user + times.system + times.children_user + times.children_system)
 
 
-def hear_ctrl_c() -> None:
-    """What starts in a shell's background ignores Ctrl-C, and so would its children."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def small_files() -> None:
     """The system refuses to let files grow past 16 kB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -31,6 +31,7 @@ TINY = (
     "data.completion_column=null",
     "data.partition=iid",
     "data.partition_by=null",
+    "data.user_column=null",
     "population.clients=4",
     "population.cohort=4",
     "rounds=1",

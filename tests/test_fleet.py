@@ -16,7 +16,7 @@ from simulations.fleet import Fleet, Site
 from simulations.fleet.credentials import make_certificates
 from simulations.fleet.processes import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_devices_with_files_of_their_own_that_come_and_go_give_the_bits_of_a_sim
     deployed = [*plain, *asked, *theirs, "runtime.wait=120", f"out={folder}"]
     process = call(fleet, *deployed, "rounds=2")
     assert wait_until(lambda: round_is_done(folder, 1), 200)
-    assert wait_until(lambda: has_done(first, 2), 60)
+    assert wait_until(lambda: has_done(first, 2), 120)
     fleet.superlink.kill()
     (done / "go-2").touch()
     process.communicate(timeout=60)
@@ -144,9 +144,9 @@ def test_devices_with_files_of_their_own_that_come_and_go_give_the_bits_of_a_sim
     process = call(fleet, f"resume={folder}", "rounds=6")
     third = fleet.add(Site("site-2", {"partition-id": 2}, own=files / "2.jsonl"))
     third.start()
-    assert wait_until(lambda: has_done(second, 3), 100)
+    assert wait_until(lambda: has_done(second, 3), 240)
     (done / "go-3").touch()
-    assert wait_until(lambda: has_done(second, 5), 100)
+    assert wait_until(lambda: has_done(second, 5), 240)
     second.stop()
     (done / "go-5").touch()
     out, _ = process.communicate(timeout=200)

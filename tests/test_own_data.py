@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from fedtune.config.compose import compose, load
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.data.federated_data import load_data
+from fedtune.data.own_data import counted
 from fedtune.device.owner import device_owner
 from fedtune.models.tiny import tiny_tokenizer
 from fedtune.runtime.app import make_server_app
@@ -100,7 +101,7 @@ def test_a_server_with_a_test_of_its_own_scores_on_it(files, tmp_path, monkeypat
 
 
 def split(*words):
-    experiment = compose([*WORDS, *words])
+    experiment = counted(compose([*WORDS, *words]))
     return experiment, load_data(experiment.data, experiment.population.clients, tiny_tokenizer(), experiment.seed)
 
 

@@ -65,9 +65,10 @@ def main(options: argparse.Namespace) -> int:
 
     from fedtune.config.compose import compose
     from fedtune.core.files import write_atomically
+    from fedtune.data.own_data import counted
     from fedtune.workspace.workspace import Workspace
 
-    workspace = Workspace(compose(options.overrides))
+    workspace = Workspace(counted(compose(options.overrides)))
     planned, trouble = plans(workspace)
     console = Console()
     if not console.is_terminal:  # a file has no edge

@@ -51,6 +51,10 @@ def asked(cell: PlannedRun) -> tuple[Experiment, Experiment | None]:
         RunFolderError: if the folder holds a run with others.
     """
     experiment = replace(compose(list(cell.words)), out=str(cell.folder))
+    if experiment.data.is_brought:
+        from fedtune.data.own_data import counted
+
+        experiment = counted(experiment)
     stored = cell.folder / "config.yaml"
     if not stored.is_file():
         return experiment, None

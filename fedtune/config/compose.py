@@ -74,24 +74,25 @@ def compose(overrides: Sequence[str]) -> Experiment:
             words.append(f"{group}=custom")
     if "data.partition=own" in overrides and not any(word.startswith("data=") for word in words):
         words.append("data=custom")  # each device's own
-    words = _with_clients(words)
+    words = _with_clients(words, overrides)
     return with_paths(_to_experiment(_compose(words), list(overrides)))
 
 
-def _with_clients(words: list[str]) -> list[str]:
+def _with_clients(words: list[str], overrides: Sequence[str]) -> list[str]:
     """The words, with how many clients there are where that is for the data or for nobody to say."""
     counted = [word for word in words if word.startswith("population.clients=")]
     if counted and counted[-1] == f"population.clients={CONNECTED}":
         kept = [word for word in words if word not in counted]
         return [*kept, f"population.clients={MOST_CONNECTED}", "population.connected=true"]
-    if counted or not any(word.startswith(("data.partition=", "data.user_column=")) for word in words):
+    if counted:
         return words
-    spec = _to_experiment(_compose([*words, f"population.clients={MOST_CONNECTED}"]), []).data
-    if spec.partition not in (FILES, USERS):
-        return words
-    from fedtune.data.own_data import names_of_clients
+    # How many there are is for the data to say, once they are read: fedtune.data.own_data.counted
+    return [*words, f"population.clients={MOST_CONNECTED}"] if _brings(overrides) else words
 
-    return [*words, f"population.clients={len(names_of_clients(spec))}"]
+
+def _brings(words: Sequence[str]) -> bool:
+    brought = {f"data.partition={name}" for name in (FILES, USERS)}
+    return any(word in brought or word.startswith("data.user_column=") for word in words)
 
 
 def load(text: str, where: str = "config.yaml") -> Experiment:

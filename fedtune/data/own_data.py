@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.config.data import FILES, OWN
-from fedtune.config.schema import DataSpec
+from fedtune.config.data import FILES, OWN, USERS
+from fedtune.config.schema import DataSpec, Experiment
 from fedtune.core.caches import once
 from fedtune.core.errors import ConfigError
 from fedtune.core.seeds import derive_seed, permutation
@@ -42,6 +42,20 @@ def names_of_clients(spec: DataSpec) -> list[str]:
         ConfigError: if it has no such column.
     """
     return [name for name, _ in _clients(spec)]
+
+
+def counted(experiment: Experiment) -> Experiment:
+    """The experiment with as many clients as its data has, where files or users are clients and nobody said how many.
+
+    Raises:
+        DataError: if the source can't be read.
+        ConfigError: if it has no such column, or fewer clients than take part in a round.
+    """
+    said = any(word.startswith("population.clients=") for word in experiment.overrides)
+    if experiment.data.partition not in (FILES, USERS) or said or experiment.runtime.name == "flower":
+        return experiment
+    clients = len(names_of_clients(experiment.data))
+    return replace(experiment, population=replace(experiment.population, clients=clients))
 
 
 def load_own(

@@ -55,7 +55,8 @@ class Usage:
             self._write(rounds, before + bytes)
 
     def check_message(self, bytes: int) -> None:
-        """
+        """Check how long a message is.
+
         Raises:
             CapacityError: if a message, either way, is longer than the owner allows.
         """

@@ -294,7 +294,12 @@ def settled(experiment: Experiment, resume: str | None) -> Iterator[Experiment]:
 
     Raises:
         RunFolderError: if no folder can be made.
+        FedtuneError: if files or users are the clients, and can't be read.
     """
+    if experiment.data.is_brought:
+        from fedtune.data.own_data import counted
+
+        experiment = counted(experiment)
     if resume is not None or experiment.out is not None:
         yield replace(experiment, out=resume or experiment.out)
         return
