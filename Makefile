@@ -15,7 +15,7 @@ demo: setup  ## fine-tune SmolLM2 across 20 clients
 
 deploy-demo: setup  ## the same on a SuperLink and three SuperNodes with files of their own, TLS and keys, on loopback
 	$(RUN)/python -m simulations.fleet --nodes 3 \
-		--own experiment=demo name=deploy-demo population.clients=3 population.cohort=3 runtime.threads=1
+		--own experiment=demo name=deploy-demo data.max_length=128 population.clients=3 population.cohort=3 runtime.threads=1
 
 # Four files at a time on two cores: three are tests of deployments at first, which wait for Flower most of the time
 WORKERS ?= 4
