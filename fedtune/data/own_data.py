@@ -41,6 +41,8 @@ def names_of_clients(spec: DataSpec) -> list[str]:
         DataError: if the source can't be read.
         ConfigError: if it has no such column.
     """
+    if spec.partition == FILES:
+        return _named(_own_files(spec))
     return [name for name, _ in _clients(spec)]
 
 
@@ -150,14 +152,19 @@ def _clients(spec: DataSpec) -> list[tuple[str, list[Example]]]:
     return once((*key, spec.prompt_column, spec.completion_column), lambda: _read(spec))
 
 
+def _own_files(spec: DataSpec) -> list[Path]:
+    files = data_files(spec)
+    if len(files) < 2:
+        raise ConfigError(
+            f"data.partition=files makes each file a client, and data.path={spec.path} is one file: give a folder, "
+            "a pattern or a list of files, or data.partition=users for one file with a column of users"
+        )
+    return files
+
+
 def _read(spec: DataSpec) -> list[tuple[str, list[Example]]]:
     if spec.partition == FILES:
-        files = data_files(spec)
-        if len(files) < 2:
-            raise ConfigError(
-                f"data.partition=files makes each file a client, and data.path={spec.path} is one file: give a folder, "
-                "a pattern or a list of files, or data.partition=users for one file with a column of users"
-            )
+        files = _own_files(spec)
         return list(zip(_named(files), [load_examples(replace(spec, path=str(file))) for file in files], strict=True))
     column = spec.user_column or USER
     users: dict[str, list[Example]] = {}

@@ -25,9 +25,8 @@ HASH = "sha256:"
 class DataHere:
     """The rows that this device trains on; they never leave it."""
 
-    path: tuple[
-        str, ...
-    ] = ()  # files, folders or patterns, relative to the file that says so; none: no data of its own
+    # Files, folders or patterns, relative to the file that says so; none: no data of its own
+    path: tuple[str, ...] = ()
     split: str | None = None
     prompt_column: str | None = None  # what the columns are called, where a run's own names don't fit
     completion_column: str | None = None
@@ -37,9 +36,8 @@ class DataHere:
 class BaseHere:
     """The base models that runs may use."""
 
-    allow: tuple[
-        str, ...
-    ] = ()  # hub ids, folders, names, or sha256:... of a base's weights; none: any that it can open
+    # Hub ids, folders, names, or sha256:... of a base's weights; none: any that it can open
+    allow: tuple[str, ...] = ()
     path: str | None = None  # where an allowed one lies on this device, instead of at the hub
 
 
