@@ -41,6 +41,7 @@ from fedtune.random_directions import hash_noise as noise
 from fedtune.runtime.app import make_server_app
 from fedtune.runtime.local import LocalGrid, run_local, server_context
 
+forked.prepare()
 import_bitsandbytes()  # before a test imports peft, which would import a compiler with it
 
 # No deadlines: a busy machine is no failure. `pytest --hypothesis-profile=thorough` looks four times as far

@@ -13,6 +13,7 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 
 import fedtune
+from fedtune.runtime.deploy import bundled
 from simulations.fleet.parts import free_port
 from simulations.fleet.processes import MARK, cut
 from simulations.fleet.runs import script
@@ -27,7 +28,8 @@ def test_the_version_that_flower_reads_is_the_packages():
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
 def test_the_bundle_holds_the_code_the_settings_and_the_licence():
-    bundle = build_fab_from_disk(ROOT)  # what `flwr run` calls; `flwr build` also minds the name of the folder
+    with bundled(ROOT) as app:
+        bundle = build_fab_from_disk(app)  # what `flwr run` calls; `flwr build` also minds the name of the folder
     with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
         names = set(archive.namelist())
     rooms = ("fedtune", "strategies", "clients", "conf", "simulations")
@@ -55,11 +57,12 @@ def test_flwr_run_plays_a_toy_on_the_nodes_that_flower_simulates(tmp_path):
     }
     out = f"out={tmp_path / 'run'}"
     toy = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]["overrides"]
-    command = [script("flwr"), "run", str(ROOT), "--stream", "--run-config", f'overrides="{toy} rounds=1 {out}"']
     try:
-        done = subprocess.run(
-            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
-        )
+        with bundled(ROOT) as app:
+            command = [script("flwr"), "run", app, "--stream", "--run-config", f'overrides="{toy} rounds=1 {out}"']
+            done = subprocess.run(
+                command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+            )
     finally:
         cut(mark)
     assert done.returncode == 0, done.stdout + done.stderr

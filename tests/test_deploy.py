@@ -6,10 +6,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import mischief
 import pytest
 from conftest import SMALL, rows, summary_of
-from deployed import CALMLY, call, failures, lean_commands
+from deployed import CALMLY, call, failures
 
 from fedtune.config.compose import compose
 from fedtune.core.errors import DeploymentError, QuorumError
@@ -52,11 +53,10 @@ def fleet(done, tmp_path_factory):
         "MISCHIEF": " ".join(PLAN),
         "MISCHIEF_DONE": str(done),
         **CALMLY,
-        **lean_commands(tmp_path_factory.mktemp("commands")),
     }
     sites = [Site(f"site-{index}", profile) for index, profile in enumerate(PROFILES)]
     folder = tmp_path_factory.mktemp("fleet")
-    with Fleet(folder, sites, app=HERE.parent, env=environment, database=False) as fleet:
+    with forked.everywhere(), Fleet(folder, sites, app=HERE.parent, env=environment, database=False) as fleet:
         yield fleet
 
 
@@ -161,13 +161,13 @@ def test_what_broke_changes_no_bit_of_the_rest(mishaps, tmp_path, monkeypatch):
     assert summary_of(mishaps.folder)["state_sha256"] == summary_of(tmp_path / "local")["state_sha256"]
 
 
-def test_a_node_that_is_started_again_at_once_loses_its_turn_and_no_time(mishaps):
+def test_a_node_that_is_started_again_at_once_is_not_waited_for(mishaps):
     """Flower takes it back before it has missed it, so only we notice that its message is gone. It is asked again who
     it is: it may have come back as somebody else."""
+    assert "no reply within" not in mishaps.lost[3, 3]
     ledger = rows(mishaps.folder, "ledger.csv")
     asked = [row["round"] for row in ledger if row["part"] == "handshake" and row["client"] == "3"]
     assert asked == ["0", "0", "4", "4"]
-    assert float(rows(mishaps.folder, "metrics.csv")[3]["seconds"]) < 60
 
 
 def test_a_log_that_breaks_off_is_watched_on_and_each_line_is_shown_once(mishaps):

@@ -2,6 +2,7 @@
 
 import hashlib
 
+import forked
 import mischief
 import pytest
 from answering import write_app
@@ -37,7 +38,7 @@ def fleet(done, tmp_path_factory):
         **CALMLY,
     }
     app = write_app(tmp_path_factory.mktemp("app"))
-    with Fleet(tmp_path_factory.mktemp("fleet"), sites, app=app, env=environment) as fleet:
+    with forked.everywhere(), Fleet(tmp_path_factory.mktemp("fleet"), sites, app=app, env=environment) as fleet:
         yield fleet
 
 

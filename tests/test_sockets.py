@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import bulky
+import forked
 import mischief
 import pytest
 from conftest import SMALL, rows, summary_of
-from deployed import CALMLY, PATHS, failures, lean_commands, run
+from deployed import CALMLY, PATHS, failures, run
 from flwr.cli.build import build_fab_from_disk
 
 from fedtune.config.compose import compose
 from fedtune.core.protocol import ClientInfo
+from fedtune.runtime.deploy import bundled
 from fedtune.runtime.local import run_local
 from fedtune.wire.flower_private import Run, content_to_bytes
 from fedtune.wire.http_overhead import Link
@@ -47,9 +49,8 @@ def fleet(tmp_path_factory):
     SuperNode that asks for messages then ends."""
     targets = "mischief.Mischief,bulky.Bulky,bulky.BulkyClient"
     environment = {"PYTHONPATH": str(HERE), "MEGABYTES": str(MEGABYTES), "FEDTUNE_TARGETS": targets, **CALMLY}
-    environment |= lean_commands(tmp_path_factory.mktemp("commands"))
     folder = tmp_path_factory.mktemp("fleet")
-    with Fleet(folder, [], app=HERE.parent, env=environment, database=False) as fleet:
+    with forked.everywhere(), Fleet(folder, [], app=HERE.parent, env=environment, database=False) as fleet:
         target = ("127.0.0.1", fleet.superlink.port)
         with CountingProxy(target) as one, CountingProxy(target) as two:
             fleet.proxies = [one, two]
@@ -162,7 +163,8 @@ def test_a_node_that_does_not_play_by_the_rules_changes_nothing(misplayed, tmp_p
 def test_the_ledger_is_what_crossed_the_sockets(fleet, misplayed):
     """Wire and framing bytes of the two honest nodes together are within 2 % of what their proxies counted, once the
     app bundle and the way to the first message are added, which no round causes."""
-    bundle = len(build_fab_from_disk(HERE.parent))
+    with bundled(HERE.parent) as app:
+        bundle = len(build_fab_from_disk(app))
     link = Link(tls=True, host=fleet.proxies[0].address)
     joined = sum(link.join(node.node_id, Run.create_empty(1), bundle).total for node in fleet.nodes)
     ledger = rows(misplayed.folder, "ledger.csv")

@@ -5,8 +5,6 @@ hash, because the same name can stand for different bits: SmolLM2 from PyPI went
 from the hub did not.
 """
 
-import ctypes
-import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -18,7 +16,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from safetensors import SafetensorError
 from fedtune.config.schema import ModelSpec
 from fedtune.core.caches import cache_folder
 from fedtune.core.errors import ModelError
+from fedtune.core.heap import large_blocks_given_back, trim
 from fedtune.core.lean_imports import import_bitsandbytes
 from fedtune.core.text import first_line
 from fedtune.models.attention import check_attention, expect_attention, with_attention
@@ -69,6 +68,7 @@ class Base:
     notes: tuple[str, ...] = ()  # what to say of it when a run starts
 
 
+@large_blocks_given_back()
 def load_base(spec: ModelSpec, device: torch.device) -> Base:
     """Load the base that `spec` names onto `device`, frozen and in evaluation mode.
 
@@ -261,9 +261,7 @@ def _let_go_of_the_file(model: Any) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_cpu and tensor.dtype.is_floating_point:
                 tensor.data = tensor.data.clone()
-    gc.collect()
-    with suppress(OSError, AttributeError):  # not every system's C library is glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:

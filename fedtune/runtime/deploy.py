@@ -6,11 +6,14 @@ and so does the run folder.
 
 import json
 import os
+import shutil
 import subprocess
 import sysconfig
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,8 +52,26 @@ def run_deployed(experiment: Experiment, resume: str | None = None) -> Path | No
         file = Path(folder) / "run.toml"
         write_toml(file, settings)
         link = [experiment.runtime.superlink] if experiment.runtime.superlink else []
-        _watch(["run", str(ROOT), *link, "--stream", "--run-config", str(file)], link)
+        with bundled(ROOT) as app:
+            _watch(["run", str(app), *link, "--stream", "--run-config", str(file)], link)
     return Path(experiment.out) if experiment.out else None
+
+
+@contextmanager
+def bundled(root: Path) -> Iterator[Path]:
+    """A folder with nothing but what goes into the bundle of the project in `root`. Flower looks at every file under
+    the folder that it is given, an environment's 80,000 among them, for 10 CPU seconds."""
+    settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        app = Path(folder, root.name)
+        app.mkdir()
+        for pattern in ("pyproject.toml", *settings["tool"]["flwr"]["app"]["fab-include"]):
+            source = root / pattern.removesuffix("/**")
+            if source.is_dir():
+                shutil.copytree(source, app / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copyfile(source, app / source.name)
+        yield app
 
 
 def _watch(words: list[str], link: list[str]) -> None:

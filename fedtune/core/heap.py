@@ -1,0 +1,39 @@
+"""The C library's heap, which keeps what is freed: on Linux with glibc; elsewhere nothing here does anything."""
+
+import ctypes
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+_MMAP_THRESHOLD = -3  # mallopt's name for it
+_LARGE = 4 << 20  # bytes
+_LARGEST = 32 << 20  # bytes; what glibc raises it to by itself on 64 bits
+
+
+def trim() -> None:
+    """Give back to the system what has been freed."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def large_blocks_given_back() -> Iterator[None]:
+    """Blocks of 4 MB and more go back to the system as soon as they are freed, as no longer happens by itself once a
+    process has freed a larger one: a base in NF4, which makes a layer at a time whole, would otherwise leave as much
+    behind as it takes unquantized. Each such block then takes the system longer, so this is for loading."""
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:  # somebody has decided already
+        yield
+        return
+    _set_threshold(_LARGE)
+    try:
+        yield
+    finally:
+        _set_threshold(_LARGEST)
+        trim()
+
+
+def _set_threshold(size: int) -> None:
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, size)
