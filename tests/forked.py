@@ -45,7 +45,7 @@ PADDING = "FORKED_PADDING"
 REAL = subprocess.Popen
 COMMANDS = ("flower-superlink", "flower-supernode", "flower-superexec", "flwr-clientapp", "flwr-serverapp", "flwr")
 IMPORTED = (
-    "fedtune.runtime.local", "transformers.models.llama.modeling_llama", "peft", "flwr.server.compat", "flwr.simulation",
+    "fedtune.runtime.local", "transformers.models.llama.modeling_llama", "peft", "flwr.simulation",
     "flwr.supernode.runtime.run_clientapp", "flwr.superlink.runtime.run_serverapp",
 )  # fmt: skip
 

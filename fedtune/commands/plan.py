@@ -1,7 +1,8 @@
 """`fedtune plan`: what a round would ask of each client, and what that would take, before anything runs.
 
-The same code as in a run: the strategy's own instruction for each client, timed by the same clock. Bytes are those of
-the tensors that travel; a run counts them from its messages.
+The same code as in a run: the strategy's own instruction for each client, timed by the same clock, on a base of which
+only the shapes are known: no weights are downloaded or read. Bytes are those of the tensors that travel; a run counts
+them from its messages.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +23,9 @@ from fedtune.core.errors import QuorumError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedtune.config.schema import Experiment
     from fedtune.core.protocol import ClientInfo
+    from fedtune.models.sketch import Sketch
     from fedtune.planning.turn_times import Turn
     from fedtune.workspace.workspace import Workspace
 
@@ -34,7 +38,8 @@ COLUMNS = (
 )  # fmt: skip
 TEXT = """\
 Print what a round would ask of each client and what that takes on its device: layers and ranks, batch, bits of the
-base, memory, seconds, bytes; who can't take part, and why. Nothing is trained. The settings are those of fedtune run.
+base, memory, seconds, bytes; who can't take part, and why. Nothing is trained, and no weights are downloaded or read.
+The settings are those of fedtune run.
 
   fedtune plan population=mixed model=smollm2 method=fedpipe population.deadline=60
   fedtune plan population.devices=mine.csv model=smollm2 method=fedit --csv plan.csv
@@ -66,20 +71,36 @@ def main(options: argparse.Namespace) -> int:
     from fedtune.config.compose import compose
     from fedtune.core.files import write_atomically
     from fedtune.data.own_data import counted
-    from fedtune.workspace.workspace import Workspace
 
-    workspace = Workspace(counted(compose(options.overrides)))
-    planned, trouble = plans(workspace)
+    workspace, sketch, (planned, trouble) = made(counted(compose(options.overrides)))
     console = Console()
     if not console.is_terminal:  # a file has no edge
         console = Console(width=WIDE)
-    report(workspace, planned, console)
+    report(workspace, planned, console, sketch)
     if options.csv is not None:
         write_atomically(Path(options.csv).expanduser(), table_of(workspace, planned).encode())
         console.print(f"wrote    {options.csv}", soft_wrap=True)
     if trouble is not None:
         raise trouble
     return 0
+
+
+def made(experiment: Experiment) -> tuple[Workspace, Sketch | None, tuple[list[Planned], QuorumError | None]]:
+    """The plans, from a base without its weights where that is enough to know it, which is then returned as well."""
+    from fedtune.models.base import pick_device
+    from fedtune.models.sketch import sketch_base
+    from fedtune.workspace.workspace import Workspace
+
+    workspace, runtime = Workspace(experiment), experiment.runtime
+    if workspace.experiment.model.path is not None:
+        sketch = sketch_base(workspace.experiment.model, pick_device(runtime.device, runtime.deterministic))
+        if sketch is not None:
+            workspace.take(sketch.base)
+            # A model's or a method's code may ask for numbers, of which there are none
+            with suppress(RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
+                return workspace, sketch, plans(workspace)
+            workspace = Workspace(experiment)
+    return workspace, None, plans(workspace)
 
 
 @dataclass(frozen=True)
@@ -129,7 +150,7 @@ def plans(workspace: Workspace) -> tuple[list[Planned], QuorumError | None]:
     return found, trouble
 
 
-def report(workspace: Workspace, planned: Sequence[Planned], console: Console) -> None:
+def report(workspace: Workspace, planned: Sequence[Planned], console: Console, sketch: Sketch | None = None) -> None:
     """The table for people: clients with the same device and the same work share a line."""
     from rich.table import Table
 
@@ -153,8 +174,10 @@ def report(workspace: Workspace, planned: Sequence[Planned], console: Console) -
     )
     if population.devices is None:
         console.print("devices  none: nobody has a limit, and time stands still; see population=mixed", style="dim")
-    console.print()
     working = [(one, one.turn) for one in planned if one.turn is not None]
+    if sketch is not None and working:
+        console.print(_memory(workspace, sketch, [turn for _, turn in working]), style="dim")
+    console.print()
     longest = max((turn.seconds for _, turn in working), default=0.0)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in (
@@ -189,6 +212,21 @@ def report(workspace: Workspace, planned: Sequence[Planned], console: Console) -
                 f"{middle:.3g} s: try population.deadline={middle:.2g}",
                 highlight=False,
             )
+
+
+def _memory(workspace: Workspace, sketch: Sketch, turns: Sequence[Turn]) -> str:
+    """What loading the base takes and what training then does, at most."""
+    from fedtune.core.text import size
+
+    parts = []
+    for bits in sorted({turn.bits for turn in turns}):
+        loading = sketch.loading_bytes(workspace.costs.base_bytes[str(bits)], bits)
+        training = [turn for turn in turns if turn.bits == bits]
+        small = sum(turn.limit_bytes < loading for turn in training)
+        more = f", more than {small} of its clients have" if small else ""
+        most = size(max(turn.memory_bytes for turn in training))
+        parts.append(f"loading the base in {bits} bits takes at most {size(loading)}{more}, then a turn {most}")
+    return f"memory   {'; '.join(parts)}"
 
 
 def table_of(workspace: Workspace, planned: Sequence[Planned]) -> str:

