@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.update(
@@ -40,6 +42,7 @@ from fedtune.models.base import locate
 from fedtune.random_directions import hash_noise as noise
 from fedtune.runtime.app import make_server_app
 from fedtune.runtime.local import LocalGrid, run_local, server_context
+from fedtune.server import round_loop
 
 forked.prepare()
 import_bitsandbytes()  # before a test imports peft, which would import a compiler with it
@@ -64,9 +67,8 @@ SMALL = (
 )
 
 
-# They wait for Flower most of the time, so they go first and the others beside them
-LONG = ("test_deploy.py", "test_sockets.py", "test_fleet.py", "test_fleet_ends.py")
-LAST = "test_ray.py"  # its processes take minutes to start beside those of the first
+# They wait for Flower and Ray most of the time, so they go first and the others beside them
+LONG = ("test_deploy.py", "test_fleet.py", "test_sockets.py", "test_bundle.py", "test_ray.py", "test_fleet_ends.py")
 
 
 # A test that comes by one of these is `slow` without saying so
@@ -102,19 +104,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _turn(name: str) -> int:
-    return LONG.index(name) if name in LONG else len(LONG) + (name == LAST)
+    return LONG.index(name) if name in LONG else len(LONG)
 
 
 def pytest_collection_finish() -> None:
     """Whatever is imported and collected stays to the end: 900,000 objects, which a full collection of garbage walks in
-    half a second. The engine collects once a run, and a small run takes half of that. It freezes what it has loaded
-    and lets go of it again, which would let go of these as well."""
+    half a second. The engine collects once a run, which is as long as a small run takes, and freezes what it has loaded
+    and lets go of it again, which would let go of these as well: here one run in ten collects."""
     gc.collect()
-    _freeze()
-    gc.freeze = gc.unfreeze = lambda: None
+    gc.freeze()
+    runs = itertools.count()
+    round_loop.gc = SimpleNamespace(
+        collect=lambda: None if next(runs) % 10 else gc.collect(), freeze=lambda: None, unfreeze=lambda: None
+    )
 
 
-_freeze = gc.freeze
 _file: list[Path] = []
 
 
@@ -123,7 +127,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if _file != [item.path]:
         _file[:] = [item.path]
         gc.collect()
-        _freeze()
+        gc.freeze()
 
 
 # What each file costs: --cpu prints it, and docs/testing.md has it

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedtune.config.compose import compose
 from fedtune.runtime.local import run_local
 
-SHORT = ("train.batch_size=2", "evaluate.examples=16", "evaluate.batch_size=2", "data.max_length=64")  # little padding
+SHORT = ("train.batch_size=2", "evaluate.examples=8", "evaluate.batch_size=2", "data.max_length=64")  # little padding
 
 
 @pytest.mark.slow
@@ -17,8 +17,8 @@ SHORT = ("train.batch_size=2", "evaluate.examples=16", "evaluate.batch_size=2", 
 def test_a_run_learns_and_its_adapter_answers_in_plain_peft(tmp_path):
     overrides = [
         "population.cohort=2",
-        "rounds=2",
-        "train.steps=3",
+        "rounds=1",
+        "train.steps=4",
         "train.lr=4e-3",
         *SHORT,
         "runtime.threads=1",

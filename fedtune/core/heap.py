@@ -1,7 +1,6 @@
 """The C library's heap, which keeps what is freed: on Linux with glibc; elsewhere nothing here does anything."""
 
 import ctypes
-import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +12,6 @@ _LARGEST = 32 << 20  # bytes; what glibc raises it to by itself on 64 bits
 
 def trim() -> None:
     """Give back to the system what has been freed."""
-    gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -91,11 +90,13 @@ def _of_one_text(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(forward)
     def run(*words: Any, **options: Any) -> Any:
-        with ExitStack() as stack:
-            if hasattr(masking_utils, "find_packed_sequence_indices"):
-                one = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None)
-                stack.enter_context(one)
+        looks: Any = masking_utils
+        found = getattr(looks, "find_packed_sequence_indices", None)
+        looks.find_packed_sequence_indices = lambda *_, **__: None
+        try:
             return forward(*words, **options)
+        finally:
+            looks.find_packed_sequence_indices = found
 
     return run
 
