@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedtune.config.compose import compose
 from fedtune.runtime.local import run_local
 
-SHORT = ("train.batch_size=2", "evaluate.examples=8", "evaluate.batch_size=2", "data.max_length=64")  # little padding
+SHORT = ("train.batch_size=2", "evaluate.examples=16", "evaluate.batch_size=2", "data.max_length=64")  # little padding
 
 
 @pytest.mark.slow
@@ -18,7 +18,7 @@ def test_a_run_learns_and_its_adapter_answers_in_plain_peft(tmp_path):
     overrides = [
         "population.cohort=2",
         "rounds=1",
-        "train.steps=4",
+        "train.steps=5",
         "train.lr=4e-3",
         *SHORT,
         "runtime.threads=1",
@@ -31,7 +31,7 @@ def test_a_run_learns_and_its_adapter_answers_in_plain_peft(tmp_path):
 
     path = summary["base"]["path"]
     tokenizer = AutoTokenizer.from_pretrained(path)
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     chat = [{"role": "user", "content": "Do you get lonely?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
