@@ -43,8 +43,8 @@ class Usage:
                 )
         self._write(rounds + 1, before + bytes)
 
-    def answered(self, bytes: int) -> None:
-        """Count an answer.
+    def count(self, bytes: int) -> None:
+        """Count an answer, or a message that asks for no training.
 
         Raises:
             CapacityError: if it is longer than a message may be.

@@ -24,20 +24,19 @@ from typing import Any
 import numpy as np
 
 from fedtune.config.compatibility import tells_its_work, traits_of
-from fedtune.core.costs import Costs, Weight, Work, at_once
+from fedtune.core.costs import Costs, Work
 from fedtune.core.errors import CapacityError, QuorumError
 from fedtune.core.optional import PlansAhead
 from fedtune.core.protocol import ClientInfo, DeviceProfile, Instruction, size_of
 from fedtune.core.seeds import bits, derive_seed
 from fedtune.core.text import size
-from fedtune.lowrank.algebra import lora_factors
 from fedtune.planning.client_sampling import PATIENCE, believed, select
 from fedtune.planning.population import server_peer
-from fedtune.planning.turn_times import Timed, Turn
+from fedtune.planning.turn_times import Timed, Turn, memory_of, trained_of
 from fedtune.runs.checkpoint import Progress
 from fedtune.server.instructions import Instructions
 from fedtune.server.state import ServerState
-from fedtune.training.apply_instruction import BATCH, BITS, RANK, STEPS, TRAIN, with_steps
+from fedtune.training.apply_instruction import BATCH, BITS, STEPS, with_steps
 from fedtune.workspace.workspace import Workspace
 
 BESIDE_BYTES = 500  # of a message that holds no tensor, about
@@ -78,10 +77,6 @@ class Clock:
         self._workspace.model.reset()  # what a method has put into the base would be measured with it
         return self._workspace.costs
 
-    @cached_property
-    def _weights(self) -> dict[str, Weight]:
-        return {weight.module: weight for weight in self._workspace.weights}
-
     def runs(self, peers: Mapping[int, ClientInfo]) -> bool:
         """Whether there is anything to time: a device with a limit."""
         return tells_its_work(self._workspace.client) and any(limited(peer.capability) for peer in peers.values())
@@ -111,18 +106,16 @@ class Clock:
         work, train = self._work(peer, told), self._workspace.experiment.train
         batch = min(int(told.settings.get(BATCH, train.batch_size)), max(peer.samples, 1))
         micro = train.micro_batch_size
-        held_at_once = at_once(batch, micro)
         held = int(told.settings.get(BITS, self._workspace.bits))
-        ranks, numbers, block, per_token = self._trained(peer, told)
+        layout, weights = self._workspace.model.layout, self._workspace.weights
+        trained = trained_of(layout, weights, costs, told, peer.rank or 0, self._partial)
         with np.errstate(over="ignore"):  # a stranger may say that it takes one operation in 1e300 seconds
+            memory = memory_of(costs, work, trained, batch, micro, held)
             if work.backward:
-                memory = costs.memory(held_at_once, held, block, numbers, per_token, work.state_bytes)
                 compute = costs.compute(
-                    batch, held, work.steps, block, numbers, can.flop_per_s, can.read_bytes_per_s, micro
+                    batch, held, work.steps, trained.block, trained.numbers, can.flop_per_s, can.read_bytes_per_s, micro
                 )
             else:
-                memory = costs.base_bytes[str(held)] + costs.fixed_bytes
-                memory += held_at_once * costs.head_bytes + work.state_bytes * numbers
                 passes = work.steps * work.forward
                 compute = costs.forward(batch, held, passes, can.flop_per_s, can.read_bytes_per_s, micro)
         return Turn(
@@ -132,13 +125,13 @@ class Clock:
             compute=float(compute),
             up_bytes=up_bytes,
             upload=up_bytes / can.up_bytes_per_s,
-            memory_bytes=float(memory),
+            memory_bytes=memory,
             limit_bytes=can.memory_bytes,
             bits=held,
             batch_size=batch,
             steps=work.steps,
-            layers=len(ranks),
-            trainable_params=numbers,
+            layers=len(trained.ranks),
+            trainable_params=trained.numbers,
         )
 
     def memory(self, state: Any, number: int) -> float | None:
@@ -172,24 +165,6 @@ class Clock:
         client = with_steps(workspace.client, workspace.experiment.train, told.settings, peer.samples)
         work: Work = client.work(told.settings)
         return work
-
-    def _trained(self, peer: ClientInfo, told: Instruction) -> tuple[dict[str, int], int, int, float]:
-        """Ranks by layer, trainable numbers, the lowest block, and LoRA's bytes per token."""
-        layout, costs, weights = self._workspace.model.layout, self._costs, self._weights
-        if not layout.is_low_rank:
-            return {slot.module: 0 for slot in layout.slots}, self._workspace.model.trainable, 0, 0.0
-        if self._partial:
-            ranks = {module: product.rank for module, product in lora_factors(told.tensors).items()}
-        else:
-            rank = int(told.settings.get(RANK, 0)) or peer.rank or layout.rank
-            ranks = dict.fromkeys(weights, rank)
-        of = [(weights[module], rank) for module, rank in ranks.items()]
-        # A's gradient needs the layer's input, B's what A makes of it
-        only = told.settings.get(TRAIN)
-        a, b = only != "lora_B", only != "lora_A"
-        numbers = sum(rank * (a * weight.columns + b * weight.rows) for weight, rank in of)
-        per_token = sum(a * costs.input_bytes * weight.columns + b * costs.inner_bytes * rank for weight, rank in of)
-        return ranks, numbers, min((weight.block for weight, _ in of), default=0), per_token
 
     def eligible_clients(self, state: Any, number: int, peers: Mapping[int, ClientInfo]) -> dict[int, Turn]:
         """What round `number` is expected to take each client that can take part; the others, with the reason, are

@@ -8,7 +8,7 @@ from typing import Any
 
 from flwr.app import MessageType, RecordDict
 
-from fedtune.config.compatibility import tells_its_work
+from fedtune.config.compatibility import tells_its_work, traits_of
 from fedtune.config.population import MEASURED
 from fedtune.core.errors import MALFORMED, CapacityError, ClientError, ConfigError, WireError
 from fedtune.core.limits import BOUNDS
@@ -20,6 +20,7 @@ from fedtune.device.home import home
 from fedtune.device.owner import Owner
 from fedtune.device.usage import Usage
 from fedtune.planning.population import profile_of
+from fedtune.planning.turn_times import memory_of, trained_of
 from fedtune.training.apply_instruction import BATCH, BITS, STEPS, with_steps
 from fedtune.training.schedule import schedule_of
 from fedtune.wire.flower_private import content_bytes
@@ -62,11 +63,11 @@ def handle_message(
     """
     usage = None if owner is None else Usage(home(), owner.file.limits)
     try:
-        if usage is not None and kind == MessageType.TRAIN:
-            usage.begin(content_bytes(content))
+        if usage is not None:
+            (usage.begin if kind == MessageType.TRAIN else usage.count)(content_bytes(content))
         handled = _answer(kind, round, content, workspace_of(run_config, owner), node_config)
         if usage is not None:
-            usage.answered(content_bytes(handled.content))
+            usage.count(content_bytes(handled.content))
         return handled
     except MALFORMED as error:
         if owner is None:
@@ -178,12 +179,10 @@ def _within_limits(workspace: Workspace, client: Any, batches: ClientBatches, to
     size = min(batches.batch_size, batches.examples)
     memory = 0.0
     if limits.memory_bytes is not None:
-        model, held = workspace.model, int(told.settings.get(BITS, workspace.bits))
-        costs = workspace.costs
-        if work.backward:
-            memory = float(costs.memory(size, held, 0, model.trainable, 0.0, work.state_bytes))
-        else:
-            memory = costs.base_bytes[str(held)] + costs.fixed_bytes + size * costs.head_bytes
+        partial = traits_of(workspace.strategy).partial
+        trained = trained_of(workspace.model.layout, workspace.weights, workspace.costs, told, partial=partial)
+        held, micro = int(told.settings.get(BITS, workspace.bits)), workspace.experiment.train.micro_batch_size
+        memory = memory_of(workspace.costs, work, trained, size, micro, held)
     owner.check_turn(work.steps, work.steps * passes * size, memory)
     return batches
 
