@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -67,8 +68,9 @@ SMALL = (
 )
 
 
-# They wait for Flower and Ray most of the time, so they go first and the others beside them
-LONG = ("test_deploy.py", "test_fleet.py", "test_sockets.py", "test_bundle.py", "test_ray.py", "test_fleet_ends.py")
+# They wait for Flower and Ray most of the time, so they go first. The system prefers them to those that run beside them,
+# or a process of Ray's may take minutes to start
+LONG = ("test_deploy.py", "test_fleet.py", "test_sockets.py", "test_bundle.py", "test_fleet_ends.py", "test_ray.py")
 
 
 # A test that comes by one of these is `slow` without saying so
@@ -123,9 +125,12 @@ _file: list[Path] = []
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What a file's tests imported, as a compiler, stays as well."""
+    """What a file's tests imported, as a compiler, stays as well. Those that wait most of the time are not to wait for
+    the others."""
     if _file != [item.path]:
         _file[:] = [item.path]
+        if item.path.name not in LONG and not os.nice(0):
+            os.nice(10)
         gc.collect()
         gc.freeze()
 
@@ -239,6 +244,14 @@ def compiled() -> Iterator[None]:
         noise._compiled.cache_clear()
         yield
     noise._compiled.cache_clear()
+
+
+@pytest.fixture
+def folder_for_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ray's sockets have long names, and pytest's folders too. In a folder of its own it finds no other test's Ray."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield
 
 
 @pytest.fixture

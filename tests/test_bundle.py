@@ -41,7 +41,7 @@ def test_the_bundle_holds_the_code_the_settings_and_the_licence():
 
 
 @pytest.mark.slow
-def test_flwr_run_plays_a_toy_on_the_nodes_that_flower_simulates(tmp_path):
+def test_flwr_run_plays_a_toy_on_the_nodes_that_flower_simulates(tmp_path, folder_for_ray):
     """`flwr run .`, as somebody types it who has read nothing, but for the rounds, which would all be alike; the daemon
     that it starts stays until it is ended."""
     mark = secrets.token_hex(8)
@@ -52,7 +52,6 @@ def test_flwr_run_plays_a_toy_on_the_nodes_that_flower_simulates(tmp_path):
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
         "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray listens on every interface
-        "RAY_TMPDIR": "/tmp",
         MARK: mark,
     }
     out = f"out={tmp_path / 'run'}"

@@ -21,10 +21,7 @@ from fedtune.runtime.ray import backend_config, run_ray
 ON_RAY = ("runtime=ray", "runtime.wait=200")
 
 
-@pytest.fixture(autouse=True)
-def folder_for_ray(monkeypatch, tmp_path):
-    # Ray's sockets have long names, and pytest's folders too
-    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+pytestmark = pytest.mark.usefixtures("folder_for_ray")
 
 
 def words(folder, *more):

@@ -10,10 +10,13 @@ import numpy as np
 
 @contextmanager
 def reading_once() -> Iterator[None]:
-    """transformers reads a file anew for its config, its tokenizer and its weights, and gguf the 150,000 words of its
+    """Read each file once, and quickly.
+
+    transformers reads a file anew for its config, its tokenizer and its weights, and gguf the 150,000 words of its
     header one number at a time of a memmap, which takes ten times as long as of a plain array: 7 CPU seconds each time.
     Here a file is read once, as a plain array over the same memory. And the table of an architecture's names, which
-    transformers makes for every module, is made once."""
+    transformers makes for every module, is made once.
+    """
     import gguf
 
     read: dict[str, Any] = {}
