@@ -68,8 +68,8 @@ SMALL = (
 )
 
 
-# They wait for Flower and Ray most of the time, so they go first. The system prefers them to those that run beside them,
-# or a process of Ray's may take minutes to start
+# They wait for Flower and Ray most of the time, so they go first. The system prefers them to those that run beside
+# them, or a process of Ray's may take minutes to start
 LONG = ("test_deploy.py", "test_fleet.py", "test_sockets.py", "test_bundle.py", "test_fleet_ends.py", "test_ray.py")
 
 
@@ -244,6 +244,13 @@ def compiled() -> Iterator[None]:
         noise._compiled.cache_clear()
         yield
     noise._compiled.cache_clear()
+
+
+@pytest.fixture
+def forking() -> Iterator[None]:
+    """`subprocess` starts processes that have imported everything."""
+    with forked.everywhere():
+        yield
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def test_a_picture_is_drawn_of_a_run(shared_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_family_is_one_table(tmp_path, capsys):
+def test_the_family_is_one_table(tmp_path, capsys, forking):
     run_local(small("rounds=1", out=tmp_path / "fedit"))  # what is finished isn't run again
     assert family.main(["methods=fedit,flora", f"out={tmp_path}", *SMALL, "rounds=1"]) == 0
     told = capsys.readouterr()

@@ -234,7 +234,7 @@ class TestCompare:
 
 
 @pytest.mark.slow
-def test_a_comparison_that_is_killed_goes_on_where_it_stood(tmp_path: Path):
+def test_a_comparison_that_is_killed_goes_on_where_it_stood(tmp_path: Path, forking: None):
     """Killed while its second run goes on: its processes end with it, and the same command ends in the bits of runs
     that were never stopped."""
     out, words = tmp_path / "out", ["methods=[fedit]", "seeds=[0,1]", "jobs=1", *SMALL[:1], "rounds=40", *SMALL[2:]]

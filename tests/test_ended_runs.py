@@ -105,7 +105,7 @@ time.sleep(60)
 """
 
 
-def test_of_processes_that_want_a_folder_at_once_one_has_it_until_it_is_killed(tmp_path):
+def test_of_processes_that_want_a_folder_at_once_one_has_it_until_it_is_killed(tmp_path, forking):
     """Until then alone: what it has forked lives on, and doesn't keep the folder from whoever goes on with the run."""
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}

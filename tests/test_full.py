@@ -277,9 +277,8 @@ def test_bfloat16_weights_are_deaf_to_steps_that_float32_ones_take():
 class TestSmolLM2:
     """The real base's vocabulary and its first blocks."""
 
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_all_its_weights_are_trained_and_put_back(self, short_smollm2, dtype):
-        model = full(ModelSpec(path=str(short_smollm2), dtype=dtype))
+    def test_all_its_weights_are_trained_and_put_back(self, short_smollm2):
+        model = full(ModelSpec(path=str(short_smollm2), dtype="float32"))
         assert model.trainable == 35_392_320
         start = logits(model.module)
         first = train(model, steps=1, lr=1e-4)

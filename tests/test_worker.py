@@ -12,6 +12,7 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
 from pathlib import Path
 
+import forked
 import mischief
 import psutil
 import pytest
@@ -47,7 +48,7 @@ def place(tmp_path_factory):
         "MISCHIEF": "raise:0:2:1 hang:0:3:1 die:0:4:1",
         "SECRET": "hunter2",
     }
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, forked.everywhere():
         for name, value in environment.items():
             patch.setenv(name, value)
         place = place_of(NODE)
@@ -279,5 +280,5 @@ def test_the_device_app_imports_nothing_heavy():
         "import sys, fedtune.runtime.app, fedtune.runtime.worker\n"
         "print([m for m in ('torch', 'transformers', 'peft', 'ray', 'hydra', 'datasets') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    with forked.REAL([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.communicate()[0].strip() == "[]"
