@@ -106,7 +106,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _turn(name: str) -> int:
-    return LONG.index(name) if name in LONG else len(LONG)
+    first = (*LONG, "test_noise.py")  # compiles what test_fedkseed.py finds then
+    return first.index(name) if name in first else len(first)
 
 
 def pytest_collection_finish() -> None:
@@ -258,6 +259,7 @@ def folder_for_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ray's sockets have long names, and pytest's folders too. In a folder of its own it finds no other test's Ray."""
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray's own is 15, behind all that computes beside it
         yield
 
 

@@ -18,6 +18,7 @@ from fedtune.workspace.workspace import Workspace
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -39,6 +40,7 @@ def test_a_plan_without_weights_is_the_plan(short_smollm2, tmp_path, words):
     assert sketch.base.model.device == loaded.model.device == pick_device("cpu")
 
 
+@pytest.mark.slow
 def test_no_weights_need_be_there(short_smollm2, tmp_path, capsys):
     """As with a model of a hub's, of which nothing but its config and its tokenizer is downloaded."""
     for file in short_smollm2.iterdir():
