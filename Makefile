@@ -24,7 +24,8 @@ test: setup  ## run every test, four files at a time; prints what each file took
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 --cpu
 
 quick: setup  ## run what plays no runs, but for two rounds of each method: what one runs while working
-	$(RUN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	@# pytest rewrites each file's asserts, and keeps that if it may
+	env -u PYTHONDONTWRITEBYTECODE $(RUN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: setup  ## format check, lint, types
 	$(RUN)/ruff format --check .

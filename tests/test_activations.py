@@ -54,6 +54,7 @@ def test_the_update_has_the_same_bits(words, tmp_path):
     assert state_sha256(plain) == state_sha256(anew)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_also_over_a_quantized_base(quantization, base, tmp_path):
     words = ("model=custom", f"model.path={base}", f"model.quantization={quantization}", "model.dtype=float32")
@@ -116,6 +117,7 @@ def test_who_resumes_an_older_run_has_the_same_settings(tmp_path):
     assert small("runtime.deterministic=false", out=tmp_path).sha256 != plain.sha256
 
 
+@pytest.mark.slow
 def test_what_cant_be_computed_anew_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="adapter=prefix_tuning hands keys and values"):
         small("adapter=prefix_tuning", ANEW, out=tmp_path)
@@ -134,6 +136,7 @@ def test_float16_with_a_scaled_loss_goes_where_float32_goes(tmp_path):
     assert half.metrics["train_loss"] == pytest.approx(plain.metrics["train_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_gradients_that_dont_fit_halve_the_scale_and_no_step_is_lost(tmp_path, monkeypatch):
     """From a scale that is too large by far, and from one that fits: the same steps, as near as float16 comes."""
     answers = []

@@ -81,6 +81,7 @@ def test_the_best_changes_with_the_checkpoint(tmp_path):
     copy.close()
 
 
+@pytest.mark.slow
 def test_what_cant_be_kept_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"keep.best=true goes by the held-out loss"):
         small("keep.best=true", "evaluate.every=0", out=tmp_path)

@@ -5,6 +5,7 @@ import pytest
 from simulations.benchmarks import aggregation
 
 
+@pytest.mark.slow
 def test_quick_prints_every_method(monkeypatch, capsys):
     calls = {"dense": aggregation.dense, "fedit": aggregation.averaging}
     seen = {}

@@ -51,6 +51,7 @@ def test_every_strategy_opens_with_its_source_and_its_bytes():
             assert word in text, f"{path.name} lacks {word}"
 
 
+@pytest.mark.slow
 def test_no_pickle_and_no_tensor_files_that_can_hold_code():
     for path in [*CORE, *(ROOT / "strategies").glob("*.py"), *(ROOT / "clients").glob("*.py")]:
         assert not {"pickle", "cloudpickle", "dill", "marshal"} & set(imports(path))
@@ -116,6 +117,7 @@ def public(node, name):
             yield from public(inner, f"{name}.{inner.name}")
 
 
+@pytest.mark.slow
 def test_a_public_docstring_begins_with_a_sentence():
     """It ends with a full stop, and Args and Raises come after it: an API reference shows the sentence alone. Only a
     module's may begin with what it is about, as `fedtune report` or raFLoRA."""

@@ -109,6 +109,7 @@ def test_where_peft_has_no_default_all_layers_that_can_be_are_adapted_and_said(n
     assert without in said
 
 
+@pytest.mark.slow
 def test_where_peft_has_a_default_it_stays(bases):
     model = local(bases("llama")[1])
     assert adapted(model) == ["q_proj", "v_proj"]
@@ -258,6 +259,7 @@ def test_code_that_a_model_brings_is_refused_without_a_question(tmp_path):
 # What is held in few bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "share", "quantization"), [("llama", 100, "int8"), ("gpt2", 88, "nf4"), ("mixtral", 14, "nf4")]
 )
@@ -325,6 +327,7 @@ def bytes_tokenizer(**special):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("special", "pad"),
     [

@@ -23,6 +23,7 @@ NOWHERE = "model.path=/nowhere/at/all"  # loading it is another error
 MIXED = [name for name in choices("method") if traits_of_method(name).mixed_ranks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", of_each_kind(set(choices("method")) - set(MIXED)))
 def test_mixed_ranks_with_a_same_rank_method_stop_the_run_before_a_model_is_loaded(method):
     why = (
@@ -41,6 +42,7 @@ def test_the_command_says_so_in_one_line_and_leaves_no_folder(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", of_each_kind(MIXED))
 def test_methods_for_mixed_ranks_take_them(method):
     assert Workspace(compose([f"method={method}", "population.ranks=[8,4]", NOWHERE])).strategy

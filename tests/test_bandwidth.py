@@ -60,6 +60,7 @@ def swallow(link):
         pass
 
 
+@pytest.mark.slow
 def test_both_directions_are_measured(listener):
     port, said = listener
     found = measure("127.0.0.1", port, 0.5)
@@ -70,6 +71,7 @@ def test_both_directions_are_measured(listener):
     assert "up: " in said[1]
 
 
+@pytest.mark.slow
 def test_a_slow_link_is_measured_as_slow():
     """A listener that sends 20 blocks of 1000 bytes a second for 0.9 s: 20,000 bytes per second."""
 
@@ -177,6 +179,7 @@ def forever(link):
         link.sendall(b"A" * CHUNK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("behave", "kind", "part"),
     [

@@ -118,6 +118,7 @@ def test_links_for_somebody_else_are_refused_by_name():
 GOOD = [sequence(3)[-1][1].blob(since, {"n": torch.tensor([1])}) for since in (1, 9)]
 
 
+@pytest.mark.slow
 @given(st.sampled_from(GOOD), st.integers(0, 2000), st.binary(max_size=40))
 @many()
 def test_damaged_and_made_up_blobs_end_in_an_error_or_in_tensors(blob, kept, tail):
@@ -233,6 +234,7 @@ class Shrinking(FedIT):
         return replace(told, tensors={name: t[:1] for name, t in told.tensors.items()}) if round == 2 else told
 
 
+@pytest.mark.slow
 def test_a_round_of_another_shape_is_told_from_the_start_and_the_chain_waits():
     workspace = Workspace(compose([*SMALL, *WORDS]))
     workspace.strategy = Shrinking()

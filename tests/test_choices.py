@@ -76,6 +76,7 @@ def test_a_bad_row_is_named(tmp_path, row, said):
     assert said in str(error.value)
 
 
+@pytest.mark.slow
 @many()
 @given(
     choices=st.recursive(
@@ -149,6 +150,7 @@ def test_without_a_template_and_what_is_too_long():
     assert [int(counts.sum()) for _, counts in (short, long)] == [4, 9]
 
 
+@pytest.mark.slow
 def test_the_likeliest_choice_by_hand():
     """Each option by itself, unpadded: the sum of the log-softmax at each of its tokens, in float64."""
     draw = np.random.default_rng(0)

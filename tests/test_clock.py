@@ -386,6 +386,7 @@ def clock(tmp_path_factory):
     return Clock(Workspace(small(out=tmp_path_factory.mktemp("clock"))))
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(["flop_per_s", "read_bytes_per_s", "up_bytes_per_s", "down_bytes_per_s", "memory_bytes"]),
     st.fixed_dictionaries(dict.fromkeys(("flop_per_s", "read_bytes_per_s", "up_bytes_per_s"), RATE)),

@@ -19,6 +19,7 @@ def threads(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
 
 
+@pytest.mark.slow
 def test_the_quick_form_prints_every_codec(capsys, tmp_path):
     folder = tmp_path / "my-run"
     learnt = torch.randn(50, 3)

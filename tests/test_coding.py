@@ -107,6 +107,7 @@ def test_a_tensor_comes_once():
         decode(STC(), b"fd\1\1\0\1\0" + bytes([len(other)]) + other, KNOWN)
 
 
+@pytest.mark.slow
 def test_with_feedback_the_sum_of_what_was_sent_follows_the_sum_of_what_was_meant():
     """At 2 % density: without, most values are never sent."""
     draw = torch.Generator().manual_seed(0)

@@ -51,6 +51,7 @@ class TestPlan:
         )
         assert (made.seeds, made.jobs, made.tuning_seed) == ((3, 5), 2, 6)
 
+    @pytest.mark.slow
     def test_items_with_settings_and_labels(self):
         made = plan(
             ["methods=[fedit,'slow: fedit train.lr=1e-4','fedit server_optimizer=fedadam']", "codecs=[default]"]
@@ -66,6 +67,7 @@ class TestPlan:
         made = plan(["methods=all", "model=tiny"])
         assert {"fedit", "fedkseed", "local_only"} <= {entry.label for entry in made.entries}
 
+    @pytest.mark.slow
     def test_trials_are_as_many_for_each_and_relative_to_its_own(self):
         """fedit's clients step by train.lr=1e-3, scaffold's by 0.1 and fedkseed's, in the server's rules, by 1e-5."""
         made = plan(["methods=[fedit,scaffold,fedkseed]", "tune.lr=[0.3x,2]", "seeds=[0,1]", "out=x"])
@@ -89,6 +91,7 @@ class TestPlan:
             ("method.client.lr=2", "train.steps=4"),
         ]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("words", "said"),
         [
@@ -123,6 +126,7 @@ class TestPlan:
         with pytest.raises(ConfigError, match=said):
             read()
 
+    @pytest.mark.slow
     def test_one_entry_that_can_not_be_does_not_stop_the_others(self):
         made = plan(["methods=['fedit adapter.rank=0',flora]"])
         with pytest.raises(ConfigError, match=r"adapter\.rank"):

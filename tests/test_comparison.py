@@ -411,6 +411,7 @@ def test_of_two_runs_with_one_seed_the_one_that_got_further_counts(out):
     assert found.notes == (f"short is left out: it has the settings and the seed of {run.path}, which got further",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -105,6 +105,7 @@ def test_a_runs_adapter_as_the_difference_from_where_it_began(small_run, tmp_pat
     assert all(learnt[name].any() for name in began)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", LOSSLESS)
 def test_lossless_codecs_keep_every_bit(trained, tmp_path, codec):
     done = compress(str(trained), str(tmp_path / "small"), codec)
@@ -118,6 +119,7 @@ def test_lossless_codecs_keep_every_bit(trained, tmp_path, codec):
     assert equal(load_file(tmp_path / "t" / WEIGHTS), load_file(whole / WEIGHTS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", LOSSY)
 def test_lossy_codecs_keep_names_shapes_dtypes_and_the_direction(tmp_path, codec):
     folder = adapter(tmp_path / "mixed", MIXED)

@@ -28,6 +28,7 @@ from fedtune.config.targets import table
 from fedtune.core.errors import ConfigError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", choices("experiment"))
 def test_every_experiment_composes(name):
     assert compose([f"experiment={name}"]).name == name
@@ -54,6 +55,7 @@ def test_a_methods_yaml_lists_all_hyper_parameters_and_builds(name):
         assert dataclasses.is_dataclass(build(side, name, allowed=()))  # as another's
 
 
+@pytest.mark.slow
 def test_values_reach_the_experiment():
     experiment = compose(
         ["train.lr=1e-4", "adapter.targets=[q_proj,k_proj]", "data.partition_options={a: 1}", "seed=3"]
@@ -65,6 +67,7 @@ def test_values_reach_the_experiment():
     assert load(experiment.text()) == experiment
 
 
+@pytest.mark.slow
 def test_a_path_of_ones_own_leaves_the_default_groups_settings_behind():
     experiment = compose(["data.path=mine.jsonl", "model.path=me/mine"])
     assert (experiment.data.partition, experiment.data.partition_by) == ("iid", None)
@@ -73,6 +76,7 @@ def test_a_path_of_ones_own_leaves_the_default_groups_settings_behind():
     assert kept.data.partition_by == "topic"
 
 
+@pytest.mark.slow
 def test_codec_sets_both_directions():
     experiment = compose(["codec=raw"])
     assert experiment.codec_up == experiment.codec_down == {"_target_": "fedtune.codecs.raw.Raw"}
@@ -85,6 +89,7 @@ def test_what_depends_on_the_machine_is_recorded():
     assert compose(["population.clients=50"]).population.cohort_size == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "said"),
     [
@@ -162,6 +167,7 @@ def test_the_defaults_in_code_are_those_in_use():
     assert (CONF / "config.yaml").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in choices("server_optimizer") if name != "none"])
 def test_a_server_optimizers_yaml_lists_all_hyper_parameters_and_reads_back(name):
     experiment = compose([f"server_optimizer={name}", "method=krum"])
@@ -187,6 +193,7 @@ def test_every_setting_that_is_text_is_one_of_them(key):
         assert _expand(f"{key}={value}")[-1] == f"{key}={value}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a, b=c", "{a} (b)", "Grüße 世界 🙂", 'it\'s "x" \\'])
 def test_a_run_may_be_called_anything(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -197,6 +204,7 @@ def test_a_run_may_be_called_anything(tmp_path, monkeypatch, name):
     assert load(experiment.text()) == experiment
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_any_folder(tmp_path, monkeypatch, capsys):
     """Its data, its devices and its base are named relative to where it was started; its folder is named as nobody
     should."""
@@ -217,6 +225,7 @@ def test_a_run_goes_on_from_any_folder(tmp_path, monkeypatch, capsys):
     assert summary_of(home / name)["rounds"] == 2
 
 
+@pytest.mark.slow
 def test_what_is_no_path_here_and_what_is_a_devices_own_stays_as_it_was_typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
@@ -257,6 +266,7 @@ def test_the_table_has_our_files_and_what_conf_names():
     assert core == {"fedtune.training.zeroth_order.Rules", "fedtune.training.projection.Projection"}
 
 
+@pytest.mark.slow
 def test_a_class_of_ones_own_is_made_from_ones_own_words_and_wants_a_word_from_a_folder(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     assert main(["run", *SMALL, "method.client._target_=mischief.Mischief", "rounds=1", f"out={out}"]) == 0

@@ -357,6 +357,7 @@ def hashes(state, replies):
     return state_sha256(state), [state_sha256(update) for _, update in replies]
 
 
+@pytest.mark.slow
 @each_method
 def test_identical_clients_are_a_fixed_point(method, first_updates):
     if method == "ferret":
@@ -393,6 +394,7 @@ def change_of(workspace, instruction):
     return change
 
 
+@pytest.mark.slow
 @each_method
 def test_an_update_with_tensors_of_other_names_is_refused(method, first_updates):
     strategy, state, replies, _ = first_updates(method)
@@ -410,6 +412,7 @@ def test_aggregating_changes_neither_the_old_state_nor_the_updates(method, first
     assert before == hashes(state, replies)
 
 
+@pytest.mark.slow
 @each_kind
 def test_a_turn_leaves_no_trace_in_the_next(method, first_updates, tmp_path):
     """A client's update is the same whether it goes first or after all others."""

@@ -87,6 +87,7 @@ def test_less_is_left_out_than_there_was(codec, kind):
 values = st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.floats(-1e6, -1e-6), st.sampled_from([1.0, -1.0, 1e6, 1e-6]))
 
 
+@pytest.mark.slow
 @many()
 @given(
     st.sampled_from(CODECS),
@@ -152,6 +153,7 @@ def test_others_codecs_have_to_say_so(where):
         build_codec({**spec, "feedback": True}, where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [

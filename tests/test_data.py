@@ -178,6 +178,7 @@ def test_a_fault_names_the_file_and_the_line(tmp_path, name, content, said):
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 @many()
 @given(st.binary(max_size=120))
 def test_random_bytes_in_a_file_are_refused_or_read_but_never_crash(tmp_path_factory, content):
@@ -221,6 +222,7 @@ def divided(clients, **settings):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("partition", "clients"),
     [
@@ -245,6 +247,7 @@ def test_every_row_has_one_holder(partition, clients):
         assert len(together) == len(data.corpus)
 
 
+@pytest.mark.slow
 def test_natural_gives_each_client_one_topic():
     data = divided(21, partition="natural")
     topics = defaultdict(set)  # of a text: some stand in the files of two topics, and one row of them stays
@@ -259,6 +262,7 @@ def test_natural_gives_each_client_one_topic():
     assert len(set.union(*held)) == 21
 
 
+@pytest.mark.slow
 def test_a_division_follows_from_the_seed():
     spec = CHATTERBOT
     one, again, other = (load_data(spec, 5, TOKENIZER, seed) for seed in (0, 0, 1))
@@ -266,6 +270,7 @@ def test_a_division_follows_from_the_seed():
     assert not all(np.array_equal(a, b) for a, b in zip(one.train, other.train, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "clients", "error", "said"),
     [
@@ -290,6 +295,7 @@ def test_a_division_that_does_not_work_says_what_would(settings, clients, error,
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 def test_batches_pass_over_all_rows_before_any_comes_again():
     data = divided(5, partition="iid")
     batches = iter(data.batches(0, 4, key=1))
@@ -303,6 +309,7 @@ def test_batches_pass_over_all_rows_before_any_comes_again():
     assert next(again).tokens.equal(next(iter(data.batches(0, 4, key=1))).tokens)
 
 
+@pytest.mark.slow
 def test_a_client_with_fewer_rows_than_a_batch_gets_small_batches():
     data = divided(500, partition="iid")
     assert next(iter(data.batches(0, 64, key=1))).tokens.shape[0] == len(data.train[0])

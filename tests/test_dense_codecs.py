@@ -173,6 +173,7 @@ def test_int8_rounds_up_with_the_probability_of_what_is_left():
     assert abs(float((decoded - x).mean())) <= 5 * float(sigma.square().sum().sqrt()) / len(x) + 2**-16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (1,), (301,), (50, 7), (5, 3, 20)])
 def test_the_mean_of_int8_over_keys_is_what_was_encoded(shape):
     """The error of one draw is below the scale with a deviation of at most half of it: 5 sigma of `keys` draws."""
@@ -373,6 +374,7 @@ def built(*words):
     return workspace.codec_up
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16", "int8", "nf4", "signsgd"])
 def test_it_is_built_by_its_name_in_the_config(name):
     codec = built(f"codec={name}")
@@ -511,6 +513,7 @@ def test_no_cut_and_nothing_added_gets_past_the_decoder(codec):
         decodes(codec, blob[:3] + (other[3:] * 9)[: len(blob) - 3])
 
 
+@pytest.mark.slow
 @every_codec
 def test_every_flipped_bit_is_refused_or_another_value(codec):
     blob = codec.encode(SAMPLE, 0)
@@ -525,6 +528,7 @@ def test_every_flipped_bit_is_refused_or_another_value(codec):
     assert 0 < passed < 8 * (len(blob) - 3)
 
 
+@pytest.mark.slow
 @every_codec
 def test_thousands_of_damaged_and_random_blobs(codec):
     source = random.Random(7)
@@ -547,6 +551,7 @@ def test_thousands_of_damaged_and_random_blobs(codec):
 some_shape = st.lists(st.integers(0, 6), max_size=3).map(tuple)
 
 
+@pytest.mark.slow
 @many()
 @given(st.sampled_from(CODECS), st.dictionaries(st.text(max_size=4), some_shape, max_size=4), st.data())
 def test_any_bytes_for_any_shapes(codec, shapes, data):
@@ -557,6 +562,7 @@ def test_any_bytes_for_any_shapes(codec, shapes, data):
     decodes(codec, OWN[type(codec)] + ((body or b"\x00") * size)[: size - 3], shapes)
 
 
+@pytest.mark.slow
 @many()
 @given(
     st.sampled_from(CODECS),

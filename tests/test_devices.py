@@ -78,6 +78,7 @@ def table():
     return "\n".join(rows)
 
 
+@pytest.mark.slow
 def test_the_docs_have_the_catalogue():
     text = (ROOT / "docs" / "devices.md").read_text()
     assert table() in text
@@ -108,6 +109,7 @@ def test_all_clients_are_somebody(asked, clients):
     assert all(abs(counts[name] - clients * share / whole) < 1 + 1e-9 for name, share in asked.items())
 
 
+@pytest.mark.slow
 def test_who_is_which_follows_from_the_seed_alone():
     devices = {"rtx_4090": 0.25, "raspberry_pi_5": 0.75}
     words = ["population.clients=1000", "seed=1"]
@@ -128,6 +130,7 @@ def test_a_list_is_taken_in_turn_and_no_devices_are_no_limits():
     assert profile_of(3, compose([])) == DeviceProfile()
 
 
+@pytest.mark.slow
 def test_the_mixes_are_what_they_say():
     mixed = compose(["population=mixed"])
     counts = Counter(profile_of(index, mixed).device for index in range(40))
@@ -247,6 +250,7 @@ def test_a_population_that_is_none_is_refused(words, said):
         assert part in str(caught.value)
 
 
+@pytest.mark.slow
 def test_rounds_of_unequal_clients_are_set():
     words = ["population.straggler=drop", "population.deadline=60", "population.selection=power_of_choice"]
     experiment = compose([*words, "population.dropout=0.1"])
@@ -270,6 +274,7 @@ def test_what_the_owner_declares_goes_first_key_by_key():
             turns.capability_of(declared | wrong, assigned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", ["[jetson_orin_nano]", "measured"])
 def test_a_client_greets_as_what_it_was_assigned(tmp_path, monkeypatch, devices):
     monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path))

@@ -136,6 +136,7 @@ def test_a_disk_that_fills_at_any_file_costs_no_bits(small_disk, everything, nam
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_of_a_checkpoint_is_noticed_or_makes_no_difference(tmp_path):
     """Every byte of a checkpoint, one after the other, with one of its bits flipped."""
     path = tmp_path / "state.safetensors"

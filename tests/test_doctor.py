@@ -164,6 +164,7 @@ def test_bitsandbytes_layers_train(make, dtype):
     assert fault(layer, plain.weight.detach(), torch.randn(16, 192, dtype=dtype)) == ""
 
 
+@pytest.mark.slow
 def test_a_kernel_that_raises_is_a_reason(monkeypatch):
     """bitsandbytes without its NF4 layer: that is said of it, and int8 is tried all the same."""
     import bitsandbytes
@@ -174,6 +175,7 @@ def test_a_kernel_that_raises_is_a_reason(monkeypatch):
     assert (int8.reason, int8.times > 0) == ("", True)
 
 
+@pytest.mark.slow
 def test_matmul_rates_are_rates():
     """By another clock, 2 x 512^3 operations of a product of 512 x 512; a busy machine may need a second look."""
     one, ratios = torch.randn(512, 512), []

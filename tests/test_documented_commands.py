@@ -83,6 +83,7 @@ def test_a_run_that_a_page_prints_runs(words, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "runs").iterdir()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", of("fedtune", "compare"))
 def test_a_comparison_that_a_page_prints_is_one(words):
     assert plan(settings_of(words)).entries

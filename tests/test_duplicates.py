@@ -75,6 +75,7 @@ def corpora(draw):
     return pairs, spec, draw(st.integers(1, 4)), draw(st.integers(0, 5))
 
 
+@pytest.mark.slow
 @given(corpora())
 def test_no_prompt_stands_on_both_sides_of_a_split(tmp_path_factory, drawn):
     pairs, spec, clients, seed = drawn
@@ -173,6 +174,7 @@ def test_what_leaks_is_counted():
     assert "2 rows by the server, 2 by clients; 1 and 2 of them stand in training data" in data.describe(DataSpec())[1]
 
 
+@pytest.mark.slow
 def test_the_defaults_leak_nothing():
     """Every experiment of conf/, by its words as well as by its own count."""
     named = (f"experiment={file.stem}" for file in (CONF / "experiment").glob("*.yaml"))
@@ -307,6 +309,7 @@ def test_a_client_without_rows_that_is_asked_says_so(skewed):
         data.batches(data.idle[0], 4, 0)
 
 
+@pytest.mark.slow
 def test_the_plan_leaves_them_out(skewed):
     workspace = Workspace(compose(["model=tiny", *skewed, "population.clients=60", "population=phones"]))
     planned, trouble = plans(workspace)

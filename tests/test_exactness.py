@@ -55,6 +55,7 @@ def test_fedits_error_is_the_spread_of_the_factors(count):
     assert error == pytest.approx((lost / size) ** 0.5, rel=1e-10)
 
 
+@pytest.mark.slow
 @given(CLIENTS)
 def test_flexloras_error_is_that_of_its_dense_product(clients):
     replies = [reply(k, rank, scaling, n) for k, (rank, scaling, n) in enumerate(clients)]

@@ -104,6 +104,7 @@ def some_core(workspace, scale=0.05):
     return {name: scale * torch.randn(t.shape, generator=draw) for name, t in zero_core(workspace.model.layout).items()}
 
 
+@pytest.mark.slow
 def test_a_step_of_gradient_descent_is_that_of_the_paper():
     """Against plain LoRA on the same batch, where autograd knows nothing of R: with lora_B = B0 and lora_A = R A0,
     dL/dlora_A = s B0^T G, whence dL/dR = dL/dlora_A A0^T."""
@@ -146,6 +147,7 @@ def held_by(workspace):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raises", [False, True])
 def test_nothing_is_left_on_the_model_after_a_turn(raises, monkeypatch):
     workspace = workspace_with()

@@ -54,6 +54,7 @@ def test_the_residual_by_hand():
     assert whole(state)["layer"].tolist() == [[8, 64], [0, 24], [-8, -16]]
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 99), min_size=2, max_size=6))
 def test_the_spread_is_what_the_average_misses(examples):
     """In float64: s sum p_k B_k A_k - s B A, of rank (N - 1) r."""
@@ -97,6 +98,7 @@ def test_fedit_misses_what_this_adds():
     assert distance(dense(state.adapter, SCALING), ideal(replies)) > 0.5
 
 
+@pytest.mark.slow
 @given(st.permutations(range(4)))
 def test_the_order_of_clients_changes_nothing(order):
     replies = [reply(k, examples=1 + k) for k in range(4)]

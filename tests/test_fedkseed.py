@@ -215,6 +215,7 @@ def test_a_client_that_steps_alone_ends_where_the_replay_does(small_run, tmp_pat
         assert any((trained[name] != layout.initial[name]).any() for name in trained)
 
 
+@pytest.mark.slow
 def test_who_was_away_is_where_the_others_are(tmp_path):
     """A device that saw every round and one that comes to the last: the same bits, by fewer passes for the first."""
     words = ["model=tiny", "method=fedkseed", *SEEDED, STEPS, DIRECTIONS, "population.clients=1", f"out={tmp_path}/x"]

@@ -96,6 +96,7 @@ def test_each_layer_is_the_sum_over_those_who_trained_it_but_for_what_its_rank_c
         assert apart == pytest.approx(float((values[RANK:] ** 2).sum()), abs=1e-12 * float((values**2).sum()))
 
 
+@pytest.mark.slow
 @given(CLIENTS, st.integers(1, RANK))
 def test_a_clients_first_components_are_the_best_of_that_rank(clients, rank):
     state = aggregate([reply(k, ranks, n) for k, (ranks, n) in enumerate(clients)])
@@ -106,6 +107,7 @@ def test_a_clients_first_components_are_the_best_of_that_rank(clients, rank):
         np.testing.assert_allclose(found, (u[:, :rank] * s[:rank]) @ v[:rank], atol=1e-9 * s[0])
 
 
+@pytest.mark.slow
 @given(CLIENTS)
 def test_the_meter_weighs_a_layer_by_those_who_trained_it(clients):
     """The error that the run reports is what is off over all trained layers together, by numpy."""
@@ -147,6 +149,7 @@ def test_components_that_nobody_trained_can_still_be_trained():
     assert (held.a.norm(dim=1) > 0.1).all()
 
 
+@pytest.mark.slow
 @given(st.permutations(range(4)))
 def test_the_order_of_clients_changes_nothing_but_rounding(order):
     replies = [reply(k, {"one": 1 + k, "two": 4 - k}, 1 + k, [1.0 + k, 2.0]) for k in range(4)]
@@ -245,6 +248,7 @@ DEVICES = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(DEVICES)
 def test_a_plan_keeps_to_its_device(device):
     """Memory and seconds of what a client is told, by the formulas of fedtune/core/costs.py written out once more.
@@ -271,6 +275,7 @@ def test_a_plan_keeps_to_its_device(device):
     assert max(ranks.values()) <= device.max_rank
 
 
+@pytest.mark.slow
 @given(st.lists(DEVICES, min_size=1, max_size=5))
 def test_a_plan_is_the_same_alone_and_among_others(devices):
     method = fedpipe(deadline=20.0)
@@ -279,6 +284,7 @@ def test_a_plan_is_the_same_alone_and_among_others(devices):
     assert [method.plan(states[0], d) for d in devices] == [method.plan(states[1], d) for d in reversed(devices)][::-1]
 
 
+@pytest.mark.slow
 def test_plans_are_made_once_and_not_kept_for_ever():
     method = fedpipe()
     state = method.init(LAYOUT)

@@ -181,6 +181,7 @@ def test_what_does_not_fit_is_said_at_the_start(words, said, tmp_path):
         run_local(small(*WORDS, *words, out=tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_what_a_message_leaves_out_waits_for_one_that_has_the_layer(tmp_path):
     """Turn 1 trains two layers, turn 2 one of them, turn 3 both: what was left out of the other in turn 1 is in what
     turn 3 means to send. What was left out of a score, nothing, is kept nowhere."""
@@ -210,6 +211,7 @@ def test_what_a_message_leaves_out_waits_for_one_that_has_the_layer(tmp_path):
     torch.testing.assert_close(third[name], meant[name] + second[name] - sent[name])
 
 
+@pytest.mark.slow
 def test_a_rank_that_changes_starts_anew(tmp_path):
     """What was left out of components that are no longer the same has no place to go."""
     words = ("method=fedpipe", "codec_up=topk", "codec_up.density=0.05", "codec_up.feedback=true")
@@ -258,6 +260,7 @@ def test_a_lying_client_is_a_row_and_changes_nothing(change, said, tmp_path):
     assert summary_of(tmp_path / "run")["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_the_server_evaluates_all_layers(tmp_path):
     """After a turn of one layer at one rank the server's model has them all, at the largest."""
     workspace = Workspace(small("method=fedpipe", out=tmp_path / "run"))

@@ -64,6 +64,7 @@ def test_steps_on_a_quadratic_follow_the_equation(monkeypatch, mu):
         assert np.allclose(update.tensors[name].numpy(), w, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_they_end_between_the_clients_own_optimum_and_where_the_round_began(monkeypatch):
     h, at, start = drawn(1, 0.5, 2.0), drawn(2), drawn(3)
     quadratic(monkeypatch, h, at)
@@ -80,6 +81,7 @@ def test_without_the_term_it_is_fedit_to_the_last_bit(small_run):
     assert summary_of(fedit)["state_sha256"] == summary_of(fedprox)["state_sha256"]
 
 
+@pytest.mark.slow
 def test_the_term_reaches_the_steps_of_a_real_model():
     """A term without a gradient, as one computed on .data, would leave the update as it is without."""
     _, plain = turn("method=fedprox", "method.client.mu=0", "train.steps=4")
@@ -87,6 +89,7 @@ def test_the_term_reaches_the_steps_of_a_real_model():
     assert state_sha256(Update(held.tensors, 1)) != state_sha256(Update(plain.tensors, 1))
 
 
+@pytest.mark.slow
 def test_a_large_mu_keeps_a_real_model_near_where_the_round_began():
     """Plain steps: with lr mu = 1 each step undoes all earlier ones, so 8 steps get about as far as one."""
     words = ("method=fedprox", "train.optimizer=sgd", "train.lr=0.05", "train.max_grad_norm=0", "train.steps=8")

@@ -75,6 +75,7 @@ def test_each_client_finds_its_own_b_again_and_nobody_elses(tmp_path):
     assert not any(tensor.any() for tensor in bs(workspace).values())
 
 
+@pytest.mark.slow
 def test_a_second_turn_goes_on_from_the_b_of_the_first(tmp_path):
     """The same turn without the memory has another result, and one whose memory came through the disk has the same."""
     workspace, again = workspace_in(tmp_path / "one"), workspace_in(tmp_path / "again")

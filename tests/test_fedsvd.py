@@ -52,6 +52,7 @@ def test_a_is_orthonormal_from_the_start_and_spans_what_it_spanned():
         np.testing.assert_allclose(old @ product.a.T @ product.a, old, atol=1e-12)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 5), st.integers(1, 4))
 def test_it_is_exact_round_after_round(count, rounds):
     method = FedSVD()
@@ -75,6 +76,7 @@ def test_b_holds_the_singular_values_in_order():
         np.testing.assert_allclose(columns.T @ columns, np.eye(rank), atol=1e-10)
 
 
+@pytest.mark.slow
 @given(st.permutations(range(4)))
 def test_the_order_of_clients_changes_nothing(order):
     method = FedSVD()
@@ -124,6 +126,7 @@ def test_a_start_with_a_product_of_its_own_keeps_it():
     assert distance(dense(state.adapter), dense(first.initial)) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_real_turn_trains_b_alone():
     workspace = Workspace(compose([*SMALL, "method=fedsvd", "train.weight_decay=0.1"]))
     state = workspace.strategy.init(workspace.model.layout)

@@ -242,6 +242,7 @@ def turn(*overrides, peer=None, round=1):
     return workspace, local_update(workspace, RUN, peer.index, round, workspace.strategy.configure(state, round, peer))
 
 
+@pytest.mark.slow
 def test_a_client_begins_anew_with_a_rank_and_a_draw_of_its_own():
     ranks = "population.ranks=[8,3]"
     workspace, mine = turn("method=flora", ranks, peer=ClientInfo(1, 9, rank=3, scaling=5.0))
@@ -259,6 +260,7 @@ def test_a_client_begins_anew_with_a_rank_and_a_draw_of_its_own():
         assert not torch.equal(tensor, later.tensors[name])
 
 
+@pytest.mark.slow
 def test_a_is_drawn_by_the_clients_key():
     """Steps so small that A stays where it began: uniform in +-1/sqrt(48)."""
     started = []
@@ -270,6 +272,7 @@ def test_a_is_drawn_by_the_clients_key():
         assert 0.9 / 48**0.5 < one.abs().max() < 1.001 / 48**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling", [2.0, 5.0])
 def test_the_control_sends_what_flora_sends_multiplied_out(scaling):
     peer = ClientInfo(1, 9, rank=3, scaling=scaling)

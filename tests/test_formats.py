@@ -278,6 +278,7 @@ NESTED = st.recursive(
 COLUMNS = ["messages", "conversations", "prompt", "completion", "question", "answer", "instruction", "input", "output"]
 
 
+@pytest.mark.slow
 @many()
 @given(st.dictionaries(st.sampled_from([*COLUMNS, "text", "system", "tools", "choices", "train"]), NESTED, max_size=4))
 def test_whatever_stands_in_a_row_or_a_file_is_read_or_refused(tmp_path_factory, row):

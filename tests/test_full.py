@@ -149,6 +149,7 @@ def test_targets_that_are_not_there_or_hold_nothing_are_named(targets, said):
         full(targets=targets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_quantized_base_is_refused_before_it_is_loaded(quantization):
     with pytest.raises(ConfigError, match=rf"model\.quantization={quantization} .* take model\.quantization=none, or"):
@@ -163,6 +164,7 @@ def test_a_base_that_was_saved_quantized_is_refused():
         LocalModel(base, AdapterSpec(kind=FULL), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", NEEDY)
 def test_methods_on_b_a_are_refused_at_the_start(method):
     with pytest.raises(
@@ -171,6 +173,7 @@ def test_methods_on_b_a_are_refused_at_the_start(method):
         Workspace(compose([*SMALL, f"method={method}", "adapter=none"]))
 
 
+@pytest.mark.slow
 def test_ranks_are_refused():
     with pytest.raises(ConfigError, match=r"population\.ranks=\[4, 2\] is about B A, which adapter=none hasn't got"):
         Workspace(compose([*SMALL, "method=local_only", "adapter=none", "population.ranks=[4,2]"]))
@@ -183,6 +186,7 @@ def test_hashes_of_adapters_layouts_are_what_they_always_were():
     assert LocalModel(load_base(TINY, CPU), AdapterSpec(kind="ia3"), 0).layout.sha256 == IA3_OF_TINY
 
 
+@pytest.mark.slow
 def test_a_client_with_another_base_is_refused_at_the_handshake(tmp_path):
     one, same, other = (full(gpt2(tmp_path / str(n), seed)) for n, seed in enumerate((0, 0, 1)))
     assert one.layout.slots == other.layout.slots

@@ -58,6 +58,7 @@ def test_clients_count_by_what_they_change(norm):
     torch.testing.assert_close(state.adapter[B], torch.tensor([[0.75], [4.5], [7.0]]), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["model", "layer"])
 @given(data=st.data())
 def test_weights_sum_to_one_and_are_the_norms_of_whole_matrices(norm, data):
@@ -165,6 +166,7 @@ def with_a_tail(workspace):
     return State(filled, state.scaling)
 
 
+@pytest.mark.slow
 def test_a_client_whose_tail_shrank_gives_it_up_and_one_whose_tail_grew_does_not():
     workspace = workspace_with("train.steps=4")
     method, peer, state = HetLoRA(gamma=0.5), ClientInfo(0, workspace.samples(0)), with_a_tail(workspace)
@@ -179,6 +181,7 @@ def test_a_client_whose_tail_shrank_gives_it_up_and_one_whose_tail_grew_does_not
     method.validate(start, 2, peer, grew)
 
 
+@pytest.mark.slow
 def test_the_penaltys_gradient_reaches_the_factors():
     """One step of plain gradient descent with the penalty, less one without, is -lr times the penalty's gradient:
     -lr lam ||A[t:]|| B[:, t:] / ||B[:, t:]|| in the tail of B, and nothing in front of it. A regulariser computed on
@@ -198,6 +201,7 @@ def test_the_penaltys_gradient_reaches_the_factors():
         torch.testing.assert_close(moved[2:], -lr * lam * b.norm() * a / a.norm(), rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_at_the_least_rank_nothing_is_penalised_or_pruned():
     workspace = workspace_with()
     state = with_a_tail(workspace)

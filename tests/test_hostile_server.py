@@ -180,6 +180,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "part"), CONFIGS.values(), ids=CONFIGS)
 def test_a_hostile_server_has_nothing_made_or_opened_by_a_runs_config(device, texts, change, part):
     said = refused(device, "query", RecordDict(), {"config": change(texts[()])})
@@ -205,6 +206,7 @@ WORDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "part"), WORDS.values(), ids=WORDS)
 def test_a_hostile_server_has_nothing_looked_up_by_words(device, words, part):
     assert part in refused(device, "query", RecordDict(), {"overrides": words})
@@ -287,6 +289,7 @@ def with_blob(blob):
     return RecordDict({"payload": ArrayRecord({"blob": array}), "settings": ConfigRecord({"run": RUN})})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "part"), MESSAGES.values(), ids=MESSAGES)
 def test_a_hostile_server_has_no_turn_taken_that_makes_no_sense(device, texts, honest, make, part):
     content = make(honest, Raw())
@@ -343,6 +346,7 @@ def test_a_hostile_server_has_no_direction_taken_that_makes_no_sense(device, tex
     assert part in refused(device, "train", content(RULES), {"config": texts[SEEDED]})
 
 
+@pytest.mark.slow
 def test_a_hostile_server_says_not_where_a_device_writes(device, honest):
     """A run that says it is a simulation, with a folder of the device's: what clients keep lies in its home all the
     same."""

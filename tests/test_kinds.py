@@ -80,11 +80,13 @@ def adapted_and_base(model):
         return layer(given), given, layer.get_base_layer().weight.detach()
 
 
+@pytest.mark.slow
 def test_every_kind_has_a_choice_of_its_name():
     assert set(choices("adapter")) == set(ADAPTERS)
     assert all(compose([f"adapter={kind}"]).adapter.kind == kind for kind in ADAPTERS)
 
 
+@pytest.mark.slow
 @each_kind
 def test_the_start_is_the_base(kind):
     state = torch.random.get_rng_state()
@@ -133,6 +135,7 @@ def test_every_party_starts_from_the_same_bits(kind):
     assert all(torch.equal(values[0][name], values[2][name]) for name in values[0]) == (kind in UNDRAWN)
 
 
+@pytest.mark.slow
 def test_manifests_of_unlike_kinds_differ():
     """But for PiSSA's: what it trains is LoRA, from another start and on a shifted base."""
     hashes = {kind: local(kind).layout.sha256 for kind in ADAPTERS}
@@ -347,6 +350,7 @@ def test_methods_that_multiply_b_by_a_can_tell(kind):
             check_traits(experiment, needy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -80,6 +80,7 @@ def by_milp(weights, values, parameters, per_token, block):
     return -found.fun
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("blocks", "per_block", "whole", "least"), [(3, 4, True, 1), (8, 7, False, 0.97)])
 @pytest.mark.parametrize("seed", range(2))
 def test_a_device_gets_what_an_integer_program_finds(blocks, per_block, whole, least, seed, monkeypatch):
@@ -116,6 +117,7 @@ def test_a_selection_takes_what_its_ranks_take(blocks, limit, monkeypatch):
         assert all(isinstance(rank, int) for rank in chosen.values())
 
 
+@pytest.mark.slow
 def test_what_takes_least_and_what_gives_most_are_there_however_short_the_list(monkeypatch):
     monkeypatch.setattr(knapsack, "LIMIT", 20)
     monkeypatch.setattr(knapsack, "CELLS", 3)
@@ -128,6 +130,7 @@ def test_what_takes_least_and_what_gives_most_are_there_however_short_the_list(m
     assert dict.fromkeys([weight.module for weight in weights], 16) in chosen
 
 
+@pytest.mark.slow
 def test_ladders_rise_and_reach_their_block():
     weights = base(12)
     made = selections(weights, RANKS, worths(weights))

@@ -124,6 +124,7 @@ def test_a_broadcast_that_nobody_moves_from_arrives_whole(small_run, monkeypatch
         assert torch.allclose(found.sent.held[name], first + move(name, first.shape), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_what_a_client_trains_and_was_not_told_of_has_to_come_whole():
     with pytest.raises(ConfigError, match="what method=rolora sends down has to come as it is"):
         Workspace(compose([*SMALL, "method=rolora", "codec_down=stc"]))

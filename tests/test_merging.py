@@ -45,6 +45,7 @@ def test_the_residual_is_the_sum_of_all_changes():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.integers(1, 3), min_size=1, max_size=9),
     st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=10, max_size=10),
@@ -102,6 +103,7 @@ def test_what_is_cut_is_the_least_and_is_reported():
     assert {t.shape for name, t in cut.total.items() if name.endswith("A")} == {(2, 20), (2, 24)}
 
 
+@pytest.mark.slow
 def test_the_order_of_layers_changes_no_bit():
     """Decoded tensors come in any order: safetensors keeps none."""
     shapes = {f"layer{place}": (12, 9) for place in range(30)}

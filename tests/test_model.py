@@ -66,6 +66,7 @@ def test_layouts_differ_where_scaling_does():
     assert len({local().layout.sha256, local(alpha=32).layout.sha256, local(rank=4).layout.sha256}) == 3
 
 
+@pytest.mark.slow
 def test_the_start_follows_from_the_seed_and_changes_nothing():
     one, again, other = local(), local(), local(seed=1)
     assert all(torch.equal(one.layout.initial[n], again.layout.initial[n]) for n in one.layout.initial)
@@ -159,6 +160,7 @@ def test_an_sgd_step_is_what_autograd_says():
         assert torch.allclose(tensor, expected[name], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_follows_the_key_and_leaves_the_global_generator_alone():
     def after(key):
         model = local(dropout=0.5)

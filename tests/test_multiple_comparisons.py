@@ -115,6 +115,7 @@ def found_worse(losses):
     return p
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("entries", [3, 5, 10])
 def test_equal_entries_are_called_worse_in_no_more_than_5_percent_of_tables(entries, seeds):
@@ -126,6 +127,7 @@ def test_equal_entries_are_called_worse_in_no_more_than_5_percent_of_tables(entr
     assert 0.01 * TABLES < wrong <= 0.05 * TABLES + 3 * math.sqrt(TABLES * 0.05 * 0.95)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("entries", "seeds"), [(3, 3), (10, 3), (10, 5)])
 def test_an_entry_that_is_worse_by_five_deviations_is_found(entries, seeds):
     """And the equal ones are called worse no more often for it. With three seeds what hides it is the paired t alone:
@@ -138,6 +140,7 @@ def test_an_entry_that_is_worse_by_five_deviations_is_found(entries, seeds):
     assert sum((one[:-1] <= 0.05).any() for one in p.values()) <= 0.05 * 150 + 3 * math.sqrt(150 * 0.05 * 0.95)
 
 
+@pytest.mark.slow
 def test_entries_that_scatter_unlike_are_seldom_told_apart():
     """Equal means, half of eight entries five times as noisy: a little over 5 %, where the range alone has 14 %."""
     rng = np.random.default_rng(8)

@@ -66,6 +66,7 @@ def test_files_are_utf8_whatever_the_locale(tmp_path):
     assert not [line for line in said.splitlines() if "EncodingWarning" in line and str(ROOT / "fedtune") in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["fedtune", "strategies", "clients", "simulations"])
 def test_every_text_file_is_opened_as_utf8(folder):
     """A scan: read_text, write_text and open of text name their encoding."""

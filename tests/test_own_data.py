@@ -136,6 +136,7 @@ def test_users_are_clients(tmp_path, form):
     assert split(f"data.path={path}", *words)[1].sha256 == data.sha256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -178,6 +179,7 @@ LIMITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", LIMITS)
 def test_a_run_that_asks_for_more_than_an_owner_allows_is_refused_in_words_and_booked(
     limit, files, tmp_path, monkeypatch, capsys

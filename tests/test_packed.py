@@ -171,6 +171,7 @@ def tensors(draw):
     return found
 
 
+@pytest.mark.slow
 @many()
 @given(tensors())
 def test_packed_returns_every_bit_and_is_never_much_larger(given_tensors):
@@ -198,6 +199,7 @@ def test_every_width_comes_back(dtype, values):
     assert values < 7 or len(sizes) > 3
 
 
+@pytest.mark.slow
 def test_it_goes_through_the_wire_by_its_name_in_the_config():
     codec = build(compose(["codec=packed"]).codec_up, "codec_up")
     assert codec == Packed()
@@ -390,6 +392,7 @@ def made_up(source):
     return HEAD + varint(len(heads)) + b"".join(heads) + body
 
 
+@pytest.mark.slow
 def test_thousands_of_damaged_and_made_up_blobs():
     source = random.Random(7)
     seeds = [
@@ -409,6 +412,7 @@ def test_thousands_of_damaged_and_made_up_blobs():
     assert 100 < counts["made up"] < 5900
 
 
+@pytest.mark.slow
 def test_heads_whose_bodies_are_missing_cost_their_own_memory():
     """4096 heads that declare 2**62 bytes each, in 70 kB: what Python needs for as many heads, and nothing else."""
     heads = b"".join(b"\x03" + f"{i:03x}".encode() + bytes([F64, 1]) + varint(2**59) for i in range(4096))

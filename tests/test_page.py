@@ -50,6 +50,7 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
+@pytest.mark.slow
 def test_it_needs_nothing_else(shown):
     """No element names another file, but for the page's own anchors."""
     for tag, attributes in Elements(shown).found:
@@ -177,6 +178,7 @@ def test_nothing_at_all_gives_a_page():
     assert "No run has begun here yet" in page.render(compare([]), live=True)
 
 
+@pytest.mark.slow
 def test_more_entries_than_hues_are_there_in_grey():
     """Of 35, eight are in colour: the reference, which is the best, and the seven after it."""
     shown = page.render(comparison(entries=35, seeds=1))
@@ -186,6 +188,7 @@ def test_more_entries_than_hues_are_there_in_grey():
         assert {row["e"] for row in figure["spec"]["data"]["values"]} >= set(range(1, 35))
 
 
+@pytest.mark.slow
 def test_long_runs_of_many_are_thinned():
     """60 entries of 600 rounds are 36 060 points, of which at most 20 000 are drawn, the first and the last among
     them."""
@@ -239,6 +242,7 @@ def test_it_replaces_no_file_but_its_own(tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_list_of_files_that_points_elsewhere_is_not_believed(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "mine").write_text("mine")

@@ -75,6 +75,7 @@ def test_a_run_does_what_the_plan_said(three, tmp_path):
     assert int(planned[1]["trainable_params"]) < int(planned[0]["trainable_params"])  # the slow one does less
 
 
+@pytest.mark.slow
 def test_it_prints_a_line_for_each_kind_of_device_and_who_is_left_out(three, capsys, tmp_path):
     target = tmp_path / "plan.csv"
     words = ["model=tiny", "population.clients=4", three, "method=fedit"]
@@ -91,6 +92,7 @@ def test_it_prints_a_line_for_each_kind_of_device_and_who_is_left_out(three, cap
         assert tuple(csv.DictReader(stream).fieldnames) == COLUMNS
 
 
+@pytest.mark.slow
 def test_it_says_so_where_nobody_can_take_part(three, capsys):
     words = ["model=tiny", "population.clients=4", three, "method=fedpipe", "population.deadline=1e-3"]
     assert main(["plan", *words]) == 1
@@ -99,6 +101,7 @@ def test_it_says_so_where_nobody_can_take_part(three, capsys):
     assert "none of the 4 clients can take part" in printed.err
 
 
+@pytest.mark.slow
 def test_a_deadline_is_suggested_to_a_planner_that_has_none(three, capsys):
     assert main(["plan", "model=tiny", "population.clients=4", three, "method=fedpipe"]) == 0
     assert "try population.deadline=" in capsys.readouterr().out

@@ -177,6 +177,7 @@ def worth(plans):
     return [one.value if isinstance(one, Plan) else -1.0 for one in plans]
 
 
+@pytest.mark.slow
 def test_large_plans_break_no_limit(large):
     made, costs, weights, rules = large
     devices = benchmark.fleet(SIZE)
@@ -194,6 +195,7 @@ def test_large_plans_break_no_limit(large):
     assert (unlimited.batch_size, unlimited.bits) == (8, 16)
 
 
+@pytest.mark.slow
 def test_a_plan_is_the_best_of_all_selections_on_the_list(large):
     """Also of those that were not looked at because of a bound."""
     made, costs, weights, rules = large
@@ -229,6 +231,7 @@ def test_a_bound_leaves_out_no_better_plan(kind, monkeypatch):
     assert len(set(worth(plans))) > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", LIMITS)
 def test_value_never_falls_as_a_limit_rises(large, limit):
     made, costs, weights, rules = large
@@ -250,6 +253,7 @@ def test_value_never_falls_as_the_deadline_rises(large):
     assert values[0] != values[-1]
 
 
+@pytest.mark.slow
 @given(problems(), st.sampled_from([*LIMITS, "deadline"]), st.floats(1, 10))
 def test_small_value_never_falls_either(problem, limit, more):
     weights, values, costs, rules, device = problem
@@ -376,6 +380,7 @@ def test_rules_that_make_no_sense_are_refused(change, told):
         Rules(**{**good, **change})
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(capsys):
     assert benchmark.main(["--quick"]) == 0
     told = capsys.readouterr().out

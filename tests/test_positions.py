@@ -177,6 +177,7 @@ def test_every_set_of_a_few(code):
     assert len(blobs) == 1 << 9
 
 
+@pytest.mark.slow
 @BOTH
 @many()
 @given(st.data())
@@ -389,6 +390,7 @@ def test_two_thousand_damaged_and_made_up_blobs(code):
     assert 0 < passed < 1950
 
 
+@pytest.mark.slow
 @BOTH
 @many()
 @given(st.data())
@@ -423,6 +425,7 @@ def test_memory_is_a_few_times_the_positions(code):
     assert peak < 8 * positions.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [np.arange(50_000), np.arange(0, 100_000, 2), np.arange(50_000, 100_000)])
 def test_no_range_blob_is_below_a_bit_a_position(positions):
     """Or its decoder would refuse it for its length. Here all gaps, or all but one, are the likeliest there is."""

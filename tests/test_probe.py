@@ -78,6 +78,7 @@ def test_a_base_in_bytes_by_hand(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantization", "bits"), [("nf4", "4"), ("int8", "8")])
 def test_a_quantized_base_says_the_same(tmp_path, quantization, bits):
     """In whatever bits it is held; and what it is said to take is about what its tensors take, but for a table of 256
@@ -137,6 +138,7 @@ def saved_by_a_step(base, tokens):
     return sum(storage.nbytes() for place, storage in storages.items() if place not in own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_what_all_blocks_keep_is_what_a_whole_step_keeps(tmp_path, architecture):
     """Counted anew, by storages and without blocks; GPT-2's own dropout keeps its masks while it trains."""

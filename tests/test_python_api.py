@@ -61,6 +61,7 @@ def lines(path):
 
 
 class TestWords:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("key", "value"),
         [
@@ -121,6 +122,7 @@ class TestWords:
 
 
 class TestRun:
+    @pytest.mark.slow
     def test_it_is_the_folders(self, run):
         assert repr(run).startswith(f"Run({str(run.path)!r}: fedit, finished, round 2 of 2, held-out loss 5.")
         assert (run.name, run.status, run.error, run.notes) == ("run", "finished", None, ())
@@ -166,6 +168,7 @@ class TestRun:
         assert len(run.failures) == 0
         assert run.failures["round"].dtype == np.int64
 
+    @pytest.mark.slow
     def test_it_goes_on(self, copy, capsys):
         again = fedtune.run(resume=copy, rounds=3)
         assert again.metrics["round"].tolist() == [0, 1, 2, 3]

@@ -85,6 +85,7 @@ def test_with_equal_ranks_the_product_is_the_best_there_is_of_that_rank():
         assert missed == pytest.approx(np.sqrt((values[2:] ** 2).sum()), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["product", "factors"])
 @given(order=st.permutations(range(4)))
 def test_the_order_of_clients_changes_nothing(form, order):

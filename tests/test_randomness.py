@@ -80,6 +80,7 @@ def test_the_words_are_those_that_values_are_made_of():
         assert np.array_equal(np.stack([even, odd], 1).reshape(-1), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", noise.SIGMA)
 @each_seed
 def test_no_two_words_at_any_lag_are_alike(seed, kind):

@@ -111,6 +111,7 @@ def test_more_cores_than_there_are_is_said_at_once():
         run_ray(compose([*SMALL, "runtime=ray", "runtime.cpus=1000"]))
 
 
+@pytest.mark.slow
 def test_ray_stays_on_this_machine_unless_a_cluster_is_named():
     assert backend_config(compose(["runtime=ray"]).runtime)["init_args"]["_node_ip_address"] == "127.0.0.1"
     named = backend_config(compose(["runtime=ray", "runtime.address=10.0.0.5:6379", "runtime.gpus=0.25"]).runtime)

@@ -261,6 +261,7 @@ def test_what_is_no_run_is_named(tmp_path):
             read(tmp_path / "empty")
 
 
+@pytest.mark.slow
 def test_the_benchmark_reads_what_it_made(capsys):
     benchmark.main(["runs=2", "rounds=2", "clients=3"])
     shown = capsys.readouterr().out

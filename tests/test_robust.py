@@ -170,6 +170,7 @@ def test_too_few_replies_are_an_error_with_the_way_out(method, replies, said):
     assert "population.cohort" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "setting"),
     [
@@ -193,6 +194,7 @@ def test_flower_logs_nothing_of_it(method, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*NAMES, "fedit"])
 def test_a_real_run_is_not_moved_by_a_client_that_sends_a_million(method, tmp_path):
     """Seven clients, one of which sends 1e6 everywhere; FedIT shows that this would otherwise be seen. What would leave

@@ -136,6 +136,7 @@ def test_after_any_absences_a_client_holds_the_same_as_the_server(cohorts):
             assert base_version(memories[index]) == versions[index]
 
 
+@pytest.mark.slow
 def test_what_it_is_spared_does_not_change_what_a_client_trains(tmp_path):
     """Through real turns: a client that was there in rounds 1 to 4 and one that wasn't in 2 and 3 train the same in
     round 4 as they would on the whole adapter."""

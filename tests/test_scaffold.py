@@ -163,6 +163,7 @@ def test_a_device_that_comes_without_its_memory_begins_again(monkeypatch):
     assert federation.state.counted == {"0": 2, "1": 2, "2": 2}
 
 
+@pytest.mark.slow
 def test_clients_with_unlike_data_agree_on_the_minimum_of_their_mean_loss(monkeypatch):
     federation = Federation(monkeypatch, 4, steps=10)
     for round in range(1, 80):
@@ -212,6 +213,7 @@ def test_an_update_of_another_form_is_refused_by_name(change, said):
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 def test_on_a_real_model_one_steps_c_i_is_the_gradient():
     workspace = Workspace(compose([*SMALL, "method=scaffold", "train.steps=1"]))
     state = workspace.strategy.init(workspace.model.layout)

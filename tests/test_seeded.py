@@ -104,6 +104,7 @@ def test_the_mean_of_clients_is_the_replay_of_their_mean_slopes():
         assert (tensor - mean[name]).norm() < 1e-5 * moved
 
 
+@pytest.mark.slow
 @given(st.lists(records, min_size=1, max_size=4), st.sampled_from(KINDS))
 def test_it_does_not_matter_how_one_came_there(path, noise):
     space, wandered, straight = Space(1e-3, noise), weights(torch.bfloat16), weights(torch.bfloat16)

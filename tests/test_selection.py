@@ -74,6 +74,7 @@ def test_who_is_away_is_passed_over_and_moves_nobody_else():
             assert pick("uniform", sorted(left), size) == sorted(left[:size])
 
 
+@pytest.mark.slow
 def test_uniform_is_uniform_over_those_who_are_able():
     counts = Counter(tuple(pick("uniform", [0, 2, 3, 6], 2, number)) for number in range(3000))
     expect(counts, dict.fromkeys(combinations([0, 2, 3, 6], 2), 1 / 6), 3000)
@@ -138,6 +139,7 @@ def test_who_has_no_samples_is_never_drawn():
         pick("power_of_choice", [0, 2], 1, samples=samples)
 
 
+@pytest.mark.slow
 def test_a_cohort_is_of_one_tier_where_that_has_enough():
     counts = Counter()
     for number in range(3000):
@@ -147,6 +149,7 @@ def test_a_cohort_is_of_one_tier_where_that_has_enough():
     expect(counts, pairs, 3000)
 
 
+@pytest.mark.slow
 def test_a_tier_that_is_too_small_is_filled_up_from_the_nearest():
     counts = Counter(tuple(pick("speed_tier", range(7), 4, number, seconds=SECONDS, tiers=3)) for number in range(3000))
     first = {tuple(sorted({1, 2, 4, more})): 1 / 6 for more in (0, 6)}
@@ -154,6 +157,7 @@ def test_a_tier_that_is_too_small_is_filled_up_from_the_nearest():
     expect(counts, {**first, **second, (0, 3, 5, 6): 1 / 3}, 3000)
 
 
+@pytest.mark.slow
 def test_tiers_stay_what_they_are_while_devices_come_and_go():
     """Without 4 and 6, they are {1, 2}, {0}, {3, 5}; cut anew, they would be {1, 2}, {0, 3}, {5}."""
     counts = Counter(

@@ -160,6 +160,7 @@ def test_flowers_form_is_flowers_own_over_several_rounds(cls, theirs, rates, mon
     assert apart > 1e-3
 
 
+@pytest.mark.slow
 @many()
 @given(
     st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=3, max_size=3),
@@ -198,6 +199,7 @@ def test_a_tensor_that_nobody_trained_stays_to_the_last_bit_and_keeps_its_moment
     assert not torch.equal(after.base.adapter[B], state.base.adapter[B])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_rolora_s_frozen_factor_stays_to_the_last_bit(name):
     workspace = Workspace(compose([*SMALL, "method=rolora", f"server_optimizer={name}", "population.cohort=4"]))
@@ -274,6 +276,7 @@ def test_the_rest_of_the_state_and_the_traits_are_those_of_the_method_inside():
     assert one is other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [

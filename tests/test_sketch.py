@@ -50,6 +50,7 @@ def test_no_weights_need_be_there(short_smollm2, tmp_path, capsys):
     assert "memory   loading the base in 4 bits takes at most" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_base_that_is_quantized_in_its_files_has_to_be_loaded(short_smollm2, tmp_path):
     for file in short_smollm2.iterdir():
         (tmp_path / file.name).symlink_to(file)

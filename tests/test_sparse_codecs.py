@@ -212,6 +212,7 @@ def test_golombs_parameter_is_each_tensors_own_where_that_is_shorter():
     assert STC().encode({name: torch.randn(50) for name in "abc"}, 0)[3] == 0
 
 
+@pytest.mark.slow
 def test_hostile_positions_by_tensors():
     draw, shapes = np.random.default_rng(0), shapes_of(UNLIKE)
     errors = 0

@@ -78,6 +78,7 @@ def test_parts_have_their_shares_of_what_counts_and_no_more_columns_than_that_ta
         assert whole.tokens.shape == (5, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 2, 4])
 def test_the_gradient_is_the_whole_batchs(model, at_once):
     """Against plain PyTorch: cross-entropy over all tokens that count."""
@@ -117,6 +118,7 @@ def test_a_penalty_counts_once_a_step_however_many_parts_there_are(monkeypatch):
         assert all(torch.allclose(whole[name], parts[name], rtol=1e-12) for name in whole)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_micro_batch_and_a_step_reads_the_base_for_each():
     """b = 4 in parts of 3: twice through the base."""
     peer = ClientInfo(0, 40, DeviceProfile(device="slow", flop_per_s=1e9, read_bytes_per_s=1e9))
@@ -148,6 +150,7 @@ def test_epochs_are_steps_by_hand(epochs, samples, size, steps):
     assert TrainSpec(epochs=epochs).steps_of(samples, size) == steps
 
 
+@pytest.mark.slow
 def test_a_client_takes_the_steps_of_its_own_examples_and_the_clock_counts_them(monkeypatch):
     words = (*SMALL, "train.epochs=0.7", "data.partition=linear", "population=phones", "method=scaffold")
     workspace = Workspace(compose([word for word in words if not word.startswith("train.steps")]))
@@ -171,6 +174,7 @@ def test_a_client_takes_the_steps_of_its_own_examples_and_the_clock_counts_them(
         local_update(workspace, RUN, 0, 1, workspace.strategy.configure(state, 1, peers[0]))
 
 
+@pytest.mark.slow
 def test_pooled_epochs_see_as_many_examples_as_a_cohort():
     pooled = compose(
         ["model=tiny", "method=centralized", "train.epochs=1", "population.clients=5", "population.cohort=2"]
@@ -181,6 +185,7 @@ def test_pooled_epochs_see_as_many_examples_as_a_cohort():
     assert again.train == pooled.train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -255,6 +260,7 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(monkeypatch):
 # Attention
 
 
+@pytest.mark.slow
 def test_eager_and_sdpa_are_the_same_attention_in_another_order(tmp_path):
     found = {}
     load_base(TINY, CPU).model.save_pretrained(tmp_path)

@@ -52,6 +52,7 @@ def test_what_a_class_of_ones_own_declares(tmp_path, monkeypatch):
     assert name_of("mine.Own") == "Own"
 
 
+@pytest.mark.slow
 def test_pooling_changes_what_the_method_says():
     """Of 6 clients, 3 a round: one client takes the steps of three, and SCAFFOLD's server counts one."""
     few = ["population.clients=6", "population.cohort=3"]

@@ -96,6 +96,7 @@ def test_a_slope_is_the_directional_derivative():
     assert slopes[0] == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 def test_steps_are_the_papers():
     """Each step by the textbook: perturb, two losses, w <- w - lr g z, in float32 beside ours."""
     rules = Rules(lr=1e-3, local_steps=3, eps=1e-2)
@@ -121,6 +122,7 @@ def test_steps_are_the_papers():
     assert steps.skipped == 0
 
 
+@pytest.mark.slow
 def test_several_perturbations_share_a_step():
     """Two directions at one point: each slope counts half."""
     rules, double = Rules(lr=1e-3, local_steps=1, eps=1e-2), Rules(lr=1e-3, local_steps=1, eps=1e-2, perturbations=2)
@@ -134,6 +136,7 @@ def test_several_perturbations_share_a_step():
     assert np.abs(both - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_steps_lower_the_loss():
     rules = Rules(lr=3e-3, local_steps=60, eps=1e-2)
     model, _ = ready(rules)
