@@ -336,3 +336,4 @@ if __name__ == "__main__":
     OWN = {str(Path(__file__).parent), *os.environ["PYTHONPATH"].split(os.pathsep)}
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Server(Path(sys.argv[1])).serve()
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
