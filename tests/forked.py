@@ -39,15 +39,13 @@ from typing import Any
 
 import psutil
 
+from fedtune.comparisons.processes import IMPORTED, take_environment
+
 FOLDER = "FORKED_FROM"  # the environment variable with the folder of the server's socket
 ACCOUNT = "FORKED_FOR"  # that with the process whose tests a process is for
 PADDING = "FORKED_PADDING"
 REAL = subprocess.Popen
 COMMANDS = ("flower-superlink", "flower-supernode", "flower-superexec", "flwr-clientapp", "flwr-serverapp", "flwr")
-IMPORTED = (
-    "fedtune.runtime.local", "transformers.models.llama.modeling_llama", "peft", "flwr.simulation",
-    "flwr.supernode.runtime.run_clientapp", "flwr.superlink.runtime.run_serverapp",
-)  # fmt: skip
 
 
 def small_files() -> None:
@@ -283,8 +281,7 @@ def _run(what: dict[str, Any], ends: list[int], commands: dict[str, Any]) -> int
         os.dup2(end, number)
         os.close(end)
     words, environment = what["words"], what["environment"]
-    os.environ.clear()
-    os.environ.update(environment)
+    take_environment(environment)
     _show(words[1:] if words[0] == "" else [sys.executable, *words], environment)
     os.chdir(what["folder"])
     os.getppid = lambda: what["parent"]  # as Flower and a worker see it

@@ -27,7 +27,6 @@ from strategies.fedit import FedIT
 
 CPU = torch.device("cpu")
 TINY = ModelSpec(name="tiny", dtype="float32")
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NEEDY = [name for name in choices("method") if traits_of_method(name).needs_low_rank]
 LORA_OF_TINY = "868467fc612d67025af1e7acd977099d3a82487d05b1950d88c3efd441145e07"
 NONE = ("adapter=none", "model.dtype=float32", f"data.path={Path(__file__).with_name('pairs.jsonl')}")

@@ -12,8 +12,7 @@ _LARGEST = 32 << 20  # bytes; what glibc raises it to by itself on 64 bits
 
 def trim() -> None:
     """Give back to the system what has been freed."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    _call("malloc_trim", 0)
 
 
 @contextmanager
@@ -24,14 +23,14 @@ def large_blocks_given_back() -> Iterator[None]:
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:  # somebody has decided already
         yield
         return
-    _set_threshold(_LARGE)
+    _call("mallopt", _MMAP_THRESHOLD, _LARGE)
     try:
         yield
     finally:
-        _set_threshold(_LARGEST)
+        _call("mallopt", _MMAP_THRESHOLD, _LARGEST)
         trim()
 
 
-def _set_threshold(size: int) -> None:
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, size)
+def _call(name: str, *numbers: int) -> None:
+    with suppress(OSError, AttributeError):  # not every system's C library is glibc
+        getattr(ctypes.CDLL(None), name)(*numbers)

@@ -130,8 +130,6 @@ def _load(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Base:
     if held != "none":
         _let_go_of_the_file(model)
     pad = check_tokenizer(tokenizer, spec.path, str(where), len(model.get_input_embeddings().weight))
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     least = spec.min_quantized if spec.quantization != "none" else 0.0
     notes = () if held == "none" else (check_share(spec.path, model, held, least),)
     model = _freeze(model)

@@ -5,7 +5,7 @@ held in is counted.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,16 @@ def check_quantization(name: str, config: Any, asked: str) -> str:
     return held
 
 
+@contextmanager
+def modules_reached(model: nn.Module) -> Iterator[set[str]]:
+    """The whole names of the modules that are gone through within this."""
+    reached: set[str] = set()
+    with ExitStack() as stack:
+        for each, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(lambda *_, each=each: reached.add(each)).remove)
+        yield reached
+
+
 def examine(model: Any, name: str, held: str = "none") -> frozenset[str] | None:
     """Send one short text through the model, forwards and back, as it trains.
 
@@ -85,7 +95,6 @@ def examine(model: Any, name: str, held: str = "none") -> frozenset[str] | None:
     embeddings = model.get_input_embeddings()
     rows = int(embeddings.weight.shape[0])
     tokens = (torch.arange(LENGTH) * 7 + 3).remainder(rows)[None].to(device)
-    reached: set[str] = set()
     heard: list[Tensor] = []
 
     def listen(_: nn.Module, inputs: Any, output: Any) -> Any:
@@ -98,8 +107,7 @@ def examine(model: Any, name: str, held: str = "none") -> frozenset[str] | None:
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         stack.enter_context(torch.enable_grad())
         stack.callback(_as_before_use, model)
-        for each, module in model.named_modules():
-            stack.callback(module.register_forward_pre_hook(lambda *_, each=each: reached.add(each)).remove)
+        reached = stack.enter_context(modules_reached(model))
         stack.callback(embeddings.register_forward_hook(listen).remove)
         model.train()
         stack.callback(model.eval)
@@ -125,7 +133,7 @@ def examine(model: Any, name: str, held: str = "none") -> frozenset[str] | None:
 
 
 def check_tokenizer(tokenizer: Any, name: str, where: str, rows: int) -> int:
-    """Which token pads: the tokenizer's, else one that the model has.
+    """Which token pads: the tokenizer's, else one that the model has. A tokenizer without one pads with its eos.
 
     Args:
         where: the folder that the tokenizer was looked for in.
@@ -144,7 +152,10 @@ def check_tokenizer(tokenizer: Any, name: str, where: str, rows: int) -> int:
                 "don't belong together, or the model's embeddings have to be made larger (resize_token_embeddings)"
             )
     fitting = (tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(special), 0)
-    return next(int(token) for token in fitting if token is not None and token < rows)
+    pad = next(int(token) for token in fitting if token is not None and token < rows)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return pad
 
 
 def no_tokenizer(name: str, where: str, reason: str = "") -> ModelError:

@@ -5,7 +5,6 @@ tensor again, so that adapters can be attached and a text's way through the mode
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from fedtune.config.schema import ModelSpec
 from fedtune.models.attention import check_attention, with_attention
 from fedtune.models.base import Base, Origin, locate, pick_dtype, quiet
-from fedtune.models.model_checks import LENGTH, check_config, check_quantization, check_tokenizer
+from fedtune.models.model_checks import LENGTH, check_config, check_quantization, check_tokenizer, modules_reached
 
 # Measured (tests/test_sketch.py): times what is held in the end, while a base is quantized; bytes for each number of a
 # quantized layer while it is used, one layer at a time: bitsandbytes makes it float32 on a CPU, and torch packs that
@@ -71,13 +70,12 @@ def sketch_base(spec: ModelSpec, device: torch.device) -> Sketch | None:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **asked)
         model.eval().requires_grad_(False)
         model.forward = _of_one_text(model.forward)
-        reached = _reached(model)
+        with modules_reached(model) as reached, torch.no_grad():
+            model(input_ids=torch.zeros(1, LENGTH, dtype=torch.int64, device=device), use_cache=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError):
         return None  # whatever is wrong, loading it says so
     pad = check_tokenizer(tokenizer, str(spec.path), where, len(model.get_input_embeddings().weight))
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    base = Base(model, tokenizer, origin, pad, spec.quantization, reached)
+    base = Base(model, tokenizer, origin, pad, spec.quantization, frozenset(reached))
     vocabulary = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part}
     layers = [each.numel() for each in model.parameters() if each.dim() > 1 and id(each) not in vocabulary]
     return Sketch(base, _largest_file(origin, spec), max(layers, default=0))
@@ -99,16 +97,6 @@ def _of_one_text(forward: Callable[..., Any]) -> Callable[..., Any]:
             looks.find_packed_sequence_indices = found
 
     return run
-
-
-def _reached(model: Any) -> frozenset[str]:
-    """The whole names of the modules that a text goes through, as `examine` finds them."""
-    reached: set[str] = set()
-    with ExitStack() as stack, torch.no_grad():
-        for each, module in model.named_modules():
-            stack.callback(module.register_forward_pre_hook(lambda *_, each=each: reached.add(each)).remove)
-        model(input_ids=torch.zeros(1, LENGTH, dtype=torch.int64, device=model.device), use_cache=False)
-    return frozenset(reached)
 
 
 def _largest_file(origin: Origin, spec: ModelSpec) -> int:

@@ -1,11 +1,12 @@
 """What a client's local update takes on its device, and when it was."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedtune.core.costs import Costs, Weight, Work, at_once
-from fedtune.core.protocol import Instruction, Layout
+from fedtune.core.protocol import Instruction
 from fedtune.lowrank.algebra import lora_factors
+from fedtune.models.adapted_model import LocalModel
 from fedtune.training.apply_instruction import RANK, TRAIN
 
 
@@ -54,24 +55,28 @@ class Trained:
 
 
 def trained_of(
-    layout: Layout, weights: Sequence[Weight], costs: Costs, told: Instruction, rank: int = 0, partial: bool = False
+    model: LocalModel,
+    weights: Mapping[str, Weight],
+    costs: Costs,
+    told: Instruction,
+    rank: int = 0,
+    partial: bool = False,
 ) -> Trained:
     """What a client trains that is told this.
 
     Args:
-        weights: the layers that have a LoRA adapter.
+        weights: the layers that have a LoRA adapter, by name.
         rank: the client's own, where it isn't told one; 0: the layout's.
         partial: whether it trains what it is sent, and no other layer.
     """
+    layout = model.layout
     if not layout.is_low_rank:
-        numbers = sum(tensor.numel() for tensor in layout.initial.values())
-        return Trained({slot.module: 0 for slot in layout.slots}, numbers, 0, 0.0)
-    known = {weight.module: weight for weight in weights}
+        return Trained({slot.module: 0 for slot in layout.slots}, model.trainable, 0, 0.0)
     if partial:
         ranks = {module: product.rank for module, product in lora_factors(told.tensors).items()}
     else:
-        ranks = dict.fromkeys(known, int(told.settings.get(RANK, 0)) or rank or layout.rank)
-    of = [(known[module], rank) for module, rank in ranks.items()]
+        ranks = dict.fromkeys(weights, int(told.settings.get(RANK, 0)) or rank or layout.rank)
+    of = [(weights[module], rank) for module, rank in ranks.items()]
     # A's gradient needs the layer's input, B's what A makes of it
     only = told.settings.get(TRAIN)
     a, b = only != "lora_B", only != "lora_A"
