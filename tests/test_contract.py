@@ -6,6 +6,8 @@ few bits. What the engine does with whoever lies, drops out or stays away is tri
 that averages, stacks, goes along seeded directions, is personal, or asynchronous.
 """
 
+import dataclasses
+import importlib
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -20,7 +22,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
 
 from fedtune.config.compatibility import traits_of
-from fedtune.config.compose import choices
+from fedtune.config.compose import build, choices, load
 from fedtune.core.errors import QuorumError, WireError
 from fedtune.core.protocol import SERVER, ClientInfo, Update
 from fedtune.lowrank.algebra import lora_factors
@@ -93,6 +95,22 @@ def test_two_rounds_learn_and_leave_a_whole_folder(method, two_rounds):
     assert {path.name for path in two_rounds.iterdir()} >= {
         "config.yaml", "metrics.csv", "ledger.csv", "summary.json", "checkpoint", result,
     }  # fmt: skip
+
+
+@each_method
+def test_its_settings_are_read_back(method):
+    experiment = small(*of(method), out=Path("unused"))
+    assert load(experiment.text()) == experiment
+
+
+@each_method
+def test_its_yaml_lists_all_hyper_parameters_and_builds(method):
+    composed = small(*of(method), out=Path("unused")).method
+    for side in (composed.strategy, composed.client):
+        module, _, cls = side["_target_"].rpartition(".")
+        fields = dataclasses.fields(getattr(importlib.import_module(module), cls))
+        assert {item.name for item in fields if "by_engine" not in item.metadata} == side.keys() - {"_target_"}
+        assert dataclasses.is_dataclass(build(side, method, allowed=()))  # as another's
 
 
 @each_kind
