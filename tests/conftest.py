@@ -260,6 +260,7 @@ def folder_for_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
         monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray's own is 15, behind all that computes beside it
+        monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")  # one for each core, none of which plays a client
         yield
 
 
