@@ -209,8 +209,10 @@ class Server:
         self.commands = {name: scripts[name] for name in COMMANDS}
         for entry in self.commands.values():
             entry.load()
-        for module in IMPORTED:
+        for module in (*IMPORTED, "fedtune.commands.main", "fedtune.server.round_loop"):
             importlib.import_module(module)
+        # A thousand patterns, which a process compiles for its first adapter
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
         assert threading.active_count() == 1
         gc.collect()
         gc.freeze()
