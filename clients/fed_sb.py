@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from clients.first_order import FirstOrder, proximal
-from fedtune.core.protocol import Batches, Instruction, Tensors, Update
+from fedtune.core.protocol import Batches, InSteps, Instruction, Tensors, Update
 from fedtune.models.adapted_model import LocalModel
 from fedtune.training.apply_instruction import metrics_of
 from fedtune.training.frozen_basis import expanded, training_core
@@ -15,7 +15,9 @@ class TrainsCore(FirstOrder):
         plain = expanded(instruction.tensors, instruction.settings, model.layout)
         super().receive(model, replace(instruction, tensors=plain), memory)
 
-    def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
+    def train(
+        self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int
+    ) -> InSteps[Update]:
         with training_core(model, instruction.tensors) as core:
-            loss = self.fit(model, batches, key, proximal(model, self.mu) if self.mu else None)
+            loss = yield from self.fit(model, batches, key, proximal(model, self.mu) if self.mu else None)
             return Update(core(), batches.examples, {"train_loss": loss, **metrics_of(model)})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedtune.core.costs import STATE_BYTES, Work
-from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
+from fedtune.core.protocol import Batches, InSteps, Instruction, Setting, Tensors, Update
 from fedtune.models.adapted_model import LocalModel
 from fedtune.training.apply_instruction import install, metrics_of
 from fedtune.training.first_order import fit
@@ -38,8 +38,10 @@ class FirstOrder:
     def receive(self, model: LocalModel, instruction: Instruction, memory: Tensors) -> None:
         install(model, instruction, memory)
 
-    def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
-        loss = self.fit(model, batches, key, proximal(model, self.mu) if self.mu else None)
+    def train(
+        self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int
+    ) -> InSteps[Update]:
+        loss = yield from self.fit(model, batches, key, proximal(model, self.mu) if self.mu else None)
         return Update(model.read(), batches.examples, {"train_loss": loss, **metrics_of(model)})
 
     def fit(
@@ -49,7 +51,7 @@ class FirstOrder:
         key: int,
         penalty: Callable[[], Tensor] | None,
         watch: Callable[[], None] | None = None,
-    ) -> float:
+    ) -> InSteps[float]:
         """The steps themselves, for clients that train in this way and answer in another."""
         return fit(
             model,

@@ -7,7 +7,7 @@ The server's settings: `rank` and `scaling` of the adapter where they are this c
 from dataclasses import dataclass
 
 from clients.first_order import FirstOrder
-from fedtune.core.protocol import Batches, Instruction, Tensors, Update
+from fedtune.core.protocol import Batches, InSteps, Instruction, Tensors, Update
 from fedtune.lowrank.algebra import lora_factors
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base_delta import DENSE
@@ -18,12 +18,14 @@ from fedtune.training.apply_instruction import RANK, SCALING
 class Fresh(FirstOrder):
     dense: bool = False  # answer with the matrix s B A of each layer instead of its factors
 
-    def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
+    def train(
+        self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int
+    ) -> InSteps[Update]:
         settings = instruction.settings
         scaling = settings.get(SCALING)
         rank = int(settings.get(RANK, model.layout.rank))
         model.start_at(rank, None if scaling is None else float(scaling), key)
-        update = super().train(model, batches, instruction, memory, key)
+        update = yield from super().train(model, batches, instruction, memory, key)
         if not self.dense:
             return update
         factor = update.metrics[SCALING]

@@ -9,7 +9,7 @@ server rebuilds in the mean. The client's memory is what all clients have answer
 from dataclasses import dataclass
 
 from clients.first_order import FirstOrder, proximal
-from fedtune.core.protocol import Batches, Instruction, Tensors, Update
+from fedtune.core.protocol import Batches, InSteps, Instruction, Tensors, Update
 from fedtune.lowrank.residual import VERSION
 from fedtune.models.adapted_model import LocalModel
 from fedtune.training.catch_up import caught_up
@@ -24,13 +24,19 @@ class Projected(FirstOrder):
         known = caught_up(instruction, memory, [TURN, BUDGET, SLOPES], "number", "answers")
         model.seeded.move_blocks(rules.space, records_of(known, blocks_of(model.layout), rules))
 
-    def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
+    def train(
+        self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int
+    ) -> InSteps[Update]:
+        # Not a generator itself: a model that was made for this turn would have to go the whole way here anew
+        return self._train(model, batches, instruction, key)
+
+    def _train(self, model: LocalModel, batches: Batches, instruction: Instruction, key: int) -> InSteps[Update]:
         settings = instruction.settings
         rules = as_told(Projection, settings)
         # What was received may be held in fewer bits than the difference to it needs, so that is taken in float32
         live = model.trained()
         old = {name: tensor.detach().clone() for name, tensor in live.items()}
-        loss = self.fit(model, batches, key, proximal(model, self.mu) if self.mu else None)
+        loss = yield from self.fit(model, batches, key, proximal(model, self.mu) if self.mu else None)
         seeds = seeds_of(rules, int(settings[VERSION]), int(settings["client"]))
         answer = coordinates(old, live, blocks_of(model.layout), rules, seeds, float(settings["share"]))
         return Update(answer, batches.examples, {"train_loss": loss})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedtune.core.costs import Work
-from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
+from fedtune.core.protocol import Batches, InSteps, Instruction, Setting, Tensors, Update
 from fedtune.models.adapted_model import LocalModel
 from fedtune.training.apply_instruction import install, metrics_of
 from fedtune.training.control_variates import CHANGE, CONTROL, own_control, settle, tag
@@ -36,7 +36,9 @@ class Scaffold:
         adapter = {name: tensor for name, tensor in instruction.tensors.items() if not name.startswith(CONTROL)}
         install(model, Instruction(adapter, instruction.settings), memory)
 
-    def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
+    def train(
+        self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int
+    ) -> InSteps[Update]:
         x = model.read()
         c = {name: instruction.tensors[CONTROL + name] for name in x}
         mine = own_control(memory, x.items())
@@ -46,7 +48,7 @@ class Scaffold:
         def linear() -> Tensor:  # its gradient is the correction
             return torch.stack([(p * v).sum() for p, v in zip(live, correction, strict=True)]).sum()
 
-        loss = fit(
+        loss = yield from fit(
             model,
             batches,
             steps=self.steps,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from clients.first_order import FirstOrder, proximal
 from fedtune.core.costs import Work
-from fedtune.core.protocol import Batches, Instruction, Setting, Tensors, Update
+from fedtune.core.protocol import Batches, InSteps, Instruction, Setting, Tensors, Update
 from fedtune.lowrank.algebra import lora_factors
 from fedtune.models.adapted_model import LocalModel
 from fedtune.training.apply_instruction import SCORE, SCORE_BYTES, SCORES, install, metrics_of
@@ -43,11 +43,13 @@ class Scoring(FirstOrder):
         model.adapt_only(lora_factors(adapter).keys())
         install(model, Instruction(adapter, instruction.settings), memory)
 
-    def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
+    def train(
+        self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int
+    ) -> InSteps[Update]:
         asked = bool(instruction.settings.get(SCORE))
         sensitivity = Sensitivity(model.trained(), self.beta1, self.beta2) if asked else None
         near = proximal(model, self.mu) if self.mu else None
-        loss = self.fit(model, batches, key, near, sensitivity.watch if sensitivity else None)
+        loss = yield from self.fit(model, batches, key, near, sensitivity.watch if sensitivity else None)
         answer = model.read()
         if sensitivity:
             answer[SCORES] = sensitivity.scores()

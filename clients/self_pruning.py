@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clients.first_order import FirstOrder, proximal
-from fedtune.core.protocol import Batches, Instruction, Tensors, Update
+from fedtune.core.protocol import Batches, InSteps, Instruction, Tensors, Update
 from fedtune.lowrank.algebra import lora_factors
 from fedtune.lowrank.averaging import truncate_rank
 from fedtune.models.adapted_model import LocalModel
@@ -20,12 +20,14 @@ from fedtune.training.apply_instruction import RANK, metrics_of
 
 @dataclass(frozen=True)
 class SelfPruning(FirstOrder):
-    def train(self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update:
+    def train(
+        self, model: LocalModel, batches: Batches, instruction: Instruction, memory: Tensors, key: int
+    ) -> InSteps[Update]:
         rank, head, least = (int(instruction.settings[name]) for name in (RANK, "head", "least"))
         lam, pruned = float(instruction.settings["lam"]), max(least, head)
         near = proximal(model, self.mu) if self.mu else None
         if pruned >= rank:
-            loss = self.fit(model, batches, key, near)
+            loss = yield from self.fit(model, batches, key, near)
         else:
             live = model.trained()
             received = tail(live, head).item()
@@ -33,7 +35,7 @@ class SelfPruning(FirstOrder):
             def penalty() -> Tensor:
                 return lam * tail(live, head) + (near() if near else 0)
 
-            loss = self.fit(model, batches, key, penalty)
+            loss = yield from self.fit(model, batches, key, penalty)
             if tail(live, head).item() < received:
                 rank = pruned
         metrics = {"train_loss": loss, "rank": rank, **metrics_of(model)}

@@ -20,7 +20,7 @@ class Remembering(FirstOrder):
         model.install({name: tensor + drift[name] for name, tensor in instruction.tensors.items()})
 
     def train(self, model, batches, instruction, memory, key):
-        update = super().train(model, batches, instruction, memory, key)
+        update = yield from super().train(model, batches, instruction, memory, key)
         turns = memory.get("turns", torch.zeros(())) + 1
         memory.update(
             {name: tensor - instruction.tensors[name] for name, tensor in update.tensors.items()}, turns=turns

@@ -1,11 +1,14 @@
 """Activations computed anew, and a float16 base with a scaled loss: the same training with less, held against plain."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from conftest import rows, small, summary_of
 from test_precisions import base as base
 
 import fedtune.training.first_order as first_order
+import fedtune.training.gradients as gradients
 from fedtune.core.errors import ClientError, ConfigError, ModelError
 from fedtune.core.protocol import Instruction
 from fedtune.planning.cost_probe import ALLOCATOR
@@ -148,10 +151,21 @@ def test_gradients_that_dont_fit_halve_the_scale_and_no_step_is_lost(tmp_path, m
     assert answers[0].metrics["train_loss"] == pytest.approx(answers[1].metrics["train_loss"], rel=1e-3)
 
 
+def times(factor, monkeypatch):
+    """Have all losses multiplied."""
+    whole = gradients.packed_losses
+
+    @contextmanager
+    def packed_losses(passengers):
+        with whole(passengers) as losses:
+            yield [loss * factor for loss in losses]
+
+    monkeypatch.setattr(gradients, "packed_losses", packed_losses)
+
+
 def test_small_gradients_arrive_because_of_the_scale(tmp_path, monkeypatch):
     """A loss times 1e-7 has gradients that float16 has no numbers for; scaled, they are those of float32."""
-    whole = first_order.loss_of
-    monkeypatch.setattr(first_order, "loss_of", lambda module, batch: whole(module, batch) * 1e-7)
+    times(1e-7, monkeypatch)
     words = ("train.optimizer=sgd", "train.lr=1e6", "train.max_grad_norm=0", "train.steps=1")
     workspace, plain = trained(tmp_path, *words)
     there = way(plain, workspace.model.layout.initial)
@@ -161,8 +175,7 @@ def test_small_gradients_arrive_because_of_the_scale(tmp_path, monkeypatch):
 
 def test_what_no_scale_helps_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(first_order, "LOSS_SCALE", 2.0)
-    whole = first_order.loss_of
-    monkeypatch.setattr(first_order, "loss_of", lambda module, batch: whole(module, batch) * 1e9)
+    times(1e9, monkeypatch)
     with pytest.raises(ClientError, match="gradients don't fit float16"):
         trained(tmp_path, "model.dtype=float16")
 

@@ -27,6 +27,7 @@ from fedtune.runs.adapter_files import adapter_files
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.training.first_order import fit, loss_of
+from fedtune.training.gradients import finished
 from fedtune.workspace.workspace import Workspace
 
 CPU = torch.device("cpu")
@@ -55,7 +56,9 @@ def local(base, **adapter):
 
 
 def train(model, steps=1, lr=0.02, batch=BATCH):
-    return fit(model, [batch] * steps, steps=steps, lr=lr, optimizer="adamw", weight_decay=0, max_grad_norm=1, key=0)
+    return finished(
+        fit(model, [batch] * steps, steps=steps, lr=lr, optimizer="adamw", weight_decay=0, max_grad_norm=1, key=0)
+    )
 
 
 def logits(module):

@@ -19,6 +19,7 @@ from fedtune.data.federated_data import load_data
 from fedtune.models.tiny import tiny_tokenizer
 from fedtune.runtime.local import run_local
 from fedtune.training.first_order import fit
+from fedtune.training.gradients import finished
 from fedtune.workspace.client_handler import local_update
 from fedtune.workspace.workspace import Workspace
 
@@ -89,7 +90,9 @@ def test_a_round_is_plain_training_on_the_union():
     workspace.model.reset()
     key = derive_seed(0, "train", 1, 0)
     batches = workspace.data.batches(0, 4, key)
-    fit(workspace.model, batches, steps=6, lr=1e-3, optimizer="adamw", weight_decay=0.0, max_grad_norm=1.0, key=key)
+    finished(
+        fit(workspace.model, batches, steps=6, lr=1e-3, optimizer="adamw", weight_decay=0.0, max_grad_norm=1.0, key=key)
+    )
     assert all(torch.equal(after.adapter[name], tensor) for name, tensor in workspace.model.read().items())
 
 

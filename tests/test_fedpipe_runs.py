@@ -16,9 +16,10 @@ from fedtune.lowrank.algebra import lora_factors, name_of
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.training.apply_instruction import SCORES
+from fedtune.training.gradients import finished
 from fedtune.wire import messages as wire
 from fedtune.wire.delta_coding import decode, starts_of
-from fedtune.workspace.client_handler import answer, local_update
+from fedtune.workspace.client_handler import Assignment, local_update, take_turn
 from fedtune.workspace.uplink import Uplink
 from fedtune.workspace.workspace import Workspace
 
@@ -195,7 +196,7 @@ def test_what_a_message_leaves_out_waits_for_one_that_has_the_layer(tmp_path):
         tensors = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(modules)}
         told = Instruction(tensors, whole.settings)
         meant = local_update(workspace, RUN, 0, number, told)
-        content = answer(workspace, RUN, 0, number, told).content
+        content = finished(take_turn(workspace, Assignment(RUN, 0, number, told))).content
         sent = decode(workspace.codec_up, wire.blob_of(content), Uplink(workspace).known(told))
         return meant.tensors, sent, workspace.residuals.load(RUN, 0, number + 1)
 
@@ -219,7 +220,7 @@ def test_a_rank_that_changes_starts_anew(tmp_path):
     state = workspace.strategy.init(workspace.layout)
     for number, rank in ((1, 8), (2, 2), (3, 8)):
         told = workspace.strategy.configure(state, number, ClientInfo(0, 9, DeviceProfile(max_rank=float(rank))))
-        answer(workspace, RUN, 0, number, told)
+        finished(take_turn(workspace, Assignment(RUN, 0, number, told)))
         kept = lora_factors(workspace.residuals.load(RUN, 0, number + 1))
         assert {product.rank for product in kept.values()} == {rank}
 

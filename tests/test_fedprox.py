@@ -20,6 +20,7 @@ from clients.first_order import FirstOrder, proximal
 from fedtune.config.compose import compose
 from fedtune.core.protocol import ClientInfo, Instruction, Update
 from fedtune.runs.checkpoint import state_sha256
+from fedtune.training.gradients import finished
 from fedtune.workspace.client_handler import local_update
 from fedtune.workspace.workspace import Workspace
 from strategies.fedit import FedIT
@@ -56,7 +57,7 @@ def test_steps_on_a_quadratic_follow_the_equation(monkeypatch, mu):
     quadratic(monkeypatch, h, at)
     client = FirstOrder(lr=0.1, steps=7, optimizer="sgd", max_grad_norm=0.0, mu=mu)
     model = Toy(start)
-    update = client.train(model, Endless(5), Instruction({}), {}, key=0)
+    update = finished(client.train(model, Endless(5), Instruction({}), {}, key=0))
     for name in SHAPES:
         w = start[name].copy()
         for _ in range(7):
@@ -69,7 +70,7 @@ def test_they_end_between_the_clients_own_optimum_and_where_the_round_began(monk
     h, at, start = drawn(1, 0.5, 2.0), drawn(2), drawn(3)
     quadratic(monkeypatch, h, at)
     client = FirstOrder(lr=0.1, steps=600, optimizer="sgd", max_grad_norm=0.0, mu=3.0)
-    update = client.train(Toy(start), Endless(), Instruction({}), {}, key=0)
+    update = finished(client.train(Toy(start), Endless(), Instruction({}), {}, key=0))
     for name in SHAPES:
         expected = (h[name] * at[name] + 3 * start[name]) / (h[name] + 3)
         assert np.allclose(update.tensors[name].numpy(), expected, rtol=0, atol=1e-12)

@@ -21,6 +21,7 @@ from fedtune.runs.adapter_files import adapter_files
 from fedtune.runtime.local import run_local
 from fedtune.server.progress import closing
 from fedtune.training.first_order import fit
+from fedtune.training.gradients import finished
 from fedtune.wire.messages import pack_greeting, unpack_greeting
 from fedtune.workspace.workspace import Workspace
 from strategies.fedit import FedIT
@@ -44,7 +45,7 @@ def batch(seed=0):
 
 def train(model, steps=2, lr=1e-3, optimizer="adamw"):
     settings = {"optimizer": optimizer, "weight_decay": 0.0, "max_grad_norm": 1.0, "key": 0}
-    return fit(model, [batch()] * steps, steps=steps, lr=lr, **settings)
+    return finished(fit(model, [batch()] * steps, steps=steps, lr=lr, **settings))
 
 
 def logits(module):

@@ -225,11 +225,11 @@ def test_what_a_client_does_to_its_instruction_reaches_nobody_else(tmp_path):
     run(LocalGrid, tmp_path / "plain")
     original = client_handler._train
 
-    def spoil(workspace, run, index, round, instruction):
-        update = original(workspace, run, index, round, instruction)
-        for tensor in instruction.tensors.values():
+    def spoil(workspace, asked, beside):
+        update = yield from original(workspace, asked, beside)
+        for tensor in asked.told.tensors.values():
             tensor.fill_(1e9)
-        instruction.tensors.clear()
+        asked.told.tensors.clear()
         return update
 
     client_handler._train = spoil

@@ -24,6 +24,7 @@ from fedtune.models.base import load_base
 from fedtune.models.tiny import tiny_model, tiny_tokenizer
 from fedtune.runs.adapter_files import adapter_files
 from fedtune.training.first_order import fit, supervised_logits
+from fedtune.training.gradients import finished
 from strategies.fedit import FedIT
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def batch():
 
 def train(model, steps=2, lr=0.05):
     settings = {"optimizer": "adamw", "weight_decay": 0.0, "max_grad_norm": 1.0, "key": 0}
-    return fit(model, [batch()] * steps, steps=steps, lr=lr, **settings)
+    return finished(fit(model, [batch()] * steps, steps=steps, lr=lr, **settings))
 
 
 def logits(module, tokens=TOKENS):

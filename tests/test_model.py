@@ -16,6 +16,7 @@ from fedtune.models.base import PACKAGED, _packaged_file, converted, load_base, 
 from fedtune.models.tiny import tiny_model, tiny_tokenizer
 from fedtune.runs.adapter_files import adapter_files
 from fedtune.training.first_order import fit, supervised_logits
+from fedtune.training.gradients import finished
 
 CPU = torch.device("cpu")
 TINY = ModelSpec(name="tiny", dtype="float32")
@@ -36,7 +37,7 @@ def batch(seed=0):
 
 def train(model, steps=2, key=0, **settings):
     chosen = {"lr": 0.01, "optimizer": "adamw", "weight_decay": 0.0, "max_grad_norm": 1.0} | settings
-    return fit(model, [batch(i) for i in range(steps)], steps=steps, key=key, **chosen)
+    return finished(fit(model, [batch(i) for i in range(steps)], steps=steps, key=key, **chosen))
 
 
 def test_tiny_has_the_same_bits_everywhere():
@@ -304,9 +305,9 @@ class TestSmolLM2:
         settings = {"lr": 3e-3, "optimizer": "adamw", "weight_decay": 0.0, "max_grad_norm": 1.0, "key": 0}
         with torch.inference_mode():  # some layers change their form when they are first evaluated
             supervised_logits(model.module, given)
-        first = fit(model, [given], steps=1, **settings)
-        fit(model, [given] * 3, steps=3, **settings)
-        assert fit(model, [given], steps=1, **settings) < first - 0.5
+        first = finished(fit(model, [given], steps=1, **settings))
+        finished(fit(model, [given] * 3, steps=3, **settings))
+        assert finished(fit(model, [given], steps=1, **settings)) < first - 0.5
 
     def test_a_gguf_file_of_ones_own_is_the_same_model(self):
         gguf = _packaged_file(*PACKAGED[SMOLLM2])

@@ -31,6 +31,7 @@ from fedtune.runtime.local import LocalGrid, server_context
 from fedtune.server.round_loop import RoundLoop
 from fedtune.training.control_variates import CHANGE, CONTROL, settle, tag
 from fedtune.training.first_order import loss_of
+from fedtune.training.gradients import finished
 from fedtune.workspace.client_handler import local_update
 from fedtune.workspace.workspace import Workspace
 from strategies.scaffold import Scaffold, State
@@ -70,7 +71,7 @@ def test_a_turn_is_the_papers_and_leaves_the_mean_gradient(monkeypatch):
     sent = {**x, **{CONTROL + name: value for name, value in c.items()}}
     instruction = Instruction({name: torch.tensor(value) for name, value in sent.items()})
     client.receive(model, instruction, memory)
-    update = client.train(model, Endless(5), instruction, memory, key=0)
+    update = finished(client.train(model, Endless(5), instruction, memory, key=0))
     assert update.examples == 5
     for name in SHAPES:
         y, met = x[name].copy(), []
@@ -106,7 +107,7 @@ class Federation:
             quadratic(self.patch, *self.data[index])
             model = Toy(drawn(0))
             self.client.receive(model, told, self.memories[index])
-            update = self.client.train(model, Endless(examples(index)), told, self.memories[index], 0)
+            update = finished(self.client.train(model, Endless(examples(index)), told, self.memories[index], 0))
             assert set(update.tensors) == {*SHAPES, *tag(CHANGE, SHAPES)}
             ok = index not in lost
             self.peers[index] = replace(self.peers[index], base_version=told.settings[VERSION] if ok else 0)
@@ -190,7 +191,7 @@ def test_clipping_takes_the_corrected_gradient_as_one(monkeypatch):
     sent = {**x, **{CONTROL + name: value for name, value in c.items()}}
     instruction = Instruction({name: torch.tensor(value) for name, value in sent.items()})
     model = Toy(x)
-    update = ScaffoldClient(lr=0.1, steps=1, max_grad_norm=0.01).train(model, Endless(), instruction, {}, 0)
+    update = finished(ScaffoldClient(lr=0.1, steps=1, max_grad_norm=0.01).train(model, Endless(), instruction, {}, 0))
     step = {name: (torch.tensor(x[name]) - update.tensors[name]) / 0.1 for name in x}
     assert sum(float(s.square().sum()) for s in step.values()) ** 0.5 == pytest.approx(0.01, rel=1e-4)
 

@@ -28,6 +28,7 @@ from fedtune.core.protocol import Instruction
 from fedtune.runtime.app import make_client_app
 from fedtune.runtime.local import LocalGrid, run_local
 from fedtune.training.control_variates import CHANGE, CONTROL
+from fedtune.training.gradients import finished
 from fedtune.training.schedule import RoundSchedule, schedule_of
 from fedtune.training.zeroth_order import Rules, descend
 from fedtune.workspace.workspace import Workspace
@@ -109,7 +110,7 @@ def test_steps_are_taken_at_these_rates(monkeypatch):
     quadratic(monkeypatch, ones, nothing)
     schedule = replace(HAND, round=2)
     client = FirstOrder(lr=0.1, steps=2, optimizer="sgd", max_grad_norm=0.0, schedule=schedule)
-    update = client.train(Toy(x), Endless(), Instruction({}), {}, 0)
+    update = finished(client.train(Toy(x), Endless(), Instruction({}), {}, 0))
     factor = (1 - 0.1) * (1 - 0.1 * (1 - 0.8 / 6))
     assert update.tensors[A].numpy() == pytest.approx(x[A] * factor, rel=1e-12)
 
@@ -120,7 +121,7 @@ def test_scaffolds_c_i_is_the_mean_by_rates(monkeypatch):
     sent = {**x, **{CONTROL + name: value for name, value in c.items()}}
     told = Instruction({name: torch.tensor(value) for name, value in sent.items()})
     schedule = replace(HAND, round=2)
-    update = Scaffold(lr=0.1, steps=2, schedule=schedule).train(Toy(x), Endless(), told, {}, 0)
+    update = finished(Scaffold(lr=0.1, steps=2, schedule=schedule).train(Toy(x), Endless(), told, {}, 0))
     first, second = (0.1 * schedule.share(step, 2) for step in (0, 1))
     for name in x:
         g1 = h[name] * (x[name] - at[name]) + c[name]  # c_i is zero: g + c
@@ -130,7 +131,7 @@ def test_scaffolds_c_i_is_the_mean_by_rates(monkeypatch):
         mean = (first * g1 + second * g2) / (first + second)
         assert update.tensors[CHANGE + name].numpy() == pytest.approx(mean - c[name], rel=1e-9)
     # One step at the very beginning of a warm-up leads nowhere, and tells nothing
-    still = Scaffold(lr=0.1, steps=1, schedule=HAND).train(Toy(x), Endless(), told, {}, 0)
+    still = finished(Scaffold(lr=0.1, steps=1, schedule=HAND).train(Toy(x), Endless(), told, {}, 0))
     assert all(torch.equal(still.tensors[name], torch.tensor(x[name])) for name in x)
     assert not any(still.tensors[CHANGE + name].any() for name in x)
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import A, B, Endless, Toy, drawn, quadratic
 
-import fedtune.training.first_order
+import fedtune.training.gradients
 from clients.scoring import Scoring, Sensitivity
 from fedtune.config.schema import AdapterSpec, ModelSpec
 from fedtune.core.protocol import Batch, Instruction
@@ -26,6 +26,7 @@ from fedtune.lowrank.algebra import lora_factors, name_of
 from fedtune.models.adapted_model import LocalModel
 from fedtune.models.base import load_base, pick_device
 from fedtune.training.apply_instruction import SCORE, SCORE_BYTES, SCORES
+from fedtune.training.gradients import finished
 
 
 def parameters(**shapes):
@@ -120,7 +121,7 @@ def test_a_clients_scores_follow_its_own_steps(monkeypatch):
     model = Toy(start)
     client = Scoring(lr=0.1, steps=3, optimizer="sgd", max_grad_norm=0.01)
     told = Instruction({}, {SCORE: True})
-    update = client.train(model, Endless(), told, {}, 0)
+    update = finished(client.train(model, Endless(), told, {}, 0))
     now, steps = {name: value.copy() for name, value in start.items()}, []
     for _ in range(3):
         slope = {name: h[name] * (now[name] - at[name]) for name in now}
@@ -147,10 +148,10 @@ class Fixed(Endless):
 def test_a_score_costs_no_pass(model, monkeypatch, asked):
     """As many passes with scores as without, both ways, the same adapter in the end, and one number a layer."""
     passes = []
-    backward, loss_of = torch.Tensor.backward, fedtune.training.first_order.loss_of
-    monkeypatch.setattr(torch.Tensor, "backward", lambda *words: (passes.append("back"), backward(*words))[1])
+    backward, losses = torch.autograd.backward, fedtune.training.gradients.packed_losses
+    monkeypatch.setattr(torch.autograd, "backward", lambda *words: (passes.append("back"), backward(*words))[1])
     monkeypatch.setattr(
-        fedtune.training.first_order, "loss_of", lambda *words: (passes.append("forth"), loss_of(*words))[1]
+        fedtune.training.gradients, "packed_losses", lambda *words: (passes.append("forth"), losses(*words))[1]
     )
     client, plain = Scoring(steps=3), {}
     for settings in ({}, {SCORE: asked}):
@@ -158,7 +159,7 @@ def test_a_score_costs_no_pass(model, monkeypatch, asked):
         model.reset()
         told = Instruction(dict(model.layout.initial), settings)
         client.receive(model, told, {})
-        update = client.train(model, Fixed(), told, {}, 0)
+        update = finished(client.train(model, Fixed(), told, {}, 0))
         assert passes == ["forth", "back"] * 3
         scores = update.tensors.pop(SCORES, None)
         plain = plain or update.tensors
@@ -173,7 +174,7 @@ def test_scores_of_some_layers_come_in_the_order_of_their_names(model):
     chosen = sorted(lora_factors(model.layout.initial))[2:]
     told = Instruction({n: t for n, t in model.layout.initial.items() if n.startswith(tuple(chosen))}, {SCORE: True})
     client.receive(model, told, {})
-    assert client.train(model, Fixed(), told, {}, 0).tensors[SCORES].shape == (2,)
+    assert finished(client.train(model, Fixed(), told, {}, 0)).tensors[SCORES].shape == (2,)
 
 
 def test_it_installs_its_own_answer_to_try_codecs(model):

@@ -30,6 +30,7 @@ from fedtune.runtime.local import run_local
 from fedtune.server.virtual_clock import Clock
 from fedtune.training.apply_instruction import with_steps
 from fedtune.training.first_order import fit
+from fedtune.training.gradients import finished
 from fedtune.training.optimizers import check_optimizer, make_optimizer
 from fedtune.training.zeroth_order import _loss
 from fedtune.workspace.client_handler import local_update
@@ -93,7 +94,7 @@ def test_the_gradient_is_the_whole_batchs(model, at_once):
 
     before = model.read()
     settings = {"optimizer": "sgd", "weight_decay": 0.0, "max_grad_norm": 0.0, "key": 0, "lr": 1e-30}
-    loss = fit(model, [batch(at_once)], steps=1, watch=watch, **settings)
+    loss = finished(fit(model, [batch(at_once)], steps=1, watch=watch, **settings))
     model.install(before)
     # The loss itself is taken in float32
     assert loss == pytest.approx(expected.item(), rel=1e-6)
@@ -114,7 +115,7 @@ def test_a_penalty_counts_once_a_step_however_many_parts_there_are(monkeypatch):
     for client in (FirstOrder(lr=0.1, steps=3, optimizer="sgd", mu=0.7), Scaffold(lr=0.1, steps=3)):
         if isinstance(client, Scaffold):
             told = Instruction({**Toy(x).read(), **{f"c/{name}": value for name, value in Toy(x).read().items()}})
-        whole, parts = (client.train(Toy(x), given, told, {}, 0).tensors for given in (Endless(), InParts()))
+        whole, parts = (finished(client.train(Toy(x), given, told, {}, 0)).tensors for given in (Endless(), InParts()))
         assert all(torch.allclose(whole[name], parts[name], rtol=1e-12) for name in whole)
 
 
@@ -155,7 +156,13 @@ def test_a_client_takes_the_steps_of_its_own_examples_and_the_clock_counts_them(
     words = (*SMALL, "train.epochs=0.7", "data.partition=linear", "population=phones", "method=scaffold")
     workspace = Workspace(compose([word for word in words if not word.startswith("train.steps")]))
     taken = []
-    monkeypatch.setattr("clients.scaffold.fit", lambda *given, steps, **named: taken.append(steps) or 0.0)
+
+    def fit(*given, steps, **named):
+        taken.append(steps)
+        yield from ()
+        return 0.0
+
+    monkeypatch.setattr("clients.scaffold.fit", fit)
     state, expected, clock = workspace.strategy.init(workspace.layout), [], Clock(workspace)
     sizes = [workspace.samples(index) for index in range(4)]
     peers = {i: ClientInfo(i, n, DeviceProfile(device="same", flop_per_s=1e9)) for i, n in enumerate(sizes)}

@@ -22,6 +22,7 @@ from fedtune.models.base import load_base
 from fedtune.random_directions.hash_noise import coefficient
 from fedtune.random_directions.weights import SeededWeights, Space
 from fedtune.training.first_order import fit, loss_of
+from fedtune.training.gradients import finished
 from fedtune.training.zeroth_order import Rules, check_counts, descend, rules_of, slopes_along
 
 RULES = Rules(lr=1e-3, local_steps=4, eps=1e-2)
@@ -76,7 +77,7 @@ def ready(rules):
     """A LoRA adapter off its start, where A's gradient is zero."""
     model = local()
     batches = [batch()] * 3
-    fit(model, batches, steps=3, lr=0.05, optimizer="adamw", weight_decay=0.0, max_grad_norm=1.0, key=0)
+    finished(fit(model, batches, steps=3, lr=0.05, optimizer="adamw", weight_decay=0.0, max_grad_norm=1.0, key=0))
     moved = {name: tensor.clone() for name, tensor in model.read().items()}
     held = SeededWeights(dict(model.trained()), moved)
     model.__dict__["seeded"] = held

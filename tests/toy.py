@@ -63,7 +63,7 @@ def quadratic(monkeypatch, h, at):
         ]
         return torch.stack(terms).sum()
 
-    monkeypatch.setattr("fedtune.training.first_order.loss_of", loss_of)
+    monkeypatch.setattr("fedtune.training.gradients.loss_of", loss_of)
 
 
 def drawn(seed, low=-1.0, high=1.0):

@@ -111,6 +111,12 @@ class RuntimeSpec:
         True, "on a GPU: the same bits each time; false: faster, and open to models with operations that can't"
     )
     threads: int = option(0, "CPU threads, part of the result's bits; 0 takes all cores and records how many")
+    cohort: Any = option(
+        "auto",
+        "runtime=local: how many clients of a round are trained in one pass over the base they share; 1: one by one; "
+        "auto: on a CPU, where it changes no bits, as many as have 512 tokens, at most 8 and what memory allows; on a "
+        "GPU 1",
+    )
     timeout: float = option(3600.0, "seconds to wait for a round's replies")
     wait: float = option(600.0, "seconds to wait for clients to come, and for each to say who it is")
     cpus: float = option(1.0, "ray: CPU cores that a client takes")
@@ -123,6 +129,8 @@ class RuntimeSpec:
     def __post_init__(self) -> None:
         one_of("runtime", self.name, ("local", "ray", "flower"))
         at_least("runtime.threads", self.threads, 0)
+        if self.cohort != "auto" and not (type(self.cohort) is int and self.cohort >= 1):
+            raise ConfigError(f"runtime.cohort={self.cohort}: expected auto, or a number of clients from 1 on")
         above_zero("runtime.timeout", self.timeout)
         above_zero("runtime.wait", self.wait)
         above_zero("runtime.cpus", self.cpus)
@@ -314,6 +322,9 @@ class Experiment:
         # Settings that came later are left out where nothing is other than it always was: older runs go on
         if not self.runtime.deterministic:
             runtime["deterministic"] = False
+        # On a GPU the last bits depend on who is trained together
+        if self.runtime.device != "cpu" and self.runtime.cohort not in ("auto", 1):
+            runtime["cohort"] = self.runtime.cohort
         return {**kept, "runtime": runtime}
 
     @cached_property

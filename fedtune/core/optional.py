@@ -91,7 +91,12 @@ class SequentialGrid(Protocol):
 
     @property
     def takes_turns(self) -> bool:
-        """Whether it does: a reply's time then runs from the end of the turn before it."""
+        """Whether it does: a reply's time is then its own turn's."""
+        ...
+
+    @property
+    def turn_seconds(self) -> float:
+        """What the turn of the reply that was pulled last took; its share, where several were worked on at once."""
         ...
 
 

@@ -9,10 +9,10 @@ nothing between calls. What lasts is data that is passed in and handed back.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -249,6 +249,28 @@ class Strategy(Protocol[State]):
         ...
 
 
+@dataclass(frozen=True)
+class GradientRequest:
+    """What a client asks for between two of its steps: a batch's mean loss, and its gradient."""
+
+    model: Any  # to whose trained tensors' `grad` it is added
+    batch: Batch
+    key: int  # draws dropout
+    scale: float = 1.0  # of the loss on the way back, where the base is held in float16; the gradient is divided by it
+
+
+@dataclass(frozen=True)
+class GradientReply:
+    """What came of it; the gradient is in the tensors."""
+
+    loss: float  # mean negative log-likelihood per learnt token, nats
+    scale: float = 1.0  # under which the gradient was finite, for the next request; 0: under none
+
+
+Result = TypeVar("Result")
+# What is done between gradients, which whoever drives it computes: for one client or for many at once
+InSteps = Generator[GradientRequest, GradientReply, Result]
+
 Model = TypeVar("Model", contravariant=True)
 
 
@@ -266,7 +288,12 @@ class Client(Protocol[Model]):
         evaluates what it broadcasts, has no memory."""
         ...
 
-    def train(self, model: Model, batches: Batches, instruction: Instruction, memory: Tensors, key: int) -> Update: ...
+    def train(
+        self, model: Model, batches: Batches, instruction: Instruction, memory: Tensors, key: int
+    ) -> Update | InSteps[Update]:
+        """What this client answers. Written as a generator that yields its `GradientRequest`s it may be trained beside
+        other clients, in one pass over the base (fedtune/training/cohort.py); otherwise it computes by itself."""
+        ...
 
 
 class LosslessCodec(Protocol):

@@ -1,17 +1,20 @@
 """Adapters on a base model, addressed by name.
 
 A `LocalModel` is what a party trains and evaluates: one frozen base and one set of trainable tensors that are swapped
-in place. However many clients share a process, there is one base. Without an adapter (adapter=none) the base's own
-weights are these tensors, and a copy of them is what everybody starts from.
+in place. However many clients share a process, there is one base; each of those that are trained at once has a twin,
+with tensors of its own. Without an adapter (adapter=none) the base's own weights are these tensors, and a copy of them
+is what everybody starts from.
 """
 
+import copy
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fedtune.config.schema import FULL, AdapterSpec
 from fedtune.core.errors import ModelError
@@ -20,8 +23,9 @@ from fedtune.core.seeds import derive_seed, uniform
 from fedtune.lowrank.algebra import ROLES, lora_factors, name_of
 from fedtune.models.adapter_kinds import RESIZABLE, attach, constants, origin_shift, slot_of, starting_values, trainable
 from fedtune.models.base import Base
-from fedtune.models.base_delta import BaseChange
+from fedtune.models.base_delta import BaseChange, PlannedChange
 from fedtune.models.given_adapter import fitting, given_values, hints
+from fedtune.models.packing import obstacle
 from fedtune.random_directions.weights import SeededWeights
 
 
@@ -42,6 +46,12 @@ class LocalModel:
         notes: what is to be said of base and adapter when a run starts.
         constants: what an exported adapter needs besides, by such names: VeRA's projections; nothing for other kinds.
         checkpoints: whether activations are computed anew on the way back (`checkpoint_activations`).
+        kind: of adapter.
+        dropout: the share of an adapter's input that is dropped in training.
+        scalings: what B A is multiplied by now, by layer.
+        switched_off: the layers that are left as the base has them.
+        through: (r, in) by layer: what its input passes before A (fedtune/training/frozen_basis.py).
+        root: the model that this is a twin of; itself if it is none.
     """
 
     def __init__(self, base: Base, spec: AdapterSpec, seed: int, requantize: bool = False):
@@ -56,6 +66,7 @@ class LocalModel:
         with fitting(spec):
             attached: tuple[Any, str] = attach(base.model, spec, base.reached)
         self.module, said = attached
+        self.module.eval()  # PEFT's own modules come ready to train, with dropout
         self.notes = [*base.notes, *([said] if said else []), *hints(spec, base.origin)]
         self.quantization, self.pad = base.quantization, base.pad
         self.tokenizer = base.tokenizer
@@ -73,11 +84,16 @@ class LocalModel:
         self._start = list(self.layout.initial.values())
         self._roles = {slot.name: slot.role for slot in slots}
         self._lora = {slot.module: slot.scaling for slot in self.layout.slots if slot.role == "lora_A"}
+        self.scalings = dict(self._lora)
         self._changed = False  # ranks, scaling or what is trained differ from the layout's
-        self._switched_off: list[Any] = []  # layers that are left as the base has them
+        self.switched_off: set[str] = set()
+        self.through: dict[str, Tensor] = {}
+        self.kind, self.dropout = spec.kind, spec.dropout
+        self.root = self
+        self._hooks: list[RemovableHandle] = []
         self._resizable = spec.kind in RESIZABLE
         self.checkpoints = False
-        self.base_delta = BaseChange(self._base_layer, requantize)
+        self.base_delta: BaseChange | PlannedChange = BaseChange(self._base_layer, requantize)
         self.origin_shift = origin_shift(self.layout, spec)
         BaseChange(self._base_layer).set(self.origin_shift)
         self.reset()
@@ -92,9 +108,47 @@ class LocalModel:
                         live.data = torch.empty_like(start, device=live.device)
                     live.requires_grad_(True)
                 self._scale(self._lora)
+                self.pass_through({})
                 self._changed = False
             torch._foreach_copy_(self._tensors, self._start)
         self.base_delta.clear()
+
+    def twin(self) -> "LocalModel":
+        """A model on the same base with trainable tensors of its own, at their start, to be trained beside others
+        (fedtune/models/packing.py). Its module computes with this model's tensors, not with the twin's."""
+        made = copy.copy(self)
+        for cached in ("seeded", "by_layer"):
+            vars(made).pop(cached, None)
+        made._live = {
+            name: nn.Parameter(start.to(self.device, copy=True)) for name, start in self.layout.initial.items()
+        }
+        made._tensors = list(made._live.values())
+        made.scalings, made.switched_off, made.through = dict(self._lora), set(), {}
+        made.base_delta, made._changed = PlannedChange(), False
+        return made
+
+    def adopt(self, twin: "LocalModel") -> "LocalModel":
+        """Be what a twin is now; returns this model. A model adopts itself as it is."""
+        if twin is not self:
+            self.reset()
+            self.base_delta.set(twin.base_delta.tensors)
+            if twin.switched_off:
+                self.adapt_only(self._lora.keys() - twin.switched_off)
+            self.install(twin.adapter(), twin.scaling)
+        return self
+
+    @cached_property
+    def by_layer(self) -> dict[str, dict[str, Tensor]]:
+        """The trainable tensors of each adapted layer, by role."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for slot in self.layout.slots:
+            found.setdefault(slot.module, {})[slot.role] = self._live[slot.name]
+        return found
+
+    @cached_property
+    def obstacle(self) -> str:
+        """Why clients can't be trained at once on this base, or ""."""
+        return obstacle(self)
 
     def install(self, tensors: Tensors, scaling: float | None = None) -> None:
         """Copy `tensors` into the trainable tensors of those names; the others keep their values.
@@ -188,15 +242,34 @@ class LocalModel:
             raise ModelError(f"layer '{min(unknown)}' has no LoRA adapter")
         self._changed = True
         self._switch_on()
-        for module in self._lora.keys() - set(modules):
-            layer = self.module.get_submodule(module)
-            layer.enable_adapters(False)
-            self._switched_off.append(layer)
+        self.switched_off = self._lora.keys() - set(modules)
+        for slot in self.layout.slots:
+            if slot.module in self.switched_off:
+                self._live[slot.name].requires_grad_(False)
+        if self.root is self:
+            for module in self.switched_off:
+                self.module.get_submodule(module).enable_adapters(False)
+
+    def pass_through(self, bases: Mapping[str, Tensor]) -> None:
+        """Have the inputs of these layers, and of no others, pass a matrix (r, in) each before they come to A."""
+        self._changed = True
+        self.through = {module: basis.to(self.device) for module, basis in bases.items()}
+        if self.root is self:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = [
+                self.module.get_submodule(module).lora_A["default"].register_forward_pre_hook(_passing(basis))
+                for module, basis in self.through.items()
+            ]
 
     def _switch_on(self) -> None:
-        for layer in self._switched_off:
-            layer.enable_adapters(True)  # and has them trained
-        self._switched_off = []
+        for slot in self.layout.slots:
+            if slot.module in self.switched_off:
+                self._live[slot.name].requires_grad_(True)
+        if self.root is self:
+            for module in self.switched_off:
+                self.module.get_submodule(module).enable_adapters(True)  # and has them trained
+        self.switched_off = set()
 
     def read(self) -> Tensors:
         """A copy of every tensor that is being trained, on the CPU."""
@@ -256,12 +329,13 @@ class LocalModel:
     @property
     def scaling(self) -> float | None:
         """What B A is multiplied by now; None for adapters that have none."""
-        module = next(iter(self._lora), None)
-        return None if module is None else float(self.module.get_submodule(module).scaling["default"])
+        return next((float(value) for value in self.scalings.values()), None)
 
     def _scale(self, scaling: Mapping[str, float]) -> None:
-        for module, value in scaling.items():
-            self.module.get_submodule(module).scaling["default"] = value
+        self.scalings = dict(scaling)
+        if self.root is self:
+            for module, value in scaling.items():
+                self.module.get_submodule(module).scaling["default"] = value
 
     def _base_layer(self, module: str) -> nn.Module:
         layer: Any = self.module.get_submodule(module)
@@ -277,6 +351,13 @@ class LocalModel:
     def trainable(self) -> int:
         """How many trainable numbers there are, at the layout's ranks."""
         return sum(start.numel() for start in self._start)
+
+
+def _passing(basis: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (nn.functional.linear(inputs[0], basis), *inputs[1:])
+
+    return hook
 
 
 def _outer(role: str, tensor: Tensor) -> int:

@@ -92,3 +92,18 @@ class BaseChange:
             return output + change.to(output.dtype)
 
         self._handles.append(layer.register_forward_hook(hook))
+
+
+class PlannedChange:
+    """What is to be added to a base that others share, when this model's turn comes."""
+
+    rounding = None
+
+    def __init__(self) -> None:
+        self.tensors: Tensors = {}
+
+    def clear(self) -> None:
+        self.tensors = {}
+
+    def set(self, tensors: Tensors) -> None:
+        self.tensors = tensors

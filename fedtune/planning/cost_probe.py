@@ -21,7 +21,7 @@ from fedtune.core.seeds import derive_seed, permutation
 from fedtune.data.federated_data import FederatedData
 from fedtune.lowrank.algebra import lora_factors
 from fedtune.models.adapted_model import LocalModel
-from fedtune.training.first_order import seeded
+from fedtune.training.gradients import seeded
 
 NF4_BYTES = 0.516  # a parameter: 4 bits, and absmax of each 64 in 8 bits, double quantization
 ALLOCATOR = 1.3  # what an allocator and short-lived copies take, over what a step keeps; measured: docs/planning.md

@@ -5,8 +5,10 @@ it), so nothing else has to agree. Nothing heavy is imported before a message as
 lives for one message, and a worker that stays does the rest.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from threading import Event
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -28,6 +30,24 @@ def make_client_app(config: str | None = None) -> ClientApp:
         return handle_message(at.message_type, at.group_id, message.content, run_config, context.node_config).content
 
     return _client_app(answer)
+
+
+def answer_together(messages: Sequence[Message], contexts: Sequence[Context]) -> list[RecordDict | Exception]:
+    """What the client app above answers to training messages of several clients, who are trained at once where that can
+    be."""
+    from fedtune.workspace.client_handler import Handled, handle_together
+
+    told = [(message.metadata.group_id, message.content) for message in messages]
+    nodes = [context.node_config for context in contexts]
+    found = handle_together(told, contexts[0].run_config, nodes, lambda line: print(line, file=sys.stderr))
+    return [each.content if isinstance(each, Handled) else each for each in found]
+
+
+def cohort_of(run_config: Mapping[str, Any]) -> int:
+    """How many clients of a run are trained at once, in this process."""
+    from fedtune.workspace.workspace import workspace_of
+
+    return workspace_of(run_config).cohort
 
 
 def make_device_app() -> ClientApp:

@@ -217,8 +217,10 @@ def headline(experiment: Experiment, workspace: "Workspace", folder: Path) -> li
     """What is about to run, on what."""
     model, data = workspace.model, workspace.data
     held = model.quantization if model.quantization != "none" else str(model.module.dtype)
+    at_once = min(workspace.cohort, experiment.population.cohort_size) if experiment.runtime.name == "local" else 1
+    beside = f" ({at_once} trained at once)" if at_once > 1 else ""
     return [
-        f"{experiment.name}: {method_of(experiment)}, {clients_of(experiment)}, {experiment.rounds} rounds",
+        f"{experiment.name}: {method_of(experiment)}, {clients_of(experiment)}{beside}, {experiment.rounds} rounds",
         f"base     {experiment.model.name} from {model.origin.source}, {held.removeprefix('torch.')} "
         f"on {model.device}, {model.trainable:,} trainable parameters",
         *_data_lines(experiment, data),

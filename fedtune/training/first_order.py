@@ -1,8 +1,8 @@
-"""The local training loop that clients share, and the loss behind it."""
+"""The local training loop that clients share, and the loss behind it. Whoever drives it computes the gradients:
+fedtune/training/gradients.py."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedtune.core.errors import ClientError
-from fedtune.core.protocol import Batch
+from fedtune.core.protocol import Batch, GradientRequest, InSteps
+from fedtune.core.seeds import derive_seed
 from fedtune.models.adapted_model import LocalModel
 from fedtune.training.optimizers import make_optimizer as make_optimizer
 from fedtune.training.schedule import RoundSchedule
@@ -62,8 +63,8 @@ def fit(
     penalty: Callable[[], Tensor] | None = None,
     watch: Callable[[], None] | None = None,
     schedule: RoundSchedule | None = None,
-) -> float:
-    """Train the model's trainable tensors in place, with a fresh optimizer.
+) -> InSteps[float]:
+    """Train the model's trainable tensors in place, with a fresh optimizer, between the gradients that it asks for.
 
     Args:
         key: seeds dropout, the only random draw here.
@@ -81,87 +82,36 @@ def fit(
     update = make_optimizer(optimizer, parameters, lr, weight_decay)
     scale = LOSS_SCALE if model.dtype == "float16" else 1.0
     total = 0.0
-    with seeded(key, model.device):
-        model.module.train()
-        try:
-            for step, batch in enumerate(islice(batches, steps), 1):
-                if schedule is not None:
-                    for group in update.param_groups:
-                        group["lr"] = lr * schedule.share(step - 1, steps)
-                value, scale = _backward(model, batch.to(model.device), penalty, scale)
-                if not math.isfinite(value):
-                    raise ClientError(
-                        f"the training loss became {value} at step {step} of {steps}: "
-                        f"lower train.lr (now {lr:g}) or set train.max_grad_norm"
-                    )
-                total += value
-                if watch is not None:
-                    watch()
-                # Where the loss is 0 to the last bit there is nothing left to learn
-                if torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf) == 0 and value != 0:
-                    raise _without_gradient(model, step, steps, value, lr)
-                update.step()
-                update.zero_grad()
-        finally:
-            model.module.eval()
-            for parameter in parameters:
-                parameter.grad = None
-    return total / steps
-
-
-def _backward(
-    model: LocalModel, batch: Batch, penalty: Callable[[], Tensor] | None, scale: float
-) -> tuple[float, float]:
-    """Leave the gradients of the loss, and of the penalty if there is one, in the trained tensors.
-
-    A float16 base can't hold gradients as small as they come, nor large ones. So the loss is multiplied by a power of
-    two on the way back, and the float32 gradients that arrive are divided by it, which rounds nothing. Where one has
-    become infinite the scale is halved and the batch taken again: of a turn's few steps none is left out.
-
-    Args:
-        scale: 1 for bases in other dtypes.
-
-    Returns:
-        The mean loss, without the penalty, and the scale that was taken in the end, for the next step.
-
-    Raises:
-        ClientError: if no scale makes them finite.
-    """
-    while True:
-        value = _accumulate(model, batch, penalty, scale)
-        if scale == 1 or not math.isfinite(value):
-            return value, scale
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if all(gradient.isfinite().all() for gradient in gradients):
-            torch._foreach_mul_(gradients, 1 / scale)
-            return value, scale
-        scale /= 2
-        if scale < 2:
-            raise ClientError(
-                "gradients don't fit float16, however the loss is scaled: take model.dtype=float32, or another model"
-            )
-        for parameter in model.parameters():
+    try:
+        for step, batch in enumerate(islice(batches, steps), 1):
+            if schedule is not None:
+                for group in update.param_groups:
+                    group["lr"] = lr * schedule.share(step - 1, steps)
+            reply = yield GradientRequest(model, batch.to(model.device), derive_seed(key, "step", step), scale)
+            if not (scale := reply.scale):
+                raise ClientError(
+                    "gradients don't fit float16, however the loss is scaled: take model.dtype=float32, or another "
+                    "model"
+                )
+            if not math.isfinite(reply.loss):
+                raise ClientError(
+                    f"the training loss became {reply.loss} at step {step} of {steps}: "
+                    f"lower train.lr (now {lr:g}) or set train.max_grad_norm"
+                )
+            total += reply.loss
+            if penalty is not None:
+                penalty().backward()  # type: ignore[no-untyped-call]
+            if watch is not None:
+                watch()
+            # Where the loss is 0 to the last bit there is nothing left to learn
+            if torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf) == 0 and reply.loss != 0:
+                raise _without_gradient(model, step, steps, reply.loss, lr)
+            update.step()
+            update.zero_grad()
+    finally:
+        for parameter in parameters:
             parameter.grad = None
-
-
-def _accumulate(model: LocalModel, batch: Batch, penalty: Callable[[], Tensor] | None, scale: float) -> float:
-    """Add up `scale` times the gradient of a batch's mean loss, one micro-batch after the other.
-
-    Returns:
-        The mean loss, without the penalty. Where it isn't finite there is no gradient.
-    """
-    value = 0.0
-    for part, share in batch.parts():
-        loss = loss_of(model.module, part)
-        if share != 1:
-            loss = loss * share
-        value += loss.item()
-        if not math.isfinite(value):
-            break
-        if penalty is not None:
-            loss, penalty = loss + penalty(), None  # once a step
-        (loss if scale == 1 else loss * scale).backward()  # type: ignore[no-untyped-call]
-    return value
+    return total / steps
 
 
 def _without_gradient(model: LocalModel, step: int, steps: int, loss: float, lr: float) -> ClientError:
@@ -176,15 +126,3 @@ def _without_gradient(model: LocalModel, step: int, steps: int, loss: float, lr:
         f"training diverged: at step {step} of {steps} the loss is {loss:g} and its gradient zero. Lower train.lr (now "
         f"{lr:g})"
     )
-
-
-@contextmanager
-def seeded(key: int, device: torch.device) -> Iterator[None]:
-    """Torch's own generators set by `key` within, and afterwards as if nothing had happened."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # torch.manual_seed would note a stack trace for every kind of device there might be: 1 ms, each turn
-        torch.default_generator.manual_seed(key)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(key)
-        yield

@@ -10,11 +10,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedtune.core.protocol import Layout, Setting, Tensors
 from fedtune.core.seeds import derive_seed, uniform
@@ -66,24 +64,19 @@ def training_core(model: LocalModel, core: Tensors) -> Iterator[Callable[[], Ten
     """
     model.train_only(["lora_A"])
     live = model.trained()
-    entered: list[tuple[nn.Parameter, Tensor, Any]] = []
+    entered: list[tuple[nn.Parameter, Tensor]] = []
+    bases = {
+        module: model.layout.initial[name_of(module, "lora_A")].to(model.device)
+        for module in lora_factors(model.layout.initial)
+    }
     try:
-        for module in lora_factors(model.layout.initial):
-            name = name_of(module, "lora_A")
-            basis = model.layout.initial[name].to(model.device)
-            start = core[name_of(module, CORE)].to(model.device, copy=True)
-            hook = model.module.get_submodule(module).lora_A["default"].register_forward_pre_hook(_through(basis))
-            live[name].data = start
-            entered.append((live[name], basis, hook))
+        model.pass_through(bases)
+        for module, basis in bases.items():
+            parameter = live[name_of(module, "lora_A")]
+            parameter.data = core[name_of(module, CORE)].to(model.device, copy=True)
+            entered.append((parameter, basis))
         yield lambda: {name.replace("lora_A", CORE): tensor for name, tensor in model.read().items()}
     finally:
-        for parameter, basis, hook in entered:
-            hook.remove()
+        model.pass_through({})
+        for parameter, basis in entered:
             parameter.data = parameter.data @ basis
-
-
-def _through(basis: Tensor) -> Callable[..., tuple[Tensor, ...]]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (functional.linear(inputs[0], basis), *inputs[1:])
-
-    return hook

@@ -86,7 +86,7 @@ class Transport:
         """
         if not messages:
             return
-        sent = last = time.monotonic()
+        sent = time.monotonic()
         targets = [message.metadata.dst_node_id for message in messages]
         started = self.nodes() if self.lines.deployed else {}
         identified = push(self._grid, messages)
@@ -111,10 +111,13 @@ class Transport:
             if isinstance(came, WireError):
                 yield Reply(node, None, now - sent, str(came))
             else:
-                yield Reply(node, came, now - (last if self._in_turn else sent))
-            last = time.monotonic()
+                yield Reply(node, came, self._turn_seconds() if self._in_turn else now - sent)
         for node in pending.values():
             yield Reply(node, None, time.monotonic() - sent, f"no reply within {seconds:g} s")
+
+    def _turn_seconds(self) -> float:
+        assert isinstance(self._grid, SequentialGrid)
+        return self._grid.turn_seconds
 
     def _pull_in_turn(self, pending: Mapping[str, int], deadline: float) -> Iterator[tuple[str, Message | WireError]]:
         """What comes, for grids whose replies are there at once or not at all. One at a time, so that one is held."""

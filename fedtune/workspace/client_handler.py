@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from fedtune.config.compatibility import tells_its_work, traits_of
 from fedtune.config.population import MEASURED
 from fedtune.core.errors import MALFORMED, CapacityError, ClientError, ConfigError, WireError
 from fedtune.core.limits import BOUNDS
-from fedtune.core.protocol import UNLIMITED, ClientInfo, DeviceProfile, Instruction, Score, Update, grid
+from fedtune.core.protocol import UNLIMITED, ClientInfo, DeviceProfile, InSteps, Instruction, Score, Update, grid
 from fedtune.core.seeds import derive_seed
 from fedtune.core.text import first_line
 from fedtune.data.federated_data import ClientBatches
@@ -22,6 +22,8 @@ from fedtune.device.usage import Usage
 from fedtune.planning.population import profile_of
 from fedtune.planning.turn_times import memory_of, trained_of
 from fedtune.training.apply_instruction import BATCH, BITS, STEPS, with_steps
+from fedtune.training.cohort import together
+from fedtune.training.gradients import finished
 from fedtune.training.schedule import schedule_of
 from fedtune.wire.flower_private import content_bytes
 from fedtune.wire.messages import pack_greeting, pack_score, unpack_question
@@ -77,6 +79,36 @@ def handle_message(
         raise ClientError(f"what the server asks for can't be done here: {type(error).__name__}: {reason}") from error
 
 
+def handle_together(
+    messages: Sequence[tuple[str, RecordDict]],
+    run_config: Mapping[str, Any],
+    node_configs: Sequence[Mapping[str, Any]],
+    say: Callable[[str], None],
+) -> list[Handled | Exception]:
+    """Answer the training messages of several clients, who are trained at once where that can be: what each answers, in
+    their order, or what it raised.
+
+    Args:
+        messages: group id and content of each.
+        node_configs: of the nodes that they are for.
+        say: takes what a person should know.
+    """
+    workspace = workspace_of(run_config)
+    answers: dict[int, Handled | Exception] = {}
+    beside: dict[int, InSteps[Handled]] = {}
+    for place, ((round, content), node_config) in enumerate(zip(messages, node_configs, strict=True)):
+        try:
+            asked = _asked(round, content, workspace, index_of(node_config))
+            if workspace.stacks(asked.told):
+                beside[place] = take_turn(workspace, asked, beside=True)
+            else:
+                answers[place] = finished(take_turn(workspace, asked))
+        except Exception as error:  # this client's own
+            answers[place] = error
+    answers |= dict(zip(beside, together(list(beside.values()), say), strict=True))
+    return [answers[place] for place in range(len(messages))]
+
+
 def _answer(
     kind: str, round: str, content: RecordDict, workspace: Workspace, node_config: Mapping[str, Any]
 ) -> Handled:
@@ -86,14 +118,23 @@ def _answer(
         return Handled(_greeting(content, workspace, downlink, index, node_config))
     if kind not in (MessageType.TRAIN, MessageType.EVALUATE):
         raise WireError(f"message type {kind[:40]!r} is not known: expected query, train or evaluate")
-    if not re.fullmatch(r"[0-9]{1,18}", round):
-        raise WireError(f"expected the round's number as the message's group, got {round[:40]!r}")
-    number = int(round)
     if kind == MessageType.EVALUATE:
+        number = _number(round)
         instruction, run = downlink.decode(content, index, number + 1)
         return Handled(pack_score(evaluate_client(workspace, run, index, number, instruction)))
-    instruction, run = downlink.decode(content, index, number, number)
-    return answer(workspace, run, index, number, instruction)
+    return finished(take_turn(workspace, _asked(round, content, workspace, index)))
+
+
+def _number(round: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,18}", round):
+        raise WireError(f"expected the round's number as the message's group, got {round[:40]!r}")
+    return int(round)
+
+
+def _asked(round: str, content: RecordDict, workspace: Workspace, index: int) -> "Assignment":
+    number = _number(round)
+    instruction, run = Downlink(workspace).decode(content, index, number, number)
+    return Assignment(run, index, number, instruction)
 
 
 def _greeting(
@@ -111,11 +152,31 @@ def _greeting(
     return pack_greeting(peer, workspace.model.layout.sha256, workspace.data.sha256, lost)
 
 
-def answer(workspace: Workspace, run: str, index: int, round: int, instruction: Instruction) -> Handled:
-    """Client `index` does its part of a round: its update as it is sent."""
+@dataclass(frozen=True)
+class Assignment:
+    """What a client is to do in a round.
+
+    Attributes:
+        run: the run's id, under which what the client keeps is found.
+        told: what the server asks for.
+    """
+
+    run: str
+    index: int
+    round: int
+    told: Instruction
+
+
+def take_turn(workspace: Workspace, asked: Assignment, beside: bool = False) -> InSteps[Handled]:
+    """A client does its part of a round: its update as it is sent.
+
+    Args:
+        beside: others are trained at the same time, so it needs a model with tensors of its own.
+    """
+    run, index, round = asked.run, asked.index, asked.round
     before = workspace.client_states.load(run, index, round) if grid(workspace.codec_up) else {}
-    update, seconds = _train(workspace, run, index, round, instruction)
-    return Handled(Uplink(workspace).encode(update, run, index, round, instruction, before), seconds)
+    update, seconds = yield from _train(workspace, asked, beside)
+    return Handled(Uplink(workspace).encode(update, run, index, round, asked.told, before), seconds)
 
 
 def local_update(workspace: Workspace, run: str, index: int, round: int, instruction: Instruction) -> Update:
@@ -124,20 +185,21 @@ def local_update(workspace: Workspace, run: str, index: int, round: int, instruc
     Args:
         run: the run's id, under which what the client keeps is found.
     """
-    return _train(workspace, run, index, round, instruction)[0]
+    return finished(_train(workspace, Assignment(run, index, round, instruction), beside=False))[0]
 
 
-def _train(workspace: Workspace, run: str, index: int, round: int, instruction: Instruction) -> tuple[Update, float]:
+def _train(workspace: Workspace, asked: Assignment, beside: bool) -> InSteps[tuple[Update, float]]:
+    run, index, round, instruction = asked.run, asked.index, asked.round, asked.told
     experiment = workspace.experiment
     key = derive_seed(experiment.seed, "train", round, index)
     memory = workspace.client_states.load(run, index, round)
-    model = workspace.install(instruction, memory)
+    model = workspace.install(instruction, memory, beside)
     settings = instruction.settings
     train = experiment.train
     size = int(settings.get(BATCH, train.batch_size))
     batches = workspace.data.batches(index, size, key, train.micro_batch_size)
     own = workspace.data.heldout[index]
-    found = workspace.score(own, model) if experiment.evaluate.clients and len(own) else None
+    found = workspace.score(own, model.root.adopt(model)) if experiment.evaluate.clients and len(own) else None
     client = with_steps(workspace.client, train, settings, batches.examples)
     if train.epochs is not None and client.steps > (most := BOUNDS[STEPS][1]):
         raise ClientError(f"train.epochs={train.epochs:g} are {client.steps:g} steps here: at most {most} are taken")
@@ -146,7 +208,8 @@ def _train(workspace: Workspace, run: str, index: int, round: int, instruction: 
     if workspace.owner is not None:
         batches = _within_limits(workspace, client, batches, instruction)
     begun = time.perf_counter()
-    update: Update = client.train(model, batches, instruction, memory, key)
+    training = client.train(model, batches, instruction, memory, key)
+    update: Update = (yield from training) if isinstance(training, Generator) else training
     seconds = time.perf_counter() - begun
     if memory:
         workspace.client_states.save(run, index, round, memory)

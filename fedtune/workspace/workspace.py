@@ -35,6 +35,7 @@ from fedtune.training.apply_instruction import BITS
 from fedtune.training.client_state import ClientStateStore
 from fedtune.training.optimizers import IN_8_BITS, check_optimizer
 from fedtune.wire.delta_coding import build_codec
+from fedtune.workspace.cohort_size import asks_for_gradients, check_cohort, cohort_note, cohort_size
 
 QUANTIZATION = {4: "nf4", 8: "int8"}  # by the bits that a client is told; as it is otherwise
 
@@ -57,6 +58,7 @@ class Workspace:
         self.client: Client[LocalModel] = build(experiment.method.client, "method.client", allowed)
         check_traits(experiment, traits_of(self.strategy))
         check_training(experiment, traits_of(self.strategy), self.client)
+        check_cohort(experiment, self.client)
         self.codec_up, self.feedback = build_codec(experiment.codec_up, "codec_up", feedback=False, allowed=allowed)
         # Whether a broadcast is the difference from the one before
         self.codec_down, self.chained = build_codec(experiment.codec_down, "codec_down", feedback=True, allowed=allowed)
@@ -154,7 +156,8 @@ class Workspace:
         """What is to be said of model and data when a run starts."""
         asked, taken = self.experiment.data.max_length, self.data_spec.max_length
         cut = f"data.max_length={asked} is more than the model has positions for: examples are cut to {taken} tokens"
-        return [*self.model.notes, *([cut] if taken < asked else [])]
+        alone = cohort_note(self)
+        return [*self.model.notes, *([cut] if taken < asked else []), *([alone] if alone else [])]
 
     @cached_property
     def data(self) -> FederatedData:
@@ -204,10 +207,26 @@ class Workspace:
         """What every model starts from: what a lossy broadcast is the difference from, the first at least."""
         return {} if is_lossless(self.codec_down) else self.model.layout.initial
 
-    def install(self, instruction: Instruction, memory: Tensors) -> LocalModel:
-        """Make the model, which is returned, what a client with this memory would hold after hearing `instruction`."""
+    def stacks(self, instruction: Instruction) -> bool:
+        """Whether a client that hears this can be trained in one pass with others."""
+        return asks_for_gradients(self.client) and not self.model_for(instruction).obstacle
+
+    @cached_property
+    def cohort(self) -> int:
+        """How many clients of a round are trained in one pass over the base."""
+        return cohort_size(self)
+
+    def install(self, instruction: Instruction, memory: Tensors, beside: bool = False) -> LocalModel:
+        """Make the model, which is returned, what a client with this memory would hold after hearing `instruction`.
+
+        Args:
+            beside: return a twin of it, to be trained beside others.
+        """
         model = self.model_for(instruction)
-        model.reset()
+        if beside:
+            model = model.twin()
+        else:
+            model.reset()
         self.client.receive(model, instruction, memory)
         return model
 
