@@ -8,8 +8,9 @@ import torch
 from conftest import SMALL, small
 
 from fedtune.runtime.local import run_local
+from fedtune.workspace.workspace import Workspace
 from simulations import family, picture
-from simulations.benchmarks import costs
+from simulations.benchmarks import cohort, costs
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +22,17 @@ def threads(monkeypatch):
 def test_a_picture_is_drawn_of_a_run(shared_run, tmp_path):
     picture.draw(shared_run(), tmp_path / "new" / "run.svg")
     assert "held-out" in (tmp_path / "new" / "run.svg").read_text(encoding="utf-8").replace("&#160;", " ")
+
+
+@pytest.mark.slow
+def test_cohorts_are_measured_beside_clients_one_by_one(tmp_path, capsys):
+    rows = cohort.measure(Workspace(small(out=tmp_path)), 3, [1, 3], steps=1, repeats=1)
+    assert [row.way for row in rows] == ["padded", "1", "3"]
+    assert all(row.loss == pytest.approx(rows[0].loss, rel=1e-5) for row in rows)
+    assert rows[1].loss == rows[2].loss
+    asked = ["--clients", "2", "--sizes", "2", "--steps", "1", "--repeats", "1"]
+    cohort.main([*asked, *SMALL, "population.cohort=2", "population.clients=20"])
+    assert "times padded" in re.sub(r"[\s│┃]+", " ", capsys.readouterr().out)
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ from fedtune.core.seeds import derive_seed
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
 from fedtune.training.first_order import fit
+from fedtune.training.gradients import finished
 from fedtune.workspace.client_handler import local_update
 from fedtune.workspace.workspace import Workspace, workspace_of
 
@@ -211,15 +212,17 @@ def train_once(workspace: Workspace, index: int) -> None:
     """A client's optimizer steps and nothing else."""
     settings = workspace.experiment.train
     key = derive_seed(workspace.experiment.seed, "train", 1, index)
-    fit(
-        workspace.model,
-        workspace.data.batches(index, settings.batch_size, key),
-        steps=settings.steps,
-        lr=settings.lr,
-        optimizer=settings.optimizer,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        key=key,
+    finished(
+        fit(
+            workspace.model,
+            workspace.data.batches(index, settings.batch_size, key),
+            steps=settings.steps,
+            lr=settings.lr,
+            optimizer=settings.optimizer,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            key=key,
+        )
     )
 
 

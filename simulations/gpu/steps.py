@@ -51,6 +51,7 @@ STEPS = (
     Step("tests", "pytest -m cuda", "checks.tests", 40, 200),
     Step("qlora", "a 7B base in NF4: training, with and without activations kept", "training.qlora", 30, 90),
     Step("smollm2", "clients of SmolLM2-135M, one by one", "training.smollm2", 30, 120),
+    Step("cohorts", "clients of SmolLM2-135M, up to 64 in one pass", "training.cohorts", 30, 90),
     Step("round", "a federated round of 4 clients over the 7B base", "training.federated_round", 30, 90),
     Step("resume", "one seed has one result, also after a resume", "checks.resume", 20, 90),
     Step("seeded", "noise from seeds, and FedKSeed's steps", "checks.seeded", 20, 90),

@@ -22,8 +22,10 @@ from fedtune.planning.cost_probe import costs_of, weights_of
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, run_local, server_context
 from fedtune.training.first_order import fit
+from fedtune.training.gradients import finished
 from fedtune.workspace import workspace as workspaces
 from fedtune.workspace.workspace import Workspace, workspace_of
+from simulations.benchmarks.cohort import measure
 from simulations.gpu.bases import LLAMA_7B, SMALL, SMOLLM2, Shape, random_folder, random_nf4
 from simulations.gpu.results import Row
 from simulations.gpu.steps import Place, has_cuda
@@ -37,8 +39,9 @@ def length(place: Place) -> int:
     return 16 if place.tiny else 512
 
 
-def data(place: Place, clients: int) -> list[str]:
-    """Words for examples that are all longer than they are cut to, so that every step has as many tokens."""
+def data(place: Place, clients: int, shortest: int | None = None) -> list[str]:
+    """Words for examples that are all longer than they are cut to, so that every step has as many tokens; or some as
+    short as `shortest` tokens, about."""
     path = place.folder / "rows.jsonl"
     draw = random.Random(0)
 
@@ -46,7 +49,8 @@ def data(place: Place, clients: int) -> list[str]:
         return "".join(draw.choice("abcdefghijklmnopqrstuvwxyz     ") for _ in range(characters))
 
     tokens = length(place)
-    rows = [{"prompt": text(tokens // 3), "completion": text(6 * tokens)} for _ in range(clients * BATCH * 2)]
+    sizes = [6 * tokens if shortest is None else draw.randrange(shortest, tokens) for _ in range(clients * BATCH * 2)]
+    rows = [{"prompt": text(min(tokens, size) // 3), "completion": text(size)} for size in sizes]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return [
         f"data.path={path}",
@@ -108,6 +112,28 @@ def smollm2(place: Place) -> Iterator[Row]:
             settle()
             bare = time.perf_counter() - begun
             yield Row(f"{label}: the same steps without federation", tokens / bare, "tokens/s", f"{bare:.3g} s")
+
+
+def cohorts(place: Place) -> Iterator[Row]:
+    """Gradient steps of SmolLM2's clients with examples of unlike lengths, so many in one pass over the base."""
+    clients, sizes = (3, (1, 3)) if place.tiny else (64, (1, 8, 64))
+    model, which = smollm2_words(place)
+    words = [*data(place, clients, shortest=length(place) // 8), *model]
+    yield Row("weights", which)
+    for label, more in (
+        ("float32", ["model.dtype=float32"]),
+        ("bfloat16", ["model.dtype=bfloat16"]),
+        ("nf4", ["model.dtype=bfloat16", "model.quantization=nf4"]),
+    ):
+        fresh()
+        workspace = Workspace(compose([*words, *more, f"out={place.folder / label}"]))
+        workspace.use_threads()
+        padded, *packed = measure(workspace, clients, sizes, steps=1, repeats=2)
+        yield Row(f"{label}, padded, one by one", padded.tokens / padded.seconds, "tokens/s", f"{clients} clients")
+        for row in packed:
+            said = f"{padded.seconds / row.seconds:.1f}x; loss off by {abs(row.loss / padded.loss - 1):.0e}; peak "
+            speed = row.tokens / row.seconds
+            yield Row(f"{label}, {row.way} at once", speed, "tokens/s", f"{said}{row.peak_bytes / 1e9:.2f} GB")
 
 
 def big(place: Place) -> tuple[Shape, str]:
@@ -189,15 +215,17 @@ def federated_round(place: Place) -> Iterator[Row]:
 def train(workspace: Workspace, index: int, steps: int) -> None:
     """A client's optimizer steps and nothing else."""
     settings, key = workspace.experiment.train, derive_seed(workspace.experiment.seed, "train", 1, index)
-    fit(
-        workspace.model,
-        workspace.data.batches(index, settings.batch_size, key),
-        steps=steps,
-        lr=settings.lr,
-        optimizer=settings.optimizer,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        key=key,
+    finished(
+        fit(
+            workspace.model,
+            workspace.data.batches(index, settings.batch_size, key),
+            steps=steps,
+            lr=settings.lr,
+            optimizer=settings.optimizer,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            key=key,
+        )
     )
 
 
