@@ -206,22 +206,27 @@ def test_too_little_memory_halves_the_group_and_changes_nothing(tmp_path, monkey
     assert "too little memory for 5 clients at once: in two parts" in capsys.readouterr().err
 
 
-def test_a_client_that_never_fits_fails_alone_and_a_fault_of_ours_is_raised(monkeypatch, tmp_path):
+def test_whoever_cant_be_computed_fails_alone(monkeypatch, tmp_path):
     def turn(model):
         reply = yield gradients.GradientRequest(model, BATCHES[0], 0)
         assert isinstance(reply, GradientReply)
 
-    model = Workspace(small(out=tmp_path)).model
+    model, plain = Workspace(small(out=tmp_path)).model, gradients.packed_losses
+    twins = [model.twin() for _ in range(4)]
+    for error, said in (
+        (torch.OutOfMemoryError("CUDA out of memory"), "too little memory for a step of this client"),
+        (IndexError("token 9999 is out of range"), "token 9999 is out of range"),
+    ):
 
-    def never(passengers):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        def breaks(passengers, error=error):
+            if any(each.model is twins[2] for each in passengers):
+                raise error
+            return plain(passengers)
 
-    monkeypatch.setattr(gradients, "packed_losses", never)
-    found = together([turn(model.twin()), turn(model.twin())], lambda line: None)
-    assert all("too little memory for a step" in str(each) for each in found)
-    monkeypatch.setattr(gradients, "packed_losses", lambda who: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        together([turn(model.twin())], lambda line: None)
+        monkeypatch.setattr(gradients, "packed_losses", breaks)
+        found = together([turn(twin) for twin in twins], lambda line: None)
+        assert [each for place, each in enumerate(found) if place != 2] == [None] * 3
+        assert said in str(found[2])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ that fails fails alone.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -72,22 +72,25 @@ def _known(tensors: Tensors, changes: list[Tensors]) -> Tensors:
 
 
 def _fitting(requests: list[GradientRequest], say: Callable[[str], None]) -> list[GradientReply | Exception]:
-    """The gradients of all, in halves where memory is too short for all."""
+    """The gradients of all; in halves where memory is too short for all, or where somebody's can't be computed, so that
+    whoever it is fails alone."""
     try:
         return [*gradients(requests)]
-    except (MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
-            raise
+    except Exception as error:
+        failed = error
     for request in requests:
         for parameter in request.model.parameters():
             parameter.grad = None
+    memory = _is_memory(failed)
     if len(requests) == 1:
-        return [CapacityError("there is too little memory for a step of this client: lower train.micro_batch_size")]
+        short = "there is too little memory for a step of this client: lower train.micro_batch_size"
+        return [CapacityError(short) if memory else failed]
+    if memory:
+        say(f"too little memory for {len(requests)} clients at once: in two parts")
     half = len(requests) // 2
-    say(f"too little memory for {len(requests)} clients at once: in two parts")
     return [*_fitting(requests[:half], say), *_fitting(requests[half:], say)]
 
 
-def _is_memory(error: Any) -> bool:
+def _is_memory(error: Exception) -> bool:
     said = str(error)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in said or "alloc" in said
