@@ -116,7 +116,8 @@ def test_its_yaml_lists_all_hyper_parameters_and_builds(method):
 @each_kind
 @pytest.mark.slow
 def test_resume_equals_uninterrupted_and_one_seed_has_one_result(method, tmp_path, two_rounds, captured):
-    """The first two rounds of both are the same ones, played twice."""
+    """The first two rounds of both are the same ones, played twice: by clients that are trained one by one, on a Grid
+    that knows no other way, and by as many at once as there are in a round."""
     whole, parts = captured(method).folder, tmp_path / "parts"
     shutil.copytree(two_rounds, parts)
     run_local(small(*of(method), "rounds=3", out=parts), resume=str(parts))

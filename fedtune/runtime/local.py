@@ -1,8 +1,8 @@
 """Every client in this process: an in-process Flower Grid.
 
-Clients take turns over one base model, so memory does not grow with their number. Messages are Flower's own. Those of a
-broadcast share one content, which the ClientApp must only read; ours hands a client tensors and settings decoded
-anew for each, so no client can reach what another gets.
+Clients take turns over one base model, some at once, so memory does not grow with their number. Messages are Flower's
+own. Those of a broadcast share one content, which the ClientApp must only read; ours hands a client tensors and
+settings decoded anew for each, so no client can reach what another gets.
 """
 
 import time
