@@ -28,7 +28,7 @@ def test_a_terminal_shows_a_bar_a_table_and_what_came_of_it(small_run, monkeypat
         "3/3 clients",
         "left",
         "held-out loss",
-        "run: fedit, 4 clients, 3 a round, 2 rounds",
+        "run: fedit, 4 clients, 3 a round (3 trained at once), 2 rounds",
         "adapter",
     ):
         assert part in text, part
