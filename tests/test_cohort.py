@@ -6,10 +6,12 @@ from typing import ClassVar
 
 import pytest
 import torch
+from architectures import made
 from conftest import SMALL, rows, small, summary_of
 from hypothesis import given
 from hypothesis import strategies as st
 from test_precisions import base as base
+from transformers import MistralConfig, MistralForCausalLM
 
 import fedtune.training.gradients as gradients
 from clients.first_order import FirstOrder
@@ -26,6 +28,7 @@ from fedtune.training.cohort import together
 from fedtune.training.first_order import loss_of
 from fedtune.workspace.workspace import Workspace
 
+CPU = torch.device("cpu")
 # Unequal clients: some have fewer rows than a batch, and with epochs they take other numbers of steps
 OWN = ("population.clients=5", "population.cohort=5", "data.partition=exponential", "rounds=2")
 RANKS = "population.ranks=[8,4,2]"
@@ -102,7 +105,7 @@ BATCHES = [
 def test_gradients_are_those_of_peft(kind, grouped):
     """Two clients with tensors and batches of their own, and one whose layers are partly switched off, against PEFT's
     own layers holding each in turn, padded, one by one."""
-    model = LocalModel(load_base(ModelSpec(name="tiny"), torch.device("cpu")), AdapterSpec(kind=kind), 0)
+    model = LocalModel(load_base(ModelSpec(name="tiny"), CPU), AdapterSpec(kind=kind), 0)
     assert model.obstacle == ""
     drawn = torch.Generator().manual_seed(1)
     twins = [model.twin() for _ in BATCHES]
@@ -237,18 +240,46 @@ def test_who_cant_be_trained_with_others_is_said(words, reason, tmp_path, capsys
     assert workspace.cohort == 1
 
 
-def test_a_base_with_dropout_of_its_own_goes_one_by_one():
-    from transformers import GPT2Config, GPT2LMHeadModel
+@pytest.mark.parametrize(
+    ("name", "obstacle"),
+    [
+        ("phi3", ""),
+        ("cohere", ""),
+        ("lfm2", "makes something else of packed examples"),  # a convolution goes from one example into the next
+        ("falcon_h1", "makes something else of packed examples"),
+        ("qwen3_moe", "the base has experts"),
+        ("gpt2", "the base has dropout of its own"),
+        ("gemma2", "its attention is eager"),
+    ],
+)
+def test_what_an_architecture_makes_of_packed_examples_is_tried(name, obstacle):
+    found = on(made(name)).obstacle
+    assert found.endswith(obstacle) if obstacle.startswith("makes") else found.startswith(obstacle)
+    assert bool(found) == bool(obstacle)
 
+
+def on(model):
+    return LocalModel(
+        replace(load_base(ModelSpec(name="tiny"), CPU), model=model, reached=None), AdapterSpec(rank=4), 0
+    )
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_window_of_attention_ends_where_it_does(grouped):
+    """Mistral's, of 4 tokens, against its own forward of each batch; without a window the losses are others."""
     found = []
-    for dropout in (0.1, 0.0):
-        sizes = {"vocab_size": 260, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
-        made = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout))
-        plain = load_base(ModelSpec(name="tiny"), torch.device("cpu"))
-        found.append(
-            LocalModel(type(plain)(**{**vars(plain), "model": made, "reached": None}), AdapterSpec(), 0).obstacle
-        )
-    assert found == ["the base has dropout of its own", ""]
+    for window in (4, None):
+        config = MistralConfig(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                               num_attention_heads=4, num_key_value_heads=2, sliding_window=window)  # fmt: skip
+        torch.manual_seed(0)
+        model = on(MistralForCausalLM(config))
+        with torch.no_grad():
+            for parameter in model.module.parameters():
+                parameter.mul_(5)  # so that attention says something
+            with packed_losses([Passenger(model, batch, 0) for batch in BATCHES], grouped) as losses:
+                found.append([loss.item() for loss in losses])
+            assert found[-1] == pytest.approx([loss_of(model.module, batch).item() for batch in BATCHES], rel=1e-5)
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("asked", ["0", "-3", "many", "true", "2.5"])
