@@ -6,6 +6,7 @@ that fails fails alone.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -27,6 +28,7 @@ def together(turns: Sequence[InSteps[Result]], say: Callable[[str], None]) -> li
     results: dict[int, Result | Exception] = {}
     asking: dict[int, GradientRequest] = {}
     changes: list[Tensors] = []
+    passes = _Passes(len(turns), say)
 
     def go_on(place: int, reply: GradientReply | None) -> None:
         try:
@@ -50,7 +52,7 @@ def together(turns: Sequence[InSteps[Result]], say: Callable[[str], None]) -> li
             for place, request in step.items():
                 groups.setdefault((id(request.model.root), id(request.model.base_delta.tensors)), []).append(place)
             for places in groups.values():
-                for place, answer in zip(places, _fitting([step[place] for place in places], say), strict=True):
+                for place, answer in zip(places, passes.gradients([step[place] for place in places]), strict=True):
                     if isinstance(answer, Exception):
                         turns[place].close()
                         results[place] = answer
@@ -71,24 +73,41 @@ def _known(tensors: Tensors, changes: list[Tensors]) -> Tensors:
     return tensors
 
 
-def _fitting(requests: list[GradientRequest], say: Callable[[str], None]) -> list[GradientReply | Exception]:
-    """The gradients of all; in halves where memory is too short for all, or where somebody's can't be computed, so that
-    whoever it is fails alone."""
-    try:
-        return [*gradients(requests)]
-    except Exception as error:
-        failed = error
-    for request in requests:
-        for parameter in request.model.parameters():
-            parameter.grad = None
-    memory = _is_memory(failed)
-    if len(requests) == 1:
-        short = "there is too little memory for a step of this client: lower train.micro_batch_size"
-        return [CapacityError(short) if memory else failed]
-    if memory:
-        say(f"too little memory for {len(requests)} clients at once: in two parts")
-    half = len(requests) // 2
-    return [*_fitting(requests[:half], say), *_fitting(requests[half:], say)]
+@dataclass
+class _Passes:
+    """Passes over a base for as many at once as memory has room for.
+
+    Attributes:
+        most: how many that is, as far as was seen.
+    """
+
+    most: int
+    say: Callable[[str], None]
+
+    def gradients(self, requests: list[GradientRequest]) -> list[GradientReply | Exception]:
+        found: list[GradientReply | Exception] = []
+        while rest := requests[len(found) :]:
+            found += self._pass(rest[: self.most])
+        return found
+
+    def _pass(self, requests: list[GradientRequest]) -> list[GradientReply | Exception]:
+        """The gradients of all; in halves where memory is too short for all, or where somebody's can't be computed, so
+        that whoever it is fails alone."""
+        try:
+            return [*gradients(requests)]
+        except Exception as error:
+            failed = error
+        for request in requests:
+            for parameter in request.model.parameters():
+                parameter.grad = None
+        memory, count = _is_memory(failed), len(requests)
+        if count == 1:
+            short = "there is too little memory for a step of this client: lower train.micro_batch_size"
+            return [CapacityError(short) if memory else failed]
+        if memory:
+            self.most = count // 2
+            self.say(f"too little memory for {count} clients at once: in two parts")
+        return [*self._pass(requests[: count // 2]), *self._pass(requests[count // 2 :])]
 
 
 def _is_memory(error: Exception) -> bool:
