@@ -27,7 +27,7 @@ class Grouping:
     back: Tensor
 
     @classmethod
-    def of(cls, sizes: Sequence[int], device: torch.device) -> "Grouping":
+    def of(cls, sizes: Sequence[int]) -> "Grouping":
         """That of owners with so many rows each, one at least."""
         size = torch.tensor(sizes)
         longest = int(size.max())
@@ -35,7 +35,11 @@ class Grouping:
         starts = (size.cumsum(0) - size)[:, None]
         places = starts + torch.minimum(at, size[:, None] - 1)
         back = (at < size[:, None]).flatten().nonzero()[:, 0]
-        return cls(places.to(device), back.to(device))
+        return cls(places, back)
+
+    def to(self, device: torch.device) -> "Grouping":
+        """The same on that device."""
+        return Grouping(self.places.to(device), self.back.to(device))
 
     def spread(self, rows: Tensor) -> Tensor:
         """Rows (T, ...) as (C, L, ...)."""

@@ -61,8 +61,22 @@ class Packed:
         """With all that is computed for each client computed for all at once."""
         if not all(self.sizes):
             return self
-        device, flat = self.tokens.device, [length for own in self.lengths for length in own]
-        return replace(self, clients=Grouping.of(self.sizes, device), examples=Grouping.of(flat, device))
+        flat = [length for own in self.lengths for length in own]
+        return replace(self, clients=Grouping.of(self.sizes), examples=Grouping.of(flat))
+
+    def to(self, device: torch.device) -> "Packed":
+        """The same on that device."""
+        if device.type == "cpu":
+            return self
+        return Packed(
+            self.tokens.to(device),
+            self.positions.to(device),
+            self.lengths,
+            self.kept.to(device),
+            [own.to(device) for own in self.labels],
+            self.clients and self.clients.to(device),
+            self.examples and self.examples.to(device),
+        )
 
     @property
     def sizes(self) -> list[int]:
@@ -74,9 +88,9 @@ def pack(batches: Sequence[Batch], fill: int = 0) -> Packed:
     """The batches end to end. Of an example, what is behind the last token that is told from is left out.
 
     Args:
+        batches: on the CPU, since it asks for many a number.
         fill: the token that fills up.
     """
-    device = batches[0].tokens.device
     tokens: list[Tensor] = []
     positions: list[Tensor] = []
     kept: list[Tensor] = []
@@ -94,16 +108,16 @@ def pack(batches: Sequence[Batch], fill: int = 0) -> Packed:
                 continue
             own.append(length)
             tokens.append(words[:length])
-            positions.append(torch.arange(length, device=device))
+            positions.append(torch.arange(length))
             kept.append(where + place)
             told.append(batch.tokens[row, 1:][where])
             place += length
         lengths.append(own)
         labels.append(torch.cat(told) if told else batch.tokens.new_zeros(0))
     more = -place % MULTIPLE if place else MULTIPLE
-    tokens.append(torch.full((more,), fill, dtype=torch.int64, device=device))
-    positions.append(torch.zeros(more, dtype=torch.int64, device=device))
-    places = torch.cat(kept) if kept else torch.zeros(0, dtype=torch.int64, device=device)
+    tokens.append(torch.full((more,), fill, dtype=torch.int64))
+    positions.append(torch.zeros(more, dtype=torch.int64))
+    places = torch.cat(kept) if kept else torch.zeros(0, dtype=torch.int64)
     return Packed(
         torch.cat(tokens)[None],
         torch.cat(positions)[None],
@@ -207,6 +221,7 @@ def packed_losses(passengers: Sequence[Passenger], grouped: bool | None = None) 
     packed = pack([each.batch for each in passengers], model.pad)
     if model.device.type != "cpu" if grouped is None else grouped:
         packed = packed.grouped()
+    packed = packed.to(model.device)
     head = model.base.get_output_embeddings()
 
     def keep(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -276,16 +291,17 @@ _tried: dict[tuple[str, ...], str] = {}
 
 def _try(model: Any, windowed: bool) -> str:
     """Two examples packed, and each alone as the base takes it."""
-    words = torch.arange(1, 9, device=model.device)
+    words = torch.arange(1, 9)
     batches = [Batch(part[None], torch.ones(1, len(part), dtype=torch.bool)) for part in (words[:5], words[5:])]
-    packed = pack([Batch(each.tokens, each.targets.to(model.device)) for each in batches])
+    packed = pack(batches).to(model.device)
     _seen.clear()
     try:
         with torch.no_grad():
             with _as_packed(model.base, packed):
                 given = model.module(input_ids=packed.tokens, position_ids=packed.positions, use_cache=False)
             found = given.logits[0, : sum(packed.sizes)].float()
-            alone = [model.module(input_ids=each.tokens[:, :-1], use_cache=False).logits[0] for each in batches]
+            examples = [each.tokens[:, :-1].to(model.device) for each in batches]
+            alone = [model.module(input_ids=each, use_cache=False).logits[0] for each in examples]
     except Exception as error:  # whatever an architecture makes of what it doesn't know
         return f"{type(model.base).__name__} can't take packed examples ({first_line(error)[:120]})"
     wanted = torch.cat(alone).float()

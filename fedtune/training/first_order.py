@@ -87,7 +87,7 @@ def fit(
             if schedule is not None:
                 for group in update.param_groups:
                     group["lr"] = lr * schedule.share(step - 1, steps)
-            reply = yield GradientRequest(model, batch.to(model.device), derive_seed(key, "step", step), scale)
+            reply = yield GradientRequest(model, batch, derive_seed(key, "step", step), scale)
             if not (scale := reply.scale):
                 raise ClientError(
                     "gradients don't fit float16, however the loss is scaled: take model.dtype=float32, or another "

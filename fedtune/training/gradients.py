@@ -100,7 +100,7 @@ def _losses(passengers: Sequence[Passenger]) -> Iterator[list[Tensor]]:
         with seeded(alone.key, model.device):
             model.module.train()
             try:
-                yield [loss_of(model.module, alone.batch)]
+                yield [loss_of(model.module, alone.batch.to(model.device))]
             finally:
                 model.module.eval()
         return

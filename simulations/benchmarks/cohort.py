@@ -57,7 +57,7 @@ def measure(workspace: Workspace, clients: int, sizes: Sequence[int], steps: int
     batches = []
     for client in range(clients):
         stream = iter(workspace.data.batches(client, size, derive_seed(seed, "cohort", client)))
-        batches.append([next(stream).to(model.device) for _ in range(steps)])
+        batches.append([next(stream) for _ in range(steps)])
     tokens = sum(sum(pack(own).sizes) for own in batches)
     twins = [model.twin() for _ in range(clients)]
     ways: dict[str, Callable[[], float]] = {PADDED: lambda: _padded(model, batches)}
@@ -76,7 +76,7 @@ def _padded(model: LocalModel, batches: Sequence[Sequence[Batch]]) -> float:
     model.module.train()
     for own in batches:
         for batch in own:
-            loss = loss_of(model.module, batch)
+            loss = loss_of(model.module, batch.to(model.device))
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.item())
         _forget(model)
