@@ -96,6 +96,12 @@ class FederatedData:
         lengths = np.diff(self.corpus.starts)
         return int(lengths[self.train[client]].sum())
 
+    @cached_property
+    def mean_length(self) -> float:
+        """Tokens of an example, in the mean over all that clients train on; 1 if they have none."""
+        held = np.diff(self.corpus.starts)[np.concatenate(self.train)]
+        return float(held.mean()) if len(held) else 1.0
+
     def pooled(self) -> "FederatedData":
         """The same division with one client in place of all: it trains on what any of them trains on."""
         train, heldout = (np.sort(np.concatenate(rows)) for rows in (self.train, self.heldout))

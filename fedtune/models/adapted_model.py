@@ -146,6 +146,11 @@ class LocalModel:
         return found
 
     @cached_property
+    def layers(self) -> dict[str, Any]:
+        """The adapted layers themselves."""
+        return {name: self.module.get_submodule(name) for name in self.by_layer}
+
+    @cached_property
     def obstacle(self) -> str:
         """Why clients can't be trained at once on this base, or ""."""
         return obstacle(self)
@@ -248,7 +253,7 @@ class LocalModel:
                 self._live[slot.name].requires_grad_(False)
         if self.root is self:
             for module in self.switched_off:
-                self.module.get_submodule(module).enable_adapters(False)
+                self.layers[module].enable_adapters(False)
 
     def pass_through(self, bases: Mapping[str, Tensor]) -> None:
         """Have the inputs of these layers, and of no others, pass a matrix (r, in) each before they come to A."""
@@ -258,7 +263,7 @@ class LocalModel:
             for hook in self._hooks:
                 hook.remove()
             self._hooks = [
-                self.module.get_submodule(module).lora_A["default"].register_forward_pre_hook(_passing(basis))
+                self.layers[module].lora_A["default"].register_forward_pre_hook(_passing(basis))
                 for module, basis in self.through.items()
             ]
 
@@ -268,7 +273,7 @@ class LocalModel:
                 self._live[slot.name].requires_grad_(True)
         if self.root is self:
             for module in self.switched_off:
-                self.module.get_submodule(module).enable_adapters(True)  # and has them trained
+                self.layers[module].enable_adapters(True)  # and has them trained
         self.switched_off = set()
 
     def read(self) -> Tensors:
@@ -335,7 +340,7 @@ class LocalModel:
         self.scalings = dict(scaling)
         if self.root is self:
             for module, value in scaling.items():
-                self.module.get_submodule(module).scaling["default"] = value
+                self.layers[module].scaling["default"] = value
 
     def _base_layer(self, module: str) -> nn.Module:
         layer: Any = self.module.get_submodule(module)

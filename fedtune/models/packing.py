@@ -15,7 +15,7 @@ also in none. On a GPU kernels are chosen by shape, and the last bits depend on 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class Packed:
             self.examples and self.examples.to(device),
         )
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """How many rows each client has."""
         return [sum(each) for each in self.lengths]
@@ -243,7 +243,7 @@ def _forwards(
     model: Any, passengers: Sequence[Passenger], packed: Packed
 ) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
     held = [each.model.by_layer for each in passengers]
-    for name in model.by_layer:
+    for name, layer in model.layers.items():
         shares = [
             None
             if name in each.model.switched_off
@@ -256,7 +256,6 @@ def _forwards(
             )
             for each, own in zip(passengers, held, strict=True)
         ]
-        layer = model.module.get_submodule(name)
         yield layer, stacked(layer, model.kind, shares, packed.sizes, packed.clients)
 
 
@@ -267,7 +266,7 @@ def obstacle(model: Any) -> str:
     if (held := attention_of(model.base)) != "sdpa":
         return f"its attention is {held}, and examples are packed for sdpa alone"
     base = model.base
-    adapters = {id(part) for name in model.by_layer for part in model.module.get_submodule(name).modules()}
+    adapters = {id(part) for layer in model.layers.values() for part in layer.modules()}
     if any(isinstance(m, nn.Dropout) and m.p > 0 and id(m) not in adapters for m in base.modules()):
         return "the base has dropout of its own"
     config = base.config.get_text_config()

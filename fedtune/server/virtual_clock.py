@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.config.compatibility import tells_its_work, traits_of
-from fedtune.core.costs import Costs, Weight, Work
+from fedtune.core.costs import Costs, Work
 from fedtune.core.errors import CapacityError, QuorumError
 from fedtune.core.optional import PlansAhead
 from fedtune.core.protocol import ClientInfo, DeviceProfile, Instruction, size_of
@@ -77,10 +77,6 @@ class Clock:
         self._workspace.model.reset()  # what a method has put into the base would be measured with it
         return self._workspace.costs
 
-    @cached_property
-    def _weights(self) -> dict[str, Weight]:
-        return {weight.module: weight for weight in self._workspace.weights}
-
     def runs(self, peers: Mapping[int, ClientInfo]) -> bool:
         """Whether there is anything to time: a device with a limit."""
         return tells_its_work(self._workspace.client) and any(limited(peer.capability) for peer in peers.values())
@@ -111,7 +107,8 @@ class Clock:
         batch = min(int(told.settings.get(BATCH, train.batch_size)), max(peer.samples, 1))
         micro = train.micro_batch_size
         held = int(told.settings.get(BITS, self._workspace.bits))
-        trained = trained_of(self._workspace.model, self._weights, costs, told, peer.rank or 0, self._partial)
+        model, weight_of = self._workspace.model, self._workspace.weight_of
+        trained = trained_of(model, weight_of, costs, told, peer.rank or 0, self._partial)
         with np.errstate(over="ignore"):  # a stranger may say that it takes one operation in 1e300 seconds
             memory = memory_of(costs, work, trained, batch, micro, held)
             if work.backward:

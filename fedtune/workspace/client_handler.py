@@ -243,8 +243,7 @@ def _within_limits(workspace: Workspace, client: Any, batches: ClientBatches, to
     memory = 0.0
     if limits.memory_bytes is not None:
         partial = traits_of(workspace.strategy).partial
-        weights = {weight.module: weight for weight in workspace.weights}
-        trained = trained_of(workspace.model, weights, workspace.costs, told, partial=partial)
+        trained = trained_of(workspace.model, workspace.weight_of, workspace.costs, told, partial=partial)
         held, micro = int(told.settings.get(BITS, workspace.bits)), workspace.experiment.train.micro_batch_size
         memory = memory_of(workspace.costs, work, trained, size, micro, held)
     owner.check_turn(work.steps, work.steps * passes * size, memory)

@@ -68,7 +68,7 @@ def cohort_size(workspace: "Workspace") -> int:
     each = _turn_bytes(workspace)
     if asked == AUTO:
         train = workspace.experiment.train
-        tokens = _mean_length(workspace) * at_once(train.batch_size, train.micro_batch_size)
+        tokens = workspace.data.mean_length * at_once(train.batch_size, train.micro_batch_size)
         wanted = min(MOST, math.ceil(ENOUGH_TOKENS / tokens))
         return wanted if found is None or not each else max(1, min(wanted, int(found.free / 2 / each)))
     return _fitting(int(asked), workspace.experiment.population.cohort_size, found, each)
@@ -83,27 +83,19 @@ def _fitting(asked: int, most: int, found: MemoryFound | None, each: float) -> i
     return asked
 
 
-def _mean_length(workspace: "Workspace") -> float:
-    """Tokens of an example, in the mean over all that clients train on."""
-    data = workspace.data
-    held = sum(map(len, data.train))
-    return sum(map(data.tokens, range(len(data.train)))) / held if held else 1.0
-
-
 def _turn_bytes(workspace: "Workspace") -> float:
     """Bytes that one of many clients takes beside the base, for examples of the mean length, since nothing is padded;
     0 where its class doesn't say."""
     if not tells_its_work(workspace.client):
         return 0.0
     train, costs, bits = workspace.experiment.train, workspace.costs, workspace.bits
-    weights = {weight.module: weight for weight in workspace.weights}
-    trained = trained_of(workspace.model, weights, costs, Instruction({}))
+    trained = trained_of(workspace.model, workspace.weight_of, costs, Instruction({}))
     full, idle = (
         memory_of(costs, workspace.client.work({}), trained, batch, train.micro_batch_size, bits)
         for batch in (train.batch_size, 0)
     )
     adapter = idle - costs.base_bytes[str(bits)] - costs.fixed_bytes
-    return adapter + (full - idle) * min(1.0, _mean_length(workspace) / costs.tokens)
+    return adapter + (full - idle) * min(1.0, workspace.data.mean_length / costs.tokens)
 
 
 def cohort_note(workspace: "Workspace") -> str:

@@ -109,6 +109,11 @@ class Workspace:
         return tuple(weights_of(self.model))
 
     @cached_property
+    def weight_of(self) -> dict[str, Weight]:
+        """The same by name."""
+        return {weight.module: weight for weight in self.weights}
+
+    @cached_property
     def costs(self) -> Costs:
         """What training this model on these data takes."""
         longest, train = self.data_spec.max_length, self.experiment.train

@@ -66,6 +66,7 @@ def measure(setting: Setting, threads: int, base: str = SMOLLM2) -> dict[str, fl
     import transformers  # noqa: F401
 
     from fedtune.config.schema import AdapterSpec, ModelSpec
+    from fedtune.core.heap import trim
     from fedtune.core.protocol import Batch
     from fedtune.data.corpus import Corpus
     from fedtune.data.federated_data import FederatedData
@@ -76,6 +77,8 @@ def measure(setting: Setting, threads: int, base: str = SMOLLM2) -> dict[str, fl
 
     torch.set_num_threads(threads)
     torch.randn(64, 64) @ torch.randn(64, 64)
+    gc.collect()
+    trim()  # what loading gives back is the model's alone then, and not what this process had let go of before
     before = resident()
     spec = ModelSpec(name="smollm2", path=base, quantization=setting.quantization)
     model = LocalModel(

@@ -33,13 +33,13 @@ from flwr.clientapp import ClientApp
 from rich.console import Console
 from rich.table import Table
 
+from clients.first_order import FirstOrder
 from fedtune.config.compose import compose
 from fedtune.config.schema import Experiment, MethodSpec
 from fedtune.core.protocol import Instruction, Tensors, Update
 from fedtune.core.seeds import derive_seed
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, server_context
-from fedtune.training.first_order import fit
 from fedtune.training.gradients import finished
 from fedtune.workspace.client_handler import local_update
 from fedtune.workspace.workspace import Workspace, workspace_of
@@ -208,22 +208,13 @@ def bare(words: Sequence[str] = (), clients: int = 20) -> list[tuple[str, ...]]:
     ]
 
 
-def train_once(workspace: Workspace, index: int) -> None:
-    """A client's optimizer steps and nothing else."""
-    settings = workspace.experiment.train
+def train_once(workspace: Workspace, index: int, steps: int | None = None) -> None:
+    """A client's optimizer steps and nothing else; as many as the settings say, or `steps`."""
+    client = workspace.client
+    assert isinstance(client, FirstOrder)
     key = derive_seed(workspace.experiment.seed, "train", 1, index)
-    finished(
-        fit(
-            workspace.model,
-            workspace.data.batches(index, settings.batch_size, key),
-            steps=settings.steps,
-            lr=settings.lr,
-            optimizer=settings.optimizer,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            key=key,
-        )
-    )
+    batches = workspace.data.batches(index, workspace.experiment.train.batch_size, key)
+    finished(replace(client, steps=steps or client.steps).fit(workspace.model, batches, key, None))
 
 
 def template(words: Sequence[str] = (), turns: int = 4) -> list[tuple[str, ...]]:

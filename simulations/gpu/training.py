@@ -16,16 +16,14 @@ from typing import Any
 import torch
 
 from fedtune.config.compose import compose
-from fedtune.core.seeds import derive_seed
 from fedtune.models.base import pick_device
 from fedtune.planning.cost_probe import costs_of, weights_of
 from fedtune.runtime.app import make_client_app, make_server_app
 from fedtune.runtime.local import LocalGrid, run_local, server_context
-from fedtune.training.first_order import fit
-from fedtune.training.gradients import finished
 from fedtune.workspace import workspace as workspaces
 from fedtune.workspace.workspace import Workspace, workspace_of
 from simulations.benchmarks.cohort import measure
+from simulations.benchmarks.engine import train_once
 from simulations.gpu.bases import LLAMA_7B, SMALL, SMOLLM2, Shape, random_folder, random_nf4
 from simulations.gpu.results import Row
 from simulations.gpu.steps import Place, has_cuda
@@ -108,7 +106,7 @@ def smollm2(place: Place) -> Iterator[Row]:
             workspace = workspace_of({"config": experiment.text()})
             begun = time.perf_counter()
             for index in range(clients):
-                train(workspace, index, STEPS)
+                train_once(workspace, index, STEPS)
             settle()
             bare = time.perf_counter() - begun
             yield Row(f"{label}: the same steps without federation", tokens / bare, "tokens/s", f"{bare:.3g} s")
@@ -175,10 +173,10 @@ def qlora(place: Place) -> Iterator[Row]:
         )
         predicted = float(costs.memory(BATCH, 4, 0, numbers, per_token, ADAM_BYTES)) / 1e9
         flop = float(costs.compute(BATCH, 4, 1, 0, numbers, costs.slowdown["4"], inf))
-        train(workspace, 0, 2)
+        train_once(workspace, 0, 2)
         fresh()
         begun = time.perf_counter()
-        train(workspace, 0, steps)
+        train_once(workspace, 0, steps)
         settle()
         seconds = (time.perf_counter() - begun) / steps
         rate = f"{seconds:.3g} s a step of {BATCH} x {length(place)}; {flop / seconds / 1e12:.3g} TFLOP/s"
@@ -210,23 +208,6 @@ def federated_round(place: Place) -> Iterator[Row]:
         payload, wire = (totals[f"{direction}_{kind}_bytes"] / rounds / 1e6 for kind in ("payload", "wire"))
         yield Row(f"{direction}, of a round", wire, "MB", f"{payload:.4g} MB of payload; {clients} clients")
     yield Row("peak memory", peak(), "GB", "allocated by torch")
-
-
-def train(workspace: Workspace, index: int, steps: int) -> None:
-    """A client's optimizer steps and nothing else."""
-    settings, key = workspace.experiment.train, derive_seed(workspace.experiment.seed, "train", 1, index)
-    finished(
-        fit(
-            workspace.model,
-            workspace.data.batches(index, settings.batch_size, key),
-            steps=steps,
-            lr=settings.lr,
-            optimizer=settings.optimizer,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            key=key,
-        )
-    )
 
 
 def round_seconds(folder: Path) -> float:
