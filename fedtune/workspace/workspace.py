@@ -232,6 +232,7 @@ class Workspace:
             model = model.twin()
         else:
             model.reset()
+            _ = model.obstacle  # tried once a process, before anything that came over the wire is in the model
         self.client.receive(model, instruction, memory)
         return model
 
